@@ -1,0 +1,115 @@
+"""What a target is: data about what it can run, and a backend that lowers a model to it and runs the result there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from qc.ir.errors import InputError
+from qc.ir.model import Model, Signature
+from qc.passes.pipeline import Step
+
+__all__ = ["Backend", "Coverage", "Runner", "Target", "backend_for", "target_names"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a target can run.
+
+    Attributes:
+        name: As in ``--target``.
+        about: One line for the listing.
+        runtime: The runtime's package and the lowest version that loads what we emit: ``("onnxruntime", "1.26")``.
+        formats: Spellings of weight formats that run on a fused kernel: ``int4:g32`` ...
+    """
+
+    name: str
+    about: str
+    runtime: tuple[str, str]
+    formats: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Which nodes of a lowered model run on a kernel made for the job, and which do not.
+
+    Attributes:
+        on_target: Number of nodes on the target's own kernels.
+        off_target: Number of nodes that run, but slowly or by decoding weights on each call.
+        nodes: One entry per kind of node: ``{"op", "count", "on_target", "reason"}``; a reason for each that is off.
+    """
+
+    on_target: int
+    off_target: int
+    nodes: Sequence[Mapping[str, object]]
+
+
+class Runner(Protocol):
+    """An emitted artifact, loaded in its own runtime."""
+
+    signature: Signature
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs once. Inputs that the artifact does not have are ignored; a missing one is an `InputError`."""
+        ...
+
+    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
+        """Yields greedily chosen tokens after `tokens` until one is in `stop`; only for decoders."""
+        ...
+
+
+class Backend(Protocol):
+    """Turns a `Model` into a runtime's files, and loads them."""
+
+    target: Target
+
+    def lowering(self) -> Sequence[Step]:
+        """The passes that bring a canonical, perhaps quantized model to the target; run by the pass manager."""
+        ...
+
+    def coverage(self, model: Model) -> Coverage:
+        """Says of each node of a lowered model whether it runs on a fused kernel."""
+        ...
+
+    def emit(self, model: Model, directory: Path) -> None:
+        """Writes the runtime's files of a lowered model into an empty directory. Deterministic to the byte."""
+        ...
+
+    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+        """Loads an emitted directory in the target's own runtime.
+
+        Args:
+            directory: The artifact.
+            threads: Threads within an operator; 0 for one per core.
+        """
+        ...
+
+
+def _ort_cpu() -> Backend:
+    from qc.backends.ort.backend import OrtCpu
+
+    return OrtCpu()
+
+
+_TARGETS: dict[str, Callable[[], Backend]] = {"ort-cpu": _ort_cpu}
+
+
+def target_names() -> list[str]:
+    """Names of all targets."""
+    return sorted(_TARGETS)
+
+
+def backend_for(target: str) -> Backend:
+    """Returns the backend of a target by name.
+
+    Raises:
+        InputError: If there is no such target.
+    """
+    if target not in _TARGETS:
+        raise InputError(
+            f"Expected a target among {', '.join(target_names())}; found {target!r}. `qc targets` lists them."
+        )
+    return _TARGETS[target]()

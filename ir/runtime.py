@@ -1,0 +1,101 @@
+"""The verifying executor: ONNX Runtime over a model whose weights stay on disk.
+
+This is how every stage is checked: independent of our own executor, with optimizations off, so that what runs is what
+the graph says. Weights are mapped, never copied: a decode node runs when its consumer does, so memory is that of the
+largest decoded weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from qc.ir.errors import InternalError
+from qc.ir.store import SMALL, Store
+
+__all__ = ["Session", "serialize"]
+
+
+class Session:
+    """Runs a model.
+
+    Attributes:
+        outputs: Names of the values that `run` returns, in order.
+    """
+
+    def __init__(self, model: ir.Model, *, optimize: bool = False, threads: int = 0) -> None:
+        """Loads `model`; its weights must stay where they are while this object lives.
+
+        Args:
+            model: Any valid model. Weights that lie in memory are written to a temporary file first if large.
+            optimize: Whether the runtime may rewrite the graph (then it also copies weights).
+            threads: Threads within an operator; 0 for one per core.
+
+        Raises:
+            InternalError: If the runtime refuses the model: every stage must be executable.
+        """
+        import onnxruntime as ort
+
+        self._spill = Store()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        options.enable_cpu_mem_arena = False
+        options.graph_optimization_level = (
+            ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimize else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        )
+        # Weights come from several directories; a common root lets one model refer to them all without copies.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(serialize(model, self._spill), options, ["CPUExecutionProvider"])
+        except Exception as error:
+            raise InternalError(f"ONNX Runtime refuses the model at this stage: {error}") from error
+        self.outputs = [o.name for o in self._session.get_outputs()]
+        self._inputs = {i.name for i in self._session.get_inputs()}
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs the model; inputs that it does not have are ignored."""
+        given = {k: v for k, v in inputs.items() if k in self._inputs}
+        return dict(zip(self.outputs, self._session.run(None, given), strict=True))
+
+
+def serialize(model: ir.Model, spill: Store) -> bytes:
+    """Serializes the graph with every large weight as a reference into the file that holds it.
+
+    Args:
+        model: The model; unchanged on return.
+        spill: Takes large weights that lie in memory.
+    """
+    held = {}
+    for value in model.graph.initializers.values():
+        held[value] = value.const_value
+        value.const_value = _reference(value.const_value, spill)
+    try:
+        return ir.to_proto(model).SerializeToString()
+    finally:
+        for value, tensor in held.items():
+            value.const_value = tensor
+
+
+def _reference(tensor: ir.TensorProtocol | None, spill: Store) -> ir.TensorProtocol | None:
+    if tensor is None or tensor.dtype == ir.DataType.STRING:
+        return tensor
+    if not isinstance(tensor, ir.ExternalTensor):
+        if tensor.nbytes <= SMALL:
+            return tensor
+        # A store keeps the element type, so sub-byte codes are packed as they were.
+        tensor = spill.put(tensor.name or "weight", tensor.numpy(), tensor.dtype)
+    assert isinstance(tensor, ir.ExternalTensor)
+    path = Path(tensor.path).resolve()
+    return ir.ExternalTensor(
+        str(path.relative_to("/")),
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name or "",
+        base_dir="/",
+    )

@@ -1,0 +1,75 @@
+"""Where passes put new weights: files in a work directory, handed back as memory-mapped tensors.
+
+A pass that rewrites a weight computes it, puts it here and forgets it, so the memory of a compile is that of the weight
+in hand, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from qc.ir.errors import InputError
+
+__all__ = ["SMALL", "Store"]
+
+SMALL = 1024
+"""Tensors of at most this many bytes stay in memory: a file reference would cost more than they do."""
+
+
+class Store:
+    """An append-only file of tensors.
+
+    Reading a tensor back maps the file; it never copies. The file must outlive the models that refer to it.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+        """Opens a store.
+
+        Args:
+            directory: Where to write; created if missing. None makes a temporary one that is removed with this object.
+        """
+        if directory is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="qc-store-")
+            directory = self._temporary.name
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._path = self.directory / "weights.bin"
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  closed by the finalizer
+        self._close = weakref.finalize(self, self._file.close)
+
+    def put(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.TensorProtocol:
+        """Writes one tensor and returns it as a memory-mapped one.
+
+        Args:
+            name: Label of the tensor.
+            array: Values, one element per code; sub-byte types are packed here.
+            dtype: Element type if it is not that of `array` (``INT4``, ``UINT2``, ...).
+
+        Raises:
+            InputError: If the disk is full.
+        """
+        tensor = ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+        if tensor.nbytes <= SMALL:
+            return tensor
+        offset = self._file.seek(0, os.SEEK_END)
+        try:
+            tensor.tofile(self._file)
+        except OSError as error:
+            raise InputError(
+                f"Could not write {tensor.nbytes} bytes of {name!r} to {self._path}: {error.strerror}. "
+                "Free some space or choose another work directory (TMPDIR)."
+            ) from error
+        return ir.ExternalTensor(
+            self._path.name,
+            offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=name,
+            base_dir=str(self.directory.absolute()),
+        )

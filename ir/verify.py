@@ -1,0 +1,155 @@
+"""What a legal model is at each stage, and how far two models' outputs are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from qc.ir import dialect
+from qc.ir.errors import ContractError
+
+__all__ = ["STAGES", "Difference", "Stage", "check_structure", "compare", "sqnr"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What may stand in a graph at one stage of a compile.
+
+    Attributes:
+        name: ``float``, ``quantized`` or ``lowered``.
+        domains: Operator domains whose nodes are legal, beside domains that the source itself brought (foreign nodes).
+        decode_nodes: Whether affine decode nodes of weights are legal.
+    """
+
+    name: str
+    domains: frozenset[str]
+    decode_nodes: bool
+
+
+STAGES = {
+    "float": Stage("float", frozenset({"", dialect.DOMAIN}), decode_nodes=False),
+    "quantized": Stage("quantized", frozenset({"", dialect.DOMAIN}), decode_nodes=True),
+    "lowered": Stage("lowered", frozenset({"", "com.microsoft"}), decode_nodes=True),
+}
+
+
+def check_structure(model: ir.Model, stage: Stage, foreign: frozenset[str] = frozenset()) -> None:
+    """Checks names, links, operator schemas and the stage's table of legal nodes.
+
+    Args:
+        model: The model; weights are not read.
+        stage: The stage it claims to be at.
+        foreign: Domains that the source model brought along and that stay legal.
+
+    Raises:
+        ContractError: With the first node or value that is wrong.
+    """
+    import onnx
+
+    legal = stage.domains | foreign
+    for node in model.graph.all_nodes():
+        if node.domain not in legal:
+            raise ContractError(
+                f"Expected only operators of {sorted(legal)} in a {stage.name} model, found {node.domain}::{node.op_type} "
+                f"at {node.name!r}. The pass that just ran must not produce it at this stage."
+            )
+        for value in node.inputs:
+            if (
+                value is not None
+                and not value.is_graph_input()
+                and value.producer() is None
+                and value.const_value is None
+            ):
+                raise ContractError(
+                    f"Value {value.name!r}, read by {node.name!r}, has no producer. The last pass lost it."
+                )
+    try:
+        onnx.checker.check_model(_without_weights(model))
+    except onnx.checker.ValidationError as error:
+        raise ContractError(f"The model is not valid ONNX at stage {stage.name}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far one output is from its reference.
+
+    Attributes:
+        output: Name of the output.
+        max_abs: Largest absolute difference; infinite if shapes differ or one side is not finite where the other is.
+        scale: ``max(1, max|reference|)``.
+        sqnr: Signal to quantization noise ratio in decibels; infinite if equal.
+    """
+
+    output: str
+    max_abs: float
+    scale: float
+    sqnr: float
+
+
+def compare(reference: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> list[Difference]:
+    """Compares the outputs that both sides have, in the order of `reference`."""
+    return [_difference(name, value, found[name]) for name, value in reference.items() if name in found]
+
+
+def sqnr(reference: np.ndarray, found: np.ndarray) -> float:
+    """``10 log10(sum ref^2 / sum (ref - found)^2)`` in decibels; infinite if equal."""
+    reference, found = reference.astype(np.float64), found.astype(np.float64)
+    noise = float(np.sum((reference - found) ** 2))
+    signal = float(np.sum(reference**2))
+    if noise == 0:
+        return float("inf")
+    return 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def _difference(name: str, reference: np.ndarray, found: np.ndarray) -> Difference:
+    if reference.shape != found.shape:
+        return Difference(name, float("inf"), 1.0, float("-inf"))
+    if reference.dtype.kind not in "fiub" or reference.size == 0:
+        equal = np.array_equal(reference, found)
+        return Difference(name, 0.0 if equal else float("inf"), 1.0, float("inf") if equal else float("-inf"))
+    a, b = reference.astype(np.float64), found.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))  # infinities and NaN count as equal where both have them
+    finite = np.isfinite(a)
+    if not np.all(same | (finite & np.isfinite(b))):
+        return Difference(name, float("inf"), 1.0, float("-inf"))
+    scale = max(1.0, float(np.max(np.abs(a[finite]), initial=0.0)))
+    gap = float(np.max(np.abs(a - b)[~same], initial=0.0))
+    return Difference(
+        name,
+        gap,
+        scale,
+        sqnr(np.where(same, 0, a) if not finite.all() else a, np.where(same, 0, b) if not finite.all() else b),
+    )
+
+
+def _without_weights(model: ir.Model):
+    """The model as a proto in which large initializers are inputs, so that the checker needs no weights."""
+    proto = ir.to_proto(model) if not model.graph.initializers else None
+    if proto is not None:
+        return proto
+    held = {v: v.const_value for v in model.graph.initializers.values()}
+    large = [v for v, t in held.items() if t is not None and t.nbytes > 1024]
+    try:
+        for value in large:
+            value.const_value = None
+        proto = ir.to_proto(model)
+    finally:
+        for value in large:
+            value.const_value = held[value]
+    inputs = {i.name for i in proto.graph.input}
+    names = {v.name for v in large} - inputs
+    kept = [t for t in proto.graph.initializer if t.name not in names]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    for value in large:
+        if value.name in names:
+            tensor = held[value]
+            assert tensor is not None
+            value_info = proto.graph.input.add()
+            value_info.name = value.name or ""
+            value_info.type.tensor_type.elem_type = int(tensor.dtype)
+            for dim in tensor.shape:
+                value_info.type.tensor_type.shape.dim.add().dim_value = int(dim)
+    return proto

@@ -1,0 +1,138 @@
+"""What a pass is: a frozen dataclass whose fields are its options, with a contract, that reports every site it looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from collections.abc import Mapping
+from typing import ClassVar
+
+import onnx_ir as ir
+from qc.ir.store import Store
+
+__all__ = ["Context", "Contract", "Exact", "Lossy", "Outcome", "Pass", "Result", "Site", "Structural", "site_name"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """The outputs stay the same: ``max|new - old| <= tol * max(1, max|old|)`` per output on the probe batch."""
+
+    tol: float = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Lossy:
+    """The outputs change; the manager measures by how much (SQNR per output) and shows it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Structural:
+    """The pass changes inputs, outputs or annotations, so that values before and after are not comparable."""
+
+
+Contract = Exact | Lossy | Structural
+
+
+class Outcome(enum.Enum):
+    """What became of a site."""
+
+    CHANGED = "changed"
+    MATCHED = "matched"
+    SKIPPED = "skipped"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place of the graph that a pass considered.
+
+    Attributes:
+        name: What a user calls it: the module path where known, else a weight's or node's name.
+        outcome: ``CHANGED``, ``MATCHED`` (already as the pass wants it) or ``SKIPPED``.
+        reason: A sentence; always present when skipped.
+        details: Facts for the report, JSON values only: format, bits, error...
+    """
+
+    name: str
+    outcome: Outcome
+    reason: str = ""
+    details: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.outcome is Outcome.SKIPPED and not self.reason:
+            raise ValueError(f"Pass developer: a skipped site needs a reason ({self.name}).")
+
+
+@dataclasses.dataclass
+class Result(ir.passes.PassResult):
+    """An ``onnx_ir`` pass result with the sites that the pass looked at and remarks for the report."""
+
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: ir.Model, sites: list[Site], notes: list[str] | None = None) -> Result:
+        """A result that is modified exactly if a site was changed."""
+        return cls(model, any(s.outcome is Outcome.CHANGED for s in sites), sites, notes or [])
+
+    def count(self, outcome: Outcome) -> int:
+        """Number of sites with that outcome."""
+        return sum(s.outcome is outcome for s in self.sites)
+
+
+@dataclasses.dataclass
+class Context:
+    """What a pass may use beside the model.
+
+    Attributes:
+        store: Where new weights are written.
+        seed: Seed of everything random in a pass; use ``numpy.random.default_rng([seed, ...])``.
+        threads: Number of threads a pass may use.
+        exclude: Regular expressions of site names that lossy passes must leave as they are.
+        tick: Called as ``tick(done, total, site)`` while a pass works, for progress displays.
+    """
+
+    store: Store = dataclasses.field(default_factory=Store)
+    seed: int = 0
+    threads: int = 2
+    exclude: tuple[str, ...] = ()
+    tick: object = None
+
+    def excluded(self, *names: str) -> str | None:
+        """Returns the first exclusion pattern that matches one of `names` anywhere, or None."""
+        return next((p for p in self.exclude if any(re.search(p, n) for n in names)), None)
+
+    def progress(self, done: int, total: int, site: str) -> None:
+        """Reports progress, if anybody listens."""
+        if callable(self.tick):
+            self.tick(done, total, site)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass(ir.passes.InPlacePass):
+    """Base of all passes. Subclass as a frozen dataclass; see docs/writing-a-pass.md.
+
+    The name in pipelines is the class name in kebab case without a trailing ``Pass``. The first docstring line is its
+    help. A pass is stand-alone too: ``QuantizeWeights(bits=4)(model)`` runs it as any onnx_ir pass.
+    """
+
+    contract: ClassVar[Contract] = Exact()
+
+    @classmethod
+    def spec_name(cls) -> str:
+        """The pass's name in pipelines and recipes."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__.removesuffix("Pass")).lower()
+
+    def call(self, model: ir.Model, context: Context | None = None) -> Result:
+        """Transforms `model` in place.
+
+        Args:
+            model: The model; a pass that declines leaves it bit-identical.
+            context: Store, seed, exclusions; a default one when the pass runs alone.
+        """
+        raise TypeError(f"Pass developer: {type(self).__name__} does not define call(model, context).")
+
+
+def site_name(node: ir.Node) -> str:
+    """The name of a node for people: its module path if the frontend recorded one, else its own name."""
+    return node.metadata_props.get("qc.scope") or node.name or f"{node.domain or 'onnx'}::{node.op_type}"

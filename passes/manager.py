@@ -1,0 +1,234 @@
+"""Runs passes, verifies each one by its contract, and reports what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from qc.ir import dialect
+from qc.ir.errors import ContractError, UnsupportedError
+from qc.ir.model import Model
+from qc.ir.probe import probe_inputs
+from qc.ir.runtime import Session
+from qc.ir.verify import STAGES, Difference, Stage, check_structure, compare
+from qc.passes.base import Context, Exact, Lossy, Outcome, Pass, Result, Site
+from qc.passes.pipeline import Step
+
+__all__ = ["Observer", "PassManager", "PassReport"]
+
+Outputs = list[dict[str, np.ndarray]]
+Observer = Callable[[str, "PassReport | None"], None]
+"""Called with a pass's name before it runs (None) and after (its report)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        name: The pass's name in pipelines.
+        spec: Name and options, as `passes.pipeline` spells them.
+        contract: ``exact``, ``lossy`` or ``structural``.
+        modified: Whether the model changed.
+        seconds: Time of the pass itself.
+        verify_seconds: Time of its verification.
+        sites: Every site that it looked at.
+        notes: Remarks.
+        differences: Outputs before against after, the worst over the probe batches; empty if nothing was compared.
+    """
+
+    name: str
+    spec: str
+    contract: str
+    modified: bool
+    seconds: float
+    verify_seconds: float
+    sites: Sequence[Site] = ()
+    notes: Sequence[str] = ()
+    differences: Sequence[Difference] = ()
+
+    def count(self, outcome: Outcome) -> int:
+        """Number of sites with that outcome."""
+        return sum(s.outcome is outcome for s in self.sites)
+
+
+class PassManager:
+    """Runs steps in order over one model.
+
+    After a pass that modified the model, its structure is checked against the stage, and the outputs on the probe batch
+    against its contract: an `Exact` pass must reproduce them, or the run stops with the first value that differs; of a
+    `Lossy` pass the error is measured.
+
+    Accepts passes of ours and any ``onnx_ir`` pass (taken as exact).
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step | ir.passes.PassBase],
+        *,
+        stage: str = "float",
+        verify: bool = True,
+        observer: Observer | None = None,
+    ) -> None:
+        """Prepares a run.
+
+        Args:
+            steps: What to run. A bare pass counts as optional: it may match nothing.
+            stage: The stage that holds while they run; it becomes ``quantized`` after a lossy pass on a float model.
+            verify: Whether to compare outputs; structure is always checked.
+            observer: Told of every pass before and after.
+        """
+        self.steps = list(steps)
+        self.verify = verify
+        self._stage: Stage = STAGES[stage]
+        self._observer = observer or (lambda name, report: None)
+
+    def run(
+        self,
+        model: ir.Model,
+        *,
+        context: Context | None = None,
+        probe: Sequence[Mapping[str, np.ndarray]] | None = None,
+    ) -> tuple[Model, list[PassReport]]:
+        """Runs all steps on `model`, in place.
+
+        Args:
+            model: The model to transform.
+            context: What passes may use.
+            probe: Batches to verify on; None makes some from the signature.
+
+        Returns:
+            The model and one report per step.
+
+        Raises:
+            ContractError: If a pass broke its contract.
+            UnsupportedError: If a pass that was asked for found nothing to do.
+        """
+        model = Model.of(model)
+        context = context or Context()
+        batches = list(probe if probe is not None else probe_inputs(model, context.seed)) if self.verify else []
+        self._foreign = frozenset(n.domain for n in model.graph.all_nodes()) - {dialect.DOMAIN}
+        dialect.sync_functions(model)
+        before = _outputs(model, batches)
+        reports = []
+        for step in self.steps:
+            step = step if isinstance(step, Step) else Step(step, optional=True)  # type: ignore[arg-type]
+            model, before, report = self._run_step(step, model, context, batches, before)
+            reports.append(report)
+        return model, reports
+
+    def _run_step(
+        self, step: Step, model: Model, context: Context, batches: Sequence[Mapping[str, np.ndarray]], before: Outputs
+    ) -> tuple[Model, Outputs, PassReport]:
+        action, name = step.action, _name(step.action)
+        self._observer(name, None)
+        previous = model.clone() if batches else model
+        started = time.perf_counter()
+        result = action.call(model, context) if isinstance(action, Pass) else action(model)
+        seconds = time.perf_counter() - started
+        model = Model.of(result.model, assets=model.assets) if not isinstance(result.model, Model) else result.model
+        sites = result.sites if isinstance(result, Result) else []
+        if not step.optional and not any(s.outcome is not Outcome.SKIPPED for s in sites):
+            raise UnsupportedError(_nothing_matched(name, sites))
+        started, differences = time.perf_counter(), []
+        contract = getattr(action, "contract", Exact())
+        if result.modified:
+            dialect.sync_functions(model)
+            if isinstance(contract, Lossy) and self._stage.name == "float":
+                self._stage = STAGES["quantized"]
+            check_structure(model, self._stage, self._foreign)
+            after = _outputs(model, batches)
+            if isinstance(contract, Exact):
+                differences = _require_equal(name, contract, before, after, previous, model, batches)
+            elif isinstance(contract, Lossy):
+                differences = _worst(before, after)
+            before = after
+        report = PassReport(
+            name=name,
+            spec=str(step) if isinstance(action, Pass) else name,
+            contract=type(contract).__name__.lower(),
+            modified=result.modified,
+            seconds=seconds,
+            verify_seconds=time.perf_counter() - started,
+            sites=tuple(sites),
+            notes=tuple(result.notes) if isinstance(result, Result) else (),
+            differences=tuple(differences),
+        )
+        self._observer(name, report)
+        return model, before, report
+
+
+def _name(action: ir.passes.PassBase) -> str:
+    return action.spec_name() if isinstance(action, Pass) else type(action).__name__
+
+
+def _outputs(model: Model, batches: Sequence[Mapping[str, np.ndarray]]) -> Outputs:
+    if not batches:
+        return []
+    session = Session(model)
+    return [session.run(batch) for batch in batches]
+
+
+def _worst(before: Outputs, after: Outputs) -> list[Difference]:
+    """Per output, the batch with the lowest SQNR."""
+    found: dict[str, Difference] = {}
+    for old, new in zip(before, after, strict=True):
+        for difference in compare(old, new):
+            if difference.output not in found or difference.sqnr < found[difference.output].sqnr:
+                found[difference.output] = difference
+    return list(found.values())
+
+
+def _require_equal(
+    name: str,
+    contract: Exact,
+    before: Outputs,
+    after: Outputs,
+    previous: Model,
+    model: Model,
+    batches: Sequence[Mapping[str, np.ndarray]],
+) -> list[Difference]:
+    for batch, old, new in zip(batches, before, after, strict=True):
+        for difference in compare(old, new):
+            if not difference.max_abs <= contract.tol * difference.scale:
+                where = _first_difference(previous, model, batch, contract.tol)
+                raise ContractError(
+                    f"Pass {name} promises outputs equal to {contract.tol:g} (relative to the largest value), but output "
+                    f"{difference.output!r} differs by {difference.max_abs:.3g} (largest value {difference.scale:.3g}). "
+                    f"{where} This is a defect of the pass: exclude it, and report the model's operators around that value."
+                )
+    return _worst(before, after)
+
+
+def _first_difference(previous: Model, model: Model, batch: Mapping[str, np.ndarray], tol: float) -> str:
+    """Names the first value, in execution order, that both graphs have and that differs."""
+    shared = {v.name for n in model.graph for v in n.outputs} & {v.name for n in previous.graph for v in n.outputs}
+    old, new = (_inner_values(m, shared, batch) for m in (previous, model))
+    for difference in compare(old, new):
+        if not difference.max_abs <= tol * difference.scale:
+            producer = next(n for n in model.graph for v in n.outputs if v.name == difference.output)
+            return (
+                f"The first value that differs is {difference.output!r} (by {difference.max_abs:.3g}), made by "
+                f"{producer.domain or 'onnx'}::{producer.op_type}."
+            )
+    return "No inner value that both graphs share differs before the output."
+
+
+def _inner_values(model: Model, names: set[str | None], batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    probe = model.clone()
+    own = set(probe.graph.outputs)
+    known = [v for n in probe.graph for v in n.outputs if v.name in names and v.dtype is not None and v not in own]
+    probe.graph.outputs.extend(known)
+    results = Session(probe).run(batch)
+    return {v.name: results[v.name] for n in probe.graph for v in n.outputs if v.name in results}  # type: ignore[misc]
+
+
+def _nothing_matched(name: str, sites: Sequence[Site]) -> str:
+    reasons = "".join(f"\n  {s.name}: {s.reason}" for s in sites[:8])
+    return (
+        f"Pass {name} was asked for and found nothing that it could change, among {len(sites)} sites.{reasons}\n"
+        "Choose another recipe, or mark the pass `optional: true` in it."
+    )

@@ -9,7 +9,7 @@ TYPING := $(VENV)/typing
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PROJECT := pyproject.toml setup.py constraints.txt
 # One core per test worker: more threads than cores make every test slower.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=20
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --timeout=600 --durations=20
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast env lint typing format docs clean

@@ -1,0 +1,15 @@
+"""Turns what exporters write into the one form that every later pass reads."""
+
+from __future__ import annotations
+
+from qc.passes.base import Pass
+
+__all__ = ["canonicalize_passes"]
+
+
+def canonicalize_passes() -> list[Pass]:
+    """The passes that make a float graph canonical, in order."""
+    from qc.passes.canonicalize.fold import FoldConstants
+    from qc.passes.canonicalize.linear import RecogniseLinear
+
+    return [FoldConstants(), RecogniseLinear()]

@@ -26,7 +26,7 @@ def modules() -> Iterator[tuple[Path, str]]:
     """Yields each module of the product with its path in an installation."""
     for folder, installed in FOLDERS.items():
         for file in sorted((ROOT / folder).rglob("*.py")):
-            if not file.name.endswith("_test.py"):
+            if not file.stem.endswith(("_test", "conftest")):
                 yield file, f"{installed}/{file.relative_to(ROOT / folder).as_posix()}"
 
 

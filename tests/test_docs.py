@@ -1,0 +1,71 @@
+"""What the documentation shows must work."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"qc": "qc", "ir": "qc.ir", "passes": "qc.passes", "frontend": "qc.frontend", "backends": "qc.backends"}
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("drop_unit_scale", ROOT / "docs" / "examples" / "drop_unit_scale.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def scaled(factor: np.ndarray) -> ir.Model:
+    """``y = Relu(x * factor)``."""
+    graph = "<ir_version: 10, opset_import: ['' : 23]> g (float[3] x) => (float[3] y) { z = Mul (x, f) y = Relu (z) }"
+    model = ir.from_onnx_text(graph.replace("'", '"'))
+    value = ir.Value(name="f", const_value=ir.tensor(factor))
+    next(iter(model.graph)).replace_input_with(1, value)
+    model.graph.register_initializer(value)
+    return model
+
+
+def test_the_example_pass_drops_a_scale_of_one_and_then_finds_nothing(example: ModuleType) -> None:
+    from qc.passes.manager import PassManager
+
+    model, (report,) = PassManager([example.DropUnitScale()]).run(scaled(np.float32(1.0)))
+    assert report.modified
+    assert [node.op_type for node in model.graph] == ["Relu"]
+    assert not example.DropUnitScale()(model).modified
+
+
+@pytest.mark.parametrize(("factor", "reason"), [(np.float32(2), "is not one"), (np.ones(1, np.float32), "has axes")])
+def test_the_example_pass_says_why_it_declines(example: ModuleType, factor: np.ndarray, reason: str) -> None:
+    model = scaled(factor)
+    result = example.DropUnitScale()(model)
+    assert not result.modified
+    assert reason in result.sites[0].reason
+    assert [node.op_type for node in model.graph] == ["Mul", "Relu"]
+
+
+def with_examples() -> list[str]:
+    """Import names of the modules whose docstrings hold examples."""
+    names = []
+    for folder, package in FOLDERS.items():
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if not file.stem.endswith(("_test", "conftest")) and ">>> " in file.read_text(encoding="utf-8"):
+                parts = [p for p in file.relative_to(ROOT / folder).with_suffix("").parts if p != "__init__"]
+                names.append(".".join([package, *parts]))
+    return names
+
+
+@pytest.mark.parametrize("module", with_examples())
+def test_the_examples_in_docstrings_are_true(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(module)).failed == 0

@@ -7,6 +7,7 @@ in hand, whatever the size of the model.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import weakref
 from pathlib import Path
@@ -34,8 +35,8 @@ class Store:
             directory: Where to write; created if missing. None makes a temporary one that is removed with this object.
         """
         if directory is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="qc-store-")
-            directory = self._temporary.name
+            directory = tempfile.mkdtemp(prefix="qc-store-")
+            weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._path = self.directory / "weights.bin"

@@ -9,7 +9,9 @@ __all__ = ["canonicalize_passes"]
 
 def canonicalize_passes() -> list[Pass]:
     """The passes that make a float graph canonical, in order."""
+    from qc.passes.canonicalize.activations import RecogniseActivations
     from qc.passes.canonicalize.fold import FoldConstants
     from qc.passes.canonicalize.linear import RecogniseLinear
+    from qc.passes.canonicalize.norms import RecogniseNorms
 
-    return [FoldConstants(), RecogniseLinear()]
+    return [FoldConstants(), RecogniseLinear(), RecogniseNorms(), RecogniseActivations()]

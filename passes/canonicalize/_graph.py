@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from qc.ir.model import OPSET
+
 __all__ = [
     "Decline",
     "add_constant",
@@ -24,6 +26,7 @@ __all__ = [
     "scalar",
     "sole_consumer",
     "stored",
+    "too_old",
 ]
 
 _SMALL = 4096  # elements; a constant that steers a rewrite (an axis, an epsilon, a shape) is never larger
@@ -39,6 +42,12 @@ def main_nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
     Subgraphs (of If, Loop, Scan) and model-local functions are outside the scope of every pass of this package.
     """
     yield from (n for n in tuple(model.graph) if n.domain == "" and n.op_type in op_types)
+
+
+def too_old(model: ir.Model) -> str | None:
+    """Why a pass that writes operators of opset 23 leaves `model` alone; None where it need not."""
+    opset = model.opset_imports.get("", 1)
+    return f"the model imports opset {opset}, expected at least {OPSET}; convert it first" if opset < OPSET else None
 
 
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:

@@ -35,7 +35,8 @@ class FoldConstants(Pass):
 
     * ``f(constants)`` of small results, shapes included where they are known;
     * ``Cast`` to the same type, ``Expand`` and ``Reshape`` to the same shape, ``Slice`` of everything, ``Transpose`` in
-      order, ``Concat`` of one, ``x * 1``, ``x / 1``, ``x + 0``, ``x - 0``.
+      order, ``Concat`` of one, ``x * 1``, ``x / 1``, ``x + 0``, ``x - 0``,
+      ``x and true``.
 
     Types and shapes are inferred first where some are missing, because the later recognisers read them.
 
@@ -185,8 +186,17 @@ def _neutral(node: ir.Node) -> ir.Value | None:
     return None
 
 
+def _and(node: ir.Node) -> ir.Value | None:
+    """``x and true -> x``."""
+    for i in (0, 1):
+        e, x = constant(node.inputs[i]), node.inputs[1 - i]
+        if e is not None and e.ndim == 0 and bool(e):
+            return x
+    return None
+
+
 _NO_OPS = {
     "Cast": _cast, "Expand": _unchanged_shape, "Reshape": _unchanged_shape, "Slice": _slice, "Transpose": _transpose,
-    "Concat": _concat, "Mul": _neutral, "Div": _neutral, "Add": _neutral, "Sub": _neutral,
+    "Concat": _concat, "Mul": _neutral, "Div": _neutral, "Add": _neutral, "Sub": _neutral, "And": _and,
 }
 """One function per operator: the value that the node merely copies, or None."""

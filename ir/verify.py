@@ -18,7 +18,7 @@ class Stage:
     """What may stand in a graph at one stage of a compile.
 
     Attributes:
-        name: ``float``, ``quantized`` or ``lowered``.
+        name: ``float``, ``quantized``, ``lowering`` (between the two) or ``lowered``.
         domains: Operator domains whose nodes are legal, beside domains that the source itself brought (foreign nodes).
         decode_nodes: Whether affine decode nodes of weights are legal.
     """
@@ -31,6 +31,7 @@ class Stage:
 STAGES = {
     "float": Stage("float", frozenset({"", dialect.DOMAIN}), decode_nodes=False),
     "quantized": Stage("quantized", frozenset({"", dialect.DOMAIN}), decode_nodes=True),
+    "lowering": Stage("lowering", frozenset({"", dialect.DOMAIN, "com.microsoft"}), decode_nodes=True),
     "lowered": Stage("lowered", frozenset({"", "com.microsoft"}), decode_nodes=True),
 }
 

@@ -1,0 +1,76 @@
+"""``qc report`` and ``qc verify``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qc.backends.artifact import Artifact
+from qc.cli.output import figure, mib, print_json, print_table
+from qc.ir.errors import ContractError
+from qc.ir.model import Model
+from qc.ir.probe import probe_inputs
+from qc.report import read_report
+
+__all__ = ["report", "verify"]
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Prints the report, worst weights first, with the line to paste to exclude them."""
+    data = read_report(Path(arguments.artifact))
+    if arguments.json:
+        print_json(data)
+        return 0
+    summary, accuracy, coverage = data["summary"], data["accuracy"], data["coverage"]
+    rows = [("recipe", f"{summary['recipe']} on {summary['target']}"), ("size", mib(summary["artifact_bytes"]))]
+    print_table("Summary", ("", ""), rows + [(k, figure(v)) for k, v in accuracy.items()])
+    print_table(
+        "\nPasses",
+        ("pass", "contract", "changed", "skipped"),
+        ((p["spec"], p["contract"], p["sites"]["changed"], p["sites"]["skipped"]) for p in data["passes"]),
+        numeric=(2, 3),
+    )
+    weights = [s for s in data["sites"] if s["outcome"] == "changed" and s.get("sqnr_db") is not None]
+    weights.sort(key=lambda s: s["sqnr_db"])
+    if weights:
+        print_table(
+            "\nWeights, the worst first",
+            ("site", "format", "bits", "SQNR dB"),
+            ((s["site"], s["format"], figure(s["bits_per_weight"]), figure(s["sqnr_db"])) for s in weights[:12]),
+            numeric=(2, 3),
+        )
+        print(f"to leave the worst in float: --exclude '^{weights[0]['site']}$'")
+    left = [s for s in data["sites"] if s["outcome"] == "skipped" and s["pass"].startswith("quantize")]
+    if left:
+        print_table(
+            "\nLeft as it was, and why", ("site", "pass", "reason"), ((s["site"], s["pass"], s["reason"]) for s in left)
+        )
+    off = [n for n in coverage["nodes"] if not n["on_target"]]
+    if off:
+        print_table(
+            "\nSlow paths", ("operator", "nodes", "reason"), ((n["op"], n["count"], n["reason"]) for n in off), (1,)
+        )
+    page = Path(arguments.artifact) / "report.html"
+    print(f"\npage: {page}" if page.is_file() else "\nfor a page: pip install 'qc-compiler[report]' and compile again")
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Checks digests, loads the artifact in its runtime and runs it on random inputs."""
+    import numpy as np
+
+    artifact = Artifact.open(Path(arguments.artifact))
+    artifact.verify()
+    runner = artifact.runner()
+    graph = Model.load(artifact.directory) if (artifact.directory / "model.onnx").is_file() else None
+    outputs = {}
+    for batch in probe_inputs(graph) if graph is not None else []:
+        outputs = runner.run(batch)
+        for name, value in outputs.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise ContractError(f"Output {name!r} is not finite on a random batch. Compile the model again.")
+    if arguments.json:
+        print_json({"ok": True, "files": len(artifact.manifest.files), "outputs": sorted(outputs)})
+    else:
+        print(f"{len(artifact.manifest.files)} files as compiled; loads in its runtime; {len(outputs)} outputs finite")
+    return 0

@@ -1,0 +1,74 @@
+"""``qc compile``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qc.cli.output import figure, mib, print_json, print_table
+from qc.cli.progress import choose_progress
+from qc.compiler import CompileResult, compile
+from qc.plan import parse_bytes
+from qc.progress import Progress
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compiles and prints the final table."""
+    result = compile(
+        arguments.model,
+        arguments.output,
+        target=arguments.target,
+        recipe=arguments.recipe,
+        passes=arguments.passes,
+        calib=arguments.calib,
+        memory=parse_bytes(arguments.memory) if arguments.memory is not None else None,
+        exclude=arguments.exclude,
+        settings=arguments.settings,
+        seed=arguments.seed,
+        force=arguments.force,
+        dry_run=arguments.dry_run,
+        verify=not arguments.no_verify,
+        progress=Progress() if arguments.json else choose_progress(),
+    )
+    if arguments.json:
+        print_json(_data(result, arguments.output))
+    elif result.artifact is not None:
+        _print(result, arguments.output)
+    return 0
+
+
+def _data(result: CompileResult, output: str) -> dict[str, object]:
+    plan = result.plan
+    return {
+        "artifact": None if result.artifact is None else str(Path(output)),
+        "plan": {
+            "parameters": plan.parameters,
+            "source_bytes": plan.source_bytes,
+            "artifact_bytes": plan.artifact_bytes,
+            "memory_bytes": plan.memory_bytes,
+            "disk_bytes": plan.disk_bytes,
+            "passes": [str(s) for s in plan.steps],
+        },
+        "report": dict(result.report),
+        "seconds": dict(result.seconds),
+    }
+
+
+def _print(result: CompileResult, output: str) -> None:
+    summary, accuracy, coverage = (result.report[k] for k in ("summary", "accuracy", "coverage"))
+    left = [s for s in result.report["sites"] if s["outcome"] == "skipped" and s["pass"].startswith("quantize")]  # type: ignore[union-attr,index]
+    rows = [
+        ("artifact", output),
+        ("size", f"{mib(summary['artifact_bytes'])} (weights before: {mib(summary['source_bytes'])})"),  # type: ignore[index]
+        *((key, figure(value)) for key, value in accuracy.items()),  # type: ignore[union-attr]
+        ("kernels", f"{coverage['on_target']} nodes on target, {coverage['off_target']} on a slow path"),  # type: ignore[index]
+        (
+            "left in float",
+            f"{len(left)} sites" + (f", the first: {left[0]['site']}: {left[0]['reason']}" if left else ""),
+        ),
+        ("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())),
+    ]
+    print_table("", ("", ""), rows)
+    print(f"next: qc report {output} | qc bench {output} | qc run {output}")

@@ -1,0 +1,80 @@
+"""``qc inspect``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qc import inspection
+from qc.cli.output import figure, mib, print_json, print_table
+from qc.frontend import load
+from qc.ir.model import Model
+from qc.ir.text import to_text
+from qc.passes.canonicalize import canonicalize_passes
+from qc.passes.manager import PassManager
+
+__all__ = ["run"]
+
+_ROWS = 30
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Shows what was asked for; sizes if nothing was."""
+    model = load(arguments.model)
+    if not (Path(arguments.model) / "manifest.json").is_file():
+        model, _ = PassManager(canonicalize_passes(), verify=False).run(model)
+    if arguments.graph:
+        print(to_text(model))
+        return 0
+    wanted = [name for name in ("sizes", "blocks", "outliers") if getattr(arguments, name)] or ["sizes"]
+    data: dict[str, object] = {}
+    for name in wanted:
+        data |= getattr(inspection, name)(model)
+    if arguments.json:
+        print_json(data)
+        return 0
+    for name in wanted:
+        _PRINTERS[name](data)
+    return 0
+
+
+def _sizes(data: dict) -> None:
+    rows = data["tensors"]
+    print_table(
+        f"{mib(data['total_bytes'])} in {len(rows)} tensors" + (f", the largest {_ROWS}" if len(rows) > _ROWS else ""),
+        ("tensor", "type", "shape", "size", "share", "used by"),
+        ((r["name"], r["dtype"], r["shape"], mib(r["bytes"]), f"{r['share']:.1%}", r["used_by"]) for r in rows[:_ROWS]),
+        numeric=(3, 4),
+    )
+
+
+def _blocks(data: dict) -> None:
+    runs = ", ".join(f"{count} alike" for count in data["runs"]) or "none repeat"
+    print_table(
+        f"blocks: {runs}",
+        ("segment", "nodes", "weights", "inputs", "outputs"),
+        ((b["label"], b["nodes"], mib(b["weight_bytes"]), len(b["inputs"]), len(b["outputs"])) for b in data["blocks"]),
+        numeric=(1, 2, 3, 4),
+    )
+
+
+def _outliers(data: dict) -> None:
+    print_table(
+        "largest channel over the median channel, at the input of each matrix product (random inputs)",
+        ("site", "channels", "absmax", "ratio", "worst channels", "weight ratio"),
+        (
+            (
+                r["site"],
+                r["channels"],
+                figure(r["absmax"]),
+                figure(r["ratio"]),
+                r["worst_channels"],
+                figure(r["weight_ratio"]),
+            )
+            for r in data["sites"][:_ROWS]
+        ),
+        numeric=(1, 2, 3, 5),
+    )
+
+
+_PRINTERS = {"sizes": _sizes, "blocks": _blocks, "outliers": _outliers}

@@ -1,0 +1,150 @@
+"""Every command and option of ``qc``. Imports nothing but argparse, so that ``qc --help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+
+__all__ = ["build_parser"]
+
+_MODEL = "a Hugging Face directory, an .onnx file, a .pt2 exported program, or builtin:NAME"
+_EXIT_CODES = (
+    "exit codes: 0 done, 2 bad usage or input, 3 unsupported by the target, 4 a contract was broken, 1 our bug"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser; each command sets ``command`` to the function that runs it."""
+    parser = argparse.ArgumentParser(
+        prog="qc",
+        description="A quantizing model compiler: model in, small, fast, measured artifact out.",
+        epilog=_EXIT_CODES,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    c = _command(commands, "compile", "compile a model into an artifact directory", "compile:run")
+    c.add_argument("model", metavar="MODEL", help=_MODEL)
+    c.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="where the artifact will stand; appears complete or not at all",
+    )
+    c.add_argument("--target", default="ort-cpu", help="what it shall run on; see `qc targets` (default: %(default)s)")
+    how = c.add_mutually_exclusive_group()
+    how.add_argument("--recipe", default="w4", metavar="NAME|FILE", help="see `qc recipes` (default: %(default)s)")
+    how.add_argument(
+        "--passes", metavar="PIPELINE", help='in place of a recipe: "name{option=value},name"; see `qc passes`'
+    )
+    c.add_argument(
+        "--calib",
+        metavar="FILE",
+        help="text to measure a decoder on; default: the model's own sample, else random tokens",
+    )
+    c.add_argument("--memory", metavar="SIZE", help="refuse to start if more memory is needed, such as 8G")
+    c.add_argument(
+        "--exclude", action="append", default=[], metavar="REGEX", help="leave matching weights in float (repeatable)"
+    )
+    c.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="PASS.OPTION=VALUE",
+        help="change an option of the recipe (repeatable)",
+    )
+    c.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    c.add_argument("--force", action="store_true", help="replace an artifact that stands at DIR")
+    c.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    c.add_argument(
+        "--no-verify", action="store_true", help="do not compare outputs after each pass (structure is always checked)"
+    )
+    _json(c)
+
+    c = _command(commands, "run", "run an artifact: generate text, or map an .npz to an .npz", "run:run")
+    c.add_argument("artifact", metavar="DIR")
+    what = c.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="generate a continuation, greedily")
+    what.add_argument("--input", metavar="IN.npz", help="arrays by input name")
+    c.add_argument("--output", metavar="OUT.npz", help="where the outputs go, with --input")
+    c.add_argument("--max-tokens", type=int, default=64, metavar="N", help="with --prompt (default: %(default)s)")
+    c.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default)")
+
+    c = _command(commands, "eval", "measure accuracy against the float model", "evaluate:run")
+    c.add_argument("model", metavar="DIR|MODEL", help="an artifact, or " + _MODEL)
+    c.add_argument("--reference", metavar="MODEL", help="the float model to compare with: " + _MODEL)
+    data = c.add_mutually_exclusive_group()
+    data.add_argument(
+        "--text",
+        metavar="FILE",
+        help="text: perplexity, KL and top-1 agreement; for sentence encoders one sentence per line",
+    )
+    data.add_argument("--input", metavar="FILE.npz", help="arrays by input name: cosine, SQNR")
+    c.add_argument("--window", type=int, default=256, metavar="N", help="tokens per window (default: %(default)s)")
+    c.add_argument("--windows", type=int, default=64, metavar="N", help="number of windows (default: %(default)s)")
+    c.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default)")
+    _json(c)
+
+    c = _command(commands, "bench", "measure speed; two artifacts are alternated in one process", "bench:run")
+    c.add_argument("artifact", metavar="DIR")
+    c.add_argument("--vs", metavar="DIR2", help="compare with this artifact; ratios above 1: the first is faster")
+    c.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="threads within an operator (default: %(default)s)"
+    )
+    _json(c)
+
+    c = _command(commands, "inspect", "look into a model or an artifact", "inspect:run")
+    c.add_argument("model", metavar="MODEL|DIR", help=_MODEL + ", or an artifact")
+    c.add_argument("--sizes", action="store_true", help="where the bytes are (default)")
+    c.add_argument("--blocks", action="store_true", help="the repeated blocks, found from the graph")
+    c.add_argument("--outliers", action="store_true", help="channels of activations and weights that stand out")
+    c.add_argument("--graph", action="store_true", help="the readable text form")
+    _json(c)
+
+    for name, about in (
+        ("report", "print an artifact's report"),
+        ("verify", "check every file of an artifact against its manifest, load it and run it"),
+    ):
+        c = _command(commands, name, about, f"artifact:{name}")
+        c.add_argument("artifact", metavar="DIR")
+        _json(c)
+    for name, about in (
+        ("recipes", "list the recipes"),
+        ("passes", "list the passes and their options"),
+        ("targets", "list the targets"),
+        ("formats", "list the weight formats"),
+        ("doctor", "check this machine: versions, kernels, extras"),
+    ):
+        _json(_command(commands, name, about, f"listings:{name}"))
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import qc
+
+        print(f"qc {qc.__version__}")
+        parser.exit()
+
+
+def _command(commands: argparse._SubParsersAction, name: str, about: str, where: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", epilog=_EXIT_CODES)
+    parser.set_defaults(command=_lazy(where))
+    return parser
+
+
+def _lazy(where: str) -> Callable[[argparse.Namespace], int | None]:
+    """A function that imports ``module:function`` of this package when called."""
+    module, _, function = where.partition(":")
+
+    def call(arguments: argparse.Namespace) -> int | None:
+        return getattr(importlib.import_module(f"qc.cli.{module}"), function)(arguments)
+
+    return call
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable output; its keys are stable")

@@ -1,0 +1,46 @@
+"""``qc run``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from qc.backends.artifact import Artifact
+from qc.backends.tokenizer import Tokenizer
+from qc.ir.errors import InputError
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Streams a continuation of the prompt, or maps arrays to arrays."""
+    artifact = Artifact.open(Path(arguments.artifact))
+    if arguments.prompt is not None:
+        return _generate(artifact, arguments)
+    if arguments.output is None:
+        raise InputError("Expected --output OUT.npz together with --input.")
+    import numpy as np
+
+    source = Path(arguments.input)
+    if not source.is_file():
+        raise InputError(f"Expected an .npz file at {source}, found none.")
+    with np.load(source, allow_pickle=False) as arrays:
+        outputs = artifact.runner(threads=arguments.threads).run(dict(arrays))
+    np.savez(arguments.output, **outputs)
+    print("\n".join(f"{name}: {value.dtype} {list(value.shape)}" for name, value in outputs.items()))
+    return 0
+
+
+def _generate(artifact: Artifact, arguments: argparse.Namespace) -> int:
+    if not artifact.signature.is_decoder:
+        raise InputError(f"{arguments.artifact} is not a text decoder; use --input and --output.")
+    tokenizer = Tokenizer(artifact.directory)
+    runner = artifact.runner(threads=arguments.threads)
+    tokens = tokenizer.encode(arguments.prompt)
+    sys.stdout.write(arguments.prompt)
+    for piece in tokenizer.stream(runner.generate(tokens, arguments.max_tokens, stop=tokenizer.stop)):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0

@@ -1,0 +1,303 @@
+"""The main job: a model goes in, a measured artifact comes out, complete or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.backends.artifact import Artifact, ArtifactWriter
+from qc.backends.evaluate import ModelRunner, evaluate
+from qc.backends.manifest import Manifest, source_files
+from qc.backends.target import Coverage, Runner, backend_for
+from qc.backends.tokenizer import Tokenizer
+from qc.frontend import load
+from qc.ir.errors import ContractError, InputError
+from qc.ir.model import Model
+from qc.ir.probe import probe_inputs
+from qc.ir.store import Store
+from qc.ir.verify import STAGES, check_structure, compare
+from qc.passes.base import Context
+from qc.passes.canonicalize import canonicalize_passes
+from qc.passes.manager import PassManager, PassReport
+from qc.passes.pipeline import Step, parse_pipeline, steps_of
+from qc.plan import Plan, make_plan
+from qc.progress import Progress
+from qc.recipes import Recipe, load_recipe
+from qc.report import build_report, write_report
+
+__all__ = ["CompileResult", "compile", "lower"]
+
+_EVALUATION_FLOPS = 2e12
+"""Work that measuring an artifact may cost in float: bounds the number of windows for large models."""
+
+_WINDOW = 256
+_LOWERING_SQNR = 10.0
+"""Decibels that a lowered model must keep against the quantized one. Kernels that quantize activations at run time land
+between 25 and 45; a wrong lowering lands near 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileResult:
+    """What `compile` returns.
+
+    Attributes:
+        artifact: The directory; None after a dry run.
+        plan: What was estimated before the work.
+        reports: One per pass, in order.
+        report: The content of ``report.json``.
+        seconds: Wall time of each stage (never part of the artifact, which must not depend on the clock).
+    """
+
+    artifact: Artifact | None
+    plan: Plan
+    reports: Sequence[PassReport]
+    report: Mapping[str, object]
+    seconds: Mapping[str, float]
+
+
+def compile(
+    source: object,
+    out: str | Path,
+    *,
+    target: str = "ort-cpu",
+    recipe: str = "w4",
+    passes: str | None = None,
+    calib: str | Path | None = None,
+    memory: int | None = None,
+    exclude: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    seed: int = 0,
+    force: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Compiles a model into an artifact directory.
+
+    Args:
+        source: A Hugging Face directory, an ``.onnx`` or ``.pt2`` file, ``builtin:NAME``, or a `Model`.
+        out: The artifact's directory; must not exist or be empty, unless `force`.
+        target: Name of a target.
+        recipe: Name or file of a recipe; ignored if `passes` is given.
+        passes: A pipeline as a string, in place of a recipe.
+        calib: A text file to measure decoders on; else the model's own sample text, else random tokens.
+        memory: Bytes of anonymous memory that the compile may use.
+        exclude: Regular expressions of sites to leave in float.
+        settings: ``pass.option=value`` for passes of the recipe.
+        seed: Seed of everything random.
+        force: Replace an artifact that stands at `out`.
+        dry_run: Stop after the plan.
+        verify: Whether passes are verified numerically.
+        progress: Receives events.
+
+    Returns:
+        The artifact and everything measured on the way.
+
+    Raises:
+        InputError: If anything given is unusable. Nothing at `out` was touched.
+        UnsupportedError: If the target cannot express the result.
+        ContractError: If a pass, or the artifact, does not compute what it must.
+    """
+    progress = progress or Progress()
+    clock = _Clock(progress)
+    backend = backend_for(target)
+    chosen = _recipe(recipe, passes).with_options(settings)
+    steps = steps_of(chosen.passes)
+    out = Path(out)
+    writer = ArtifactWriter(out, force=force)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".qc-work-", dir=_work_place(out)) as work:
+            clock.start("import")
+            model = source if isinstance(source, Model) else load(source, work=Path(work) / "import")  # type: ignore[arg-type]
+            plan = make_plan(model, steps)
+            progress.plan(plan)
+            plan.check(out, memory)
+            if dry_run:
+                return CompileResult(None, plan, (), {}, clock.stop())
+            text = _evaluation_tokens(model, calib)
+            probe = probe_inputs(model, seed)
+            reference = ModelRunner(model.clone())
+            _require_finite(reference, probe)
+            context = Context(store=Store(Path(work) / "store"), seed=seed, exclude=tuple(exclude), tick=progress.tick)
+            phases = (
+                ("canonicalize", [Step(p, optional=True) for p in canonicalize_passes()], "float"),
+                ("recipe", steps, "float"),
+                ("lower", list(backend.lowering()), "lowering"),
+            )
+            reports: list[PassReport] = []
+            before_lowering: list[Mapping[str, np.ndarray]] = []
+            for phase, todo, stage in phases:
+                clock.start(phase)
+                if phase == "lower":
+                    runner = ModelRunner(model)
+                    before_lowering = [runner.run(batch) for batch in probe]
+                manager = PassManager(todo, stage=stage, verify=verify, observer=progress.pass_event)
+                model, done = manager.run(model, context=context, probe=probe)
+                reports += done
+            check_structure(model, STAGES["lowered"], _foreign_domains(reference.model))
+            with writer:
+                clock.start("write")
+                backend.emit(model, writer.directory)
+                clock.start("measure")
+                runner = backend.open(writer.directory)
+                _require_same(runner, probe, before_lowering)
+                accuracy = _measure(runner, reference, plan, text, probe)
+                report = build_report(
+                    plan=plan,
+                    reports=reports,
+                    coverage=backend.coverage(model),
+                    accuracy=accuracy,
+                    directory=writer.directory,
+                    recipe=chosen.name,
+                    target=target,
+                )
+                write_report(report, writer.directory)
+                writer.describe(
+                    Manifest.of(
+                        model,
+                        backend.target,
+                        recipe=chosen.name,
+                        steps=steps,
+                        lowering=[*phases[0][1], *phases[2][1]],
+                        seed=seed,
+                        source=source_files(_weight_files(reference.model)),
+                        accuracy=accuracy,
+                    )
+                )
+            artifact = Artifact.open(out)
+            return CompileResult(artifact, plan, reports, report, clock.stop())
+    finally:
+        progress.close()
+
+
+def lower(model: Model, target: str = "ort-cpu", *, verify: bool = True) -> tuple[Model, Coverage]:
+    """Lowers a canonical model to a target's operators, without writing anything.
+
+    Returns:
+        The lowered model and which of its nodes run on the target's own kernels.
+    """
+    backend = backend_for(target)
+    manager = PassManager(list(backend.lowering()), stage="lowering", verify=verify)
+    lowered, _ = manager.run(model)
+    return lowered, backend.coverage(lowered)
+
+
+class _Clock:
+    """Times the stages of a compile and announces them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._seconds: dict[str, float] = {}
+        self._running: tuple[str, float] | None = None
+
+    def start(self, name: str) -> None:
+        self.stop()
+        self._running = (name, time.perf_counter())
+        self._progress.stage(name)
+
+    def stop(self) -> dict[str, float]:
+        if self._running is not None:
+            name, began = self._running
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+            self._running = None
+        return dict(self._seconds)
+
+
+def _recipe(name: str, passes: str | None) -> Recipe:
+    if passes is None:
+        return load_recipe(name)
+    entries = [
+        {s.action.spec_name(): dataclasses.asdict(s.action) | {"optional": s.optional}} for s in parse_pipeline(passes)
+    ]
+    return Recipe("custom", "A pipeline given as a string", "", entries)
+
+
+def _work_place(out: Path) -> Path:
+    """The nearest existing directory above `out`: the work must lie on the same disk as the artifact."""
+    return next(p for p in out.absolute().parents if p.is_dir())
+
+
+def _weight_files(model: Model) -> list[str]:
+    """The files that the model's weights and assets lie in."""
+    tensors = (v.const_value for v in model.graph.initializers.values())
+    return sorted(
+        {t.path for t in tensors if isinstance(t, ir.ExternalTensor)} | {str(p) for p in model.assets.values()}
+    )
+
+
+def _foreign_domains(model: Model) -> frozenset[str]:
+    return frozenset(n.domain for n in model.graph.all_nodes())
+
+
+def _require_finite(reference: ModelRunner, probe: Sequence[Mapping[str, np.ndarray]]) -> None:
+    for batch in probe:
+        for name, value in reference.run(batch).items():
+            if value.dtype.kind == "f" and np.isnan(value).any():
+                raise InputError(
+                    f"The float model yields NaN in output {name!r} on a small random batch{_nan_weight(reference.model)}. "
+                    "Expected finite weights; check the checkpoint."
+                )
+
+
+def _nan_weight(model: Model) -> str:
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if (
+            tensor is not None
+            and tensor.dtype.is_floating_point()
+            and np.isnan(np.sum(tensor.numpy(), dtype=np.float64))
+        ):
+            return f": weight {name!r} holds NaN"
+    return ""
+
+
+def _require_same(
+    runner: Runner, probe: Sequence[Mapping[str, np.ndarray]], expected: Sequence[Mapping[str, np.ndarray]]
+) -> None:
+    """Compares the artifact in its own runtime with the model that was lowered."""
+    for batch, before in zip(probe, expected, strict=True):
+        after = runner.run(batch)
+        for difference in compare(before, after):
+            if not difference.sqnr >= _LOWERING_SQNR:
+                raise ContractError(
+                    f"The artifact does not compute what was lowered: output {difference.output!r} keeps "
+                    f"{difference.sqnr:.1f} dB on a random batch, expected at least {_LOWERING_SQNR:g} dB. "
+                    "This is a defect of qc or of the runtime's kernels; nothing was written."
+                )
+
+
+def _evaluation_tokens(model: Model, calib: str | Path | None) -> tuple[str, list[int]] | None:
+    """The tokens to measure a decoder on, and where they came from; None for other models."""
+    if not model.signature.is_decoder:
+        return None
+    path = Path(calib) if calib is not None else model.assets.get("sample.txt")
+    if path is None:
+        bound = int(model.provenance.get("vocab_size", 0)) or 256
+        return "random tokens", np.random.default_rng(0).integers(0, bound, 4 * _WINDOW).tolist()
+    if not path.is_file():
+        raise InputError(f"Expected a text file at {path}, found none. Check --calib.")
+    tokenizer = model.assets.get("tokenizer.json")
+    if tokenizer is None:
+        raise InputError("Expected a tokenizer.json beside the model to read --calib text with, found none.")
+    return path.name, Tokenizer(tokenizer.parent).encode(path.read_text(encoding="utf-8"))
+
+
+def _measure(
+    runner: Runner,
+    reference: ModelRunner,
+    plan: Plan,
+    text: tuple[str, list[int]] | None,
+    probe: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, object]:
+    if text is None:
+        return {"measured_on": "random inputs", **evaluate(runner, reference, inputs=probe)}
+    name, tokens = text
+    affordable = int(_EVALUATION_FLOPS / (2 * max(plan.parameters, 1) * _WINDOW))
+    windows = max(1, min(32, affordable))
+    return {"measured_on": name, **evaluate(runner, reference, text_tokens=tokens, window=_WINDOW, windows=windows)}

@@ -151,7 +151,7 @@ class Format:
         """All bits that a weight of that shape occupies as initializers: codes, scales, zero points, byte padding."""
         rows, columns = shape
         groups = rows * self.groups(columns)
-        streams = [(rows * columns, self.values.bits), (groups, self.scale.itemsize * 8)]
+        streams = [(rows * columns, self.values.bits), (groups, self.scale.bitwidth)]
         if not self.values.symmetric:
             streams.append((groups, self.values.bits))
         return sum(-(-count * width // 8) * 8 for count, width in streams)
@@ -221,6 +221,13 @@ class Weight:
     def stored_bytes(self) -> int:
         """Bytes of all its initializers."""
         return sum(_tensor(v).nbytes for v in (self.data, *self.params.values()))
+
+    def raw(self) -> np.ndarray:
+        """The stored numbers or codes as they are: a view of the file where the element type allows, never decoded.
+
+        Hold the result and convert slices of it: a tensor that is computed when read is computed by each call.
+        """
+        return self._tensor.numpy()
 
     def numpy(self) -> np.ndarray:
         """Reads and decodes the weight: a new float32 array, or a read-only view of the file if stored in float32."""

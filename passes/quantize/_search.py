@@ -1,0 +1,181 @@
+"""Range search for affine codes: which scale and zero point make a group's error least.
+
+Everything here works on a matrix of groups that fits in a core's cache, `axis` being the one along which the elements of
+a group lie. Weights are first divided by the group's range, so a candidate is a number c of code units per range, the same
+for weights of any magnitude.
+
+For a candidate with codes u (zero point taken off) and residual ``r = c x - u``, the least-squares scale
+``c' = c / (1 + sum(r u) / sum(u^2))`` leaves ``(sum(r^2) - sum(r u)^2 / sum(u^2)) / c^2``: scale and error follow from three
+sums, without a second pass over the weights and without cancellation at 8 bits. So every candidate of the search is a step
+of the alternation between nearest codes and least-squares scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from qc.ir.quant import Affine
+
+__all__ = ["Range", "Search", "search"]
+
+_STEP = {2: 0.996, 4: 0.335, 8: 0.0308}
+"""Step of the uniform quantizer of least mean square error for a normal variable of unit variance (Max 1960)."""
+
+_DEAD = 1e-35
+"""A group whose range is smaller decodes to zero: the reciprocal of its range could overflow in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How hard to look; the defaults were chosen with benchmarks/range_search.py.
+
+    Attributes:
+        coarse: Number of candidates per group, geometrically from slightly wider than its range to the range that would be
+            best were it normally distributed.
+        fine: Relative steps tried around the best coarse candidate.
+        polish: Steps of alternation between least-squares scale and nearest codes at the end.
+    """
+
+    coarse: int = 8
+    fine: tuple[float, ...] = (-0.015, 0.015)
+    polish: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The parameters that a search found, one per group: ``w ~ (q - zero) * scale``, float32."""
+
+    scale: np.ndarray
+    zero: np.ndarray
+
+
+def search(w: np.ndarray, values: Affine, axis: int, importance: np.ndarray | None, effort: Search) -> Range | None:
+    """Finds the range of each group that minimizes ``sum(importance * (w - decoded)^2)``.
+
+    Symmetric codes of 2 and 4 bits carry a signed scale: the entry of largest magnitude lies on the side with one more
+    code. Candidates reach from the rule that maps it to ``-2^(b-1)`` over the narrow rule, ``2^(b-1) - 1``, to ranges
+    where the largest entries are clipped. 8-bit scales are positive: the extra code gains nothing there and some kernels
+    want symmetric codes. Asymmetric zero points are codes; both roundings of the centred one, then its neighbours, are tried.
+
+    The absmax (min-max) range is among the candidates, so the result is never worse than that up to the rounding of the
+    scale to its storage type.
+
+    Args:
+        w: Groups, float32; padding is zero, which is exact in every format and so changes no choice.
+        values: Bits and symmetry.
+        axis: The axis of `w` along which a group lies.
+        importance: Weight of each element's squared error, shaped as `w`, or None for one.
+        effort: How hard to look.
+
+    Returns:
+        Scale and zero point per group (kept dimensions), or None if a weight is not finite.
+    """
+    low, high = w.min(axis, keepdims=True), w.max(axis, keepdims=True)
+    top = (1 << values.bits) - 1
+    if values.symmetric:
+        span = np.maximum(-low, high)
+        unit = np.where((high >= -low) & (values.bits < 8), -span, span)
+        end = half = 1 << (values.bits - 1)
+        absmax = half - 1
+    else:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        with np.errstate(over="ignore"):
+            unit = span = high - low
+        end = absmax = top
+    if not np.all(np.isfinite(span)):
+        return None
+    dead = span < _DEAD
+    unit = np.where(dead, np.float32(1), unit)
+    x = w * (1 / unit)
+    trial = _Trial(x, importance, axis, top, 1 << (values.bits - 1))
+    if not values.symmetric:
+        low, high = low / unit, high / unit
+
+    def centre(units: np.ndarray) -> np.ndarray:
+        return (top - (low + high) * units) / 2
+
+    def attempt(units: np.ndarray) -> None:
+        if values.symmetric:
+            trial.attempt(units)
+            return
+        zero = np.floor(centre(units))
+        trial.attempt(units, zero)
+        trial.attempt(units, zero + 1)
+
+    full = np.full_like(unit, absmax)
+    trial.attempt(full, None if values.symmetric else np.rint(-low * full))
+    for units in _candidates(x, values, axis, end, absmax, effort.coarse):
+        attempt(units)
+    best = trial.units.copy()
+    for step in effort.fine:
+        trial.attempt(best * np.float32(1 + step), trial.zero)
+    if not values.symmetric:
+        units, zero = trial.refit(), trial.zero.copy()
+        trial.attempt(units, zero - 1)
+        trial.attempt(units, zero + 1)
+    for _ in range(effort.polish):
+        trial.attempt(trial.refit(), trial.zero)
+    scale = unit / trial.refit()
+    return Range(np.where(dead, np.float32(1), scale), trial.zero)
+
+
+def _candidates(x: np.ndarray, values: Affine, axis: int, end: int, absmax: int, count: int) -> list[np.ndarray]:
+    """Code units per range: from a little below absmax to the normal optimum; at 8 bits clipping never pays far."""
+    power = _sum(x, x, axis) / x.shape[axis]
+    widest = 1.1 / (_STEP[values.bits] * np.sqrt(np.maximum(power, 1e-12)))
+    last = np.maximum(end + 0.4, widest)
+    first = 0.93 * absmax
+    if values.bits == 8:
+        first, last = absmax, np.minimum(last, 1.3 * end)
+    steps = np.log(last / first) / max(count - 1, 1)
+    return [(first * np.exp(steps * i)).astype(np.float32) for i in range(count)]
+
+
+class _Trial:
+    """The best candidate of each group so far."""
+
+    def __init__(self, x: np.ndarray, importance: np.ndarray | None, axis: int, top: int, zero: int) -> None:
+        self._x, self._importance, self._axis, self._top = x, importance, axis, top
+        self._u, self._r = np.empty_like(x), np.empty_like(x)
+        groups = _sum(x, x, axis)
+        self.units = np.ones_like(groups)
+        self.zero = np.full_like(groups, zero)
+        self._error = np.full_like(groups, np.inf)
+        self._slope = np.zeros_like(groups)
+
+    def attempt(self, units: np.ndarray, zero: np.ndarray | None = None) -> None:
+        """Measures a candidate in all groups and keeps it where it is better."""
+        u, r = self._u, self._r
+        zero = self.zero if zero is None else np.clip(zero, 0, self._top)
+        np.multiply(self._x, units, out=r)
+        np.rint(r, out=u)
+        np.maximum(u, -zero, out=u)
+        np.minimum(u, self._top - zero, out=u)
+        np.subtract(r, u, out=r)
+        if self._importance is None:
+            rr, ru, uu = _sum(r, r, self._axis), _sum(r, u, self._axis), _sum(u, u, self._axis)
+        else:
+            weighted = r * self._importance
+            rr, ru = _sum(weighted, r, self._axis), _sum(weighted, u, self._axis)
+            uu = _sum(np.multiply(u, self._importance, out=weighted), u, self._axis)
+        slope = ru / np.maximum(uu, 1e-30)
+        error = (rr - slope * ru) / (units * units)
+        better = error < self._error
+        for held, found in (
+            (self._error, error),
+            (self._slope, slope),
+            (self.units, units),
+            (self.zero, zero),
+        ):
+            np.copyto(held, found, where=better)
+
+    def refit(self) -> np.ndarray:
+        """Units of the least-squares scale for the codes of the best candidate."""
+        return self.units / np.maximum(1 + self._slope, 1e-3)
+
+
+def _sum(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+    total = np.einsum("gm,gm->m", a, b) if axis == 0 else np.einsum("mg,mg->m", a, b)
+    return np.expand_dims(total, axis)

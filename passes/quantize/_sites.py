@@ -1,0 +1,140 @@
+"""Finds every place where a network reads a large constant, and says what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from qc.ir import dialect
+from qc.ir.quant import Weight, read_weight
+from qc.passes.base import site_name
+
+__all__ = ["LARGE", "Kind", "Use", "weight_uses"]
+
+LARGE = 4096
+"""Elements from which on a constant counts as a weight: smaller ones are scalars, axes, biases and norm weights, together
+less than a thousandth of a network, and a quantized table of that size would save less than its decode node costs."""
+
+_REASONS = {
+    "Conv": "convolution weights are not quantized yet",
+    "ConvTranspose": "convolution weights are not quantized yet",
+    "RotaryEmbedding": "tables of cosines and sines are not weights",
+    "LSTM": "recurrent weights are not quantized yet",
+    "GRU": "recurrent weights are not quantized yet",
+    "RNN": "recurrent weights are not quantized yet",
+}
+
+
+class Kind(enum.Enum):
+    """What a consumer does with its weight."""
+
+    LINEAR = "linear"
+    HEAD = "head"
+    EMBEDDING = "embedding"
+    OTHER = "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A node that reads a weight.
+
+    Attributes:
+        node: The consumer.
+        slot: Which of its inputs.
+        kind: What it is.
+        weight: The constant; None if the operand of a Linear is computed.
+        reason: Why it cannot be quantized; empty if it can.
+    """
+
+    node: ir.Node
+    slot: int
+    kind: Kind
+    weight: Weight | None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The module path of the consumer if known, else the weight's name."""
+        recorded = self.node.metadata_props.get("qc.scope")
+        return recorded or (self.weight.name if self.weight is not None else "") or site_name(self.node)
+
+
+def weight_uses(model: ir.Model) -> list[Use]:
+    """Lists the readers of weights in graph order: every Linear, and every node with a constant of at least `LARGE` elements.
+
+    Nodes in subgraphs are listed with a reason; bodies of model-local functions hold no weights.
+    """
+    heads = _heads(model)
+    uses = []
+    for node in model.graph.all_nodes():
+        for use in _uses(node, heads):
+            if node.graph is not model.graph and not use.reason:
+                use = dataclasses.replace(use, reason="lies in a subgraph (If, Loop or Scan)")
+            uses.append(use)
+    return uses
+
+
+def _uses(node: ir.Node, heads: set[ir.Node]) -> Iterator[Use]:
+    if dialect.is_op(node, "Linear"):
+        weight = read_weight(node.inputs[1])
+        reason = "" if weight is not None else "its weight is computed, or stored in a form that no format describes"
+        yield Use(node, 1, Kind.HEAD if node in heads else Kind.LINEAR, weight, reason)
+        return
+    if node.op_type in ("Cast", "DequantizeLinear") and read_weight(node.outputs[0]) is not None:
+        return  # a decode node: its consumer is the site
+    for slot, value in enumerate(node.inputs):
+        weight = read_weight(value)
+        if weight is None or _size(weight) < LARGE:
+            continue
+        if node.op_type == "Gather" and node.domain == "" and slot == 0:
+            yield Use(node, slot, Kind.EMBEDDING, weight, _gather_reason(node, weight))
+        else:
+            yield Use(node, slot, Kind.OTHER, weight, _other_reason(node, weight))
+
+
+def _gather_reason(node: ir.Node, weight: Weight) -> str:
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    if len(weight.shape) != 2 or axis != 0:
+        return f"looks up axis {axis} of a table of rank {len(weight.shape)}; only rows of a matrix are quantized"
+    if not weight.dtype.is_floating_point() and weight.format is None:
+        return f"its table holds {weight.dtype.name} numbers"
+    return ""
+
+
+def _other_reason(node: ir.Node, weight: Weight) -> str:
+    if node.op_type in ("MatMul", "Gemm"):
+        if len(weight.shape) > 2:
+            return "batched (expert) weights are not quantized yet"
+        return f"a product that is not in canonical form ({node.op_type}); canonicalize the model first"
+    if node.op_type == "DequantizeLinear":
+        return "already quantized, in a form that no format describes"
+    return _REASONS.get(node.op_type, f"{node.op_type} is neither a product with a weight nor an embedding look-up")
+
+
+def _heads(model: ir.Model) -> set[ir.Node]:
+    """The Linears from which an output of role logits is reached without another product in between."""
+    products = {"MatMul", "Gemm", "Conv", "Attention", "Gather"}
+    pending = [v for v in model.graph.outputs if v.metadata_props.get("qc.role") == "logits"]
+    seen: set[ir.Value] = set()
+    heads = set()
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if value in seen or node is None:
+            continue
+        seen.add(value)
+        if dialect.is_op(node, "Linear"):
+            heads.add(node)
+        elif node.op_type not in products:
+            pending.extend(v for v in node.inputs if v is not None)
+    return heads
+
+
+def _size(weight: Weight) -> int:
+    size = 1
+    for dim in weight.shape:
+        size *= dim
+    return size

@@ -1,0 +1,204 @@
+"""Stores weights in a few bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qc.ir.errors import InputError
+from qc.ir.quant import Format, emit, named_formats, read_weight, require_opset
+from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result, Site
+from qc.passes.quantize._sites import Kind, Use, weight_uses
+from qc.passes.quantize.assign import assign, sqnr_db
+
+__all__ = ["QuantizeWeights"]
+
+_SHORTEST_GROUP = 16
+"""The shortest group that blocked kernels take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Quantizes the weights of linear layers and embeddings by range search, without data.
+
+    Each weight ``w`` of shape ``[N, K]`` becomes codes, scales and perhaps zero points behind a decode node such that
+    ``sum((w - decoded)^2)`` of every group is small (see `qc.passes.quantize.assign`). A weight that several consumers read
+    in the same format, such as a tied embedding and head, is quantized and stored once.
+
+    Every node that reads a large constant is a site; the ones that stay float say why. Scope: the main graph.
+
+    Attributes:
+        format: Values of the codes: int2, int4, int8 (symmetric), uint2, uint4, uint8 (asymmetric).
+        group: Elements along K that share a scale; 0 for one scale per output channel.
+        scale: Storage of the scales: f32 or f16.
+        embedding: Format of embedding tables: same, float, or a full spelling such as uint4:g32.
+        head: Format of the output projection, the Linear right before the logits: same, float, or a full spelling.
+        exclude: Regular expressions of sites or weights to leave as they are.
+    """
+
+    contract: ClassVar[Contract] = Lossy()
+
+    format: str = "int4"
+    group: int = 32
+    scale: str = "f32"
+    embedding: str = "same"
+    head: str = "same"
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.format not in named_formats():
+            raise InputError(
+                f"Expected a format among {', '.join(named_formats())}; found {self.format!r}. "
+                "Group and scale type are options of their own."
+            )
+        if self.group < 0:
+            raise InputError(f"Expected a group of at least 1, or 0 for per channel; found {self.group}.")
+        if self.scale not in ("f32", "f16"):
+            raise InputError(f"Expected scales in f32 or f16, found {self.scale!r}.")
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"Expected a regular expression to exclude, found {pattern!r}: {error}.") from error
+        self._formats()
+
+    def _formats(self) -> Mapping[Kind, Format | None]:
+        """The wanted format of each kind of site, None for float."""
+        group = f":g{self.group}" if self.group else ""
+        body = Format.parse(f"{self.format}{group}:{self.scale}")
+
+        def choice(text: str) -> Format | None:
+            if text == "same":
+                return body
+            return None if text == "float" else Format.parse(text)
+
+        return {Kind.LINEAR: body, Kind.HEAD: choice(self.head), Kind.EMBEDDING: choice(self.embedding)}
+
+    def call(self, model: ir.Model, context: Context | None = None) -> Result:
+        context = context or Context()
+        work, sites = _Work(model, context), []
+        uses = weight_uses(model)
+        for done, use in enumerate(uses):
+            context.progress(done, len(uses), use.name)
+            sites.append(self._site(use, work))
+        work.drop_unused()
+        return Result.of(model, sites)
+
+    def _site(self, use: Use, work: _Work) -> Site:
+        facts = work.size(use)
+        if use.reason or use.weight is None:
+            return Site(use.name, Outcome.SKIPPED, use.reason, facts)
+        context = dataclasses.replace(work.context, exclude=(*work.context.exclude, *self.exclude))
+        pattern = context.excluded(use.name, use.weight.name)
+        if pattern is not None:
+            return Site(use.name, Outcome.SKIPPED, f"excluded by {pattern!r}", facts)
+        wanted = self._formats()[use.kind]
+        if wanted is None:
+            return Site(use.name, Outcome.SKIPPED, f"the recipe keeps the {use.kind.value} in float", facts)
+        columns = use.weight.shape[1]
+        format = fitted(wanted, columns)
+        if use.weight.format is not None:
+            facts["format"] = str(use.weight.format)
+            if use.weight.format == format:
+                return Site(use.name, Outcome.MATCHED, "already in this format", facts)
+            return Site(use.name, Outcome.SKIPPED, f"already quantized to {use.weight.format}", facts)
+        if columns < _SHORTEST_GROUP:
+            return Site(use.name, Outcome.SKIPPED, f"its rows of {columns} are shorter than any kernel's group", facts)
+        if use.weight.value.dtype not in (None, ir.DataType.FLOAT):
+            return Site(use.name, Outcome.SKIPPED, f"it computes in {use.weight.value.dtype.name}, not in FLOAT", facts)
+        if format != wanted:
+            facts["group"] = f"{format.group} instead of {wanted.group}: rows of {columns} would be padded"
+        return Site(use.name, Outcome.CHANGED, "", facts | work.quantize(use, format))
+
+
+def fitted(format: Format, columns: int) -> Format:
+    """The format with its group halved as long as that makes rows of `columns` smaller in kernels that pad to whole groups."""
+    if format.group is None:
+        return format
+    extra = format.scale.bitwidth + (0 if format.values.symmetric else format.values.bits)
+
+    def padded_bits(group: int) -> int:
+        return -(-columns // group) * (group * format.values.bits + extra)
+
+    groups = [format.group]
+    while groups[-1] % 2 == 0 and groups[-1] // 2 >= _SHORTEST_GROUP:
+        groups.append(groups[-1] // 2)
+    return dataclasses.replace(format, group=min(groups, key=padded_bits))
+
+
+class _Work:
+    """Quantizes weights in a graph, each once per format."""
+
+    def __init__(self, model: ir.Model, context: Context) -> None:
+        self.context = context
+        self._model = model
+        self._done: dict[tuple[ir.Value, Format], tuple[str, ir.Value, dict[str, object]]] = {}
+        self._seen: set[ir.Value] = set()
+        self._replaced: list[ir.Value] = []
+
+    def size(self, use: Use) -> dict[str, object]:
+        """Elements and bytes of a weight, before and after if it stays as it is; zero where an earlier site counts it.
+
+        So the sums over all sites are the sizes of all weights before and after the pass.
+        """
+        if use.weight is None:
+            return {}
+        seen = use.weight.data in self._seen
+        self._seen.add(use.weight.data)
+        size = 0 if seen else use.weight.stored_bytes
+        return {"elements": 0 if seen else math.prod(use.weight.shape), "bytes_before": size, "bytes_after": size}
+
+    def quantize(self, use: Use, format: Format) -> dict[str, object]:
+        """Makes the consumer read the quantized weight; returns facts for the report."""
+        assert use.weight is not None
+        key = (use.weight.data, format)
+        if key in self._done:
+            first, decoded, facts = self._done[key]
+            self._rewire(use, decoded)
+            return facts | {"shared_with": first, "bytes_after": 0}
+        numbers = use.weight.raw()
+        tensor = assign(numbers, format, name=use.weight.name, threads=self.context.threads)
+        sqnr = sqnr_db(numbers, tensor, threads=self.context.threads)
+        graph, name = self._model.graph, use.weight.name
+        if any(data is use.weight.data for data, _ in self._done):
+            name = f"{name}.{format}"
+        node = emit(tensor, ir.Value(name=name), self.context.store)
+        for value in node.inputs:
+            graph.register_initializer(value)
+        node.metadata_props.update(use.node.metadata_props)
+        graph.insert_before(use.node, node)
+        require_opset(self._model, format)
+        facts: dict[str, object] = {
+            "format": str(format),
+            "bits_per_weight": tensor.bits_per_weight,
+            "sqnr_db": round(sqnr, 3) if math.isfinite(sqnr) else None,
+            "bytes_after": tensor.stored_bits // 8,
+        }
+        self._done[key] = (use.name, node.outputs[0], facts)
+        self._rewire(use, node.outputs[0])
+        return facts
+
+    def _rewire(self, use: Use, decoded: ir.Value) -> None:
+        assert use.weight is not None
+        self._replaced.append(use.weight.value)
+        use.node.replace_input_with(use.slot, decoded)
+
+    def drop_unused(self) -> None:
+        """Removes float weights, and the nodes that decoded them, that nothing reads any more."""
+        for value in self._replaced:
+            node = value.producer()
+            if value.uses() or value.is_graph_output() or (node is not None and node.graph is None):
+                continue
+            data = value
+            if node is not None:
+                weight = read_weight(value)
+                assert weight is not None
+                data = weight.data
+                node.graph.remove(node, safe=True)
+            if not data.uses() and not data.is_graph_output():
+                self._model.graph.initializers.pop(data.name, None)

@@ -61,6 +61,7 @@ def _scan(call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
         state = results[: len(state)]
         rows.append(results[len(state) :])
     columns = [list(column) for column in zip(*rows, strict=True)]
-    into, reverse = call.attr("scan_output_axes", [0] * len(columns)), call.attr("scan_output_directions", [0] * len(columns))
+    zeros = [0] * len(columns)
+    into, reverse = call.attr("scan_output_axes", zeros), call.attr("scan_output_directions", zeros)
     stacked = [torch.stack(c[::-1] if r else c, a) for c, a, r in zip(columns, into, reverse, strict=True)]
     return (*state, *stacked)

@@ -68,12 +68,11 @@ def _mod(call: Call, a: Tensor, b: Tensor) -> Tensor:
     return torch.fmod(a, b) if call.attr("fmod", 0) else torch.remainder(a, b)
 
 
-@op("Pow")
+@op("Pow", host=(1,))
 def _pow(call: Call, base: Tensor, exponent: Tensor) -> Tensor:
-    if exponent.numel() == 1 and exponent.dim() <= base.dim():
-        # A scalar exponent keeps the gradient of x**2 at negative x finite.
-        return torch.pow(base, exponent.item()).to(base.dtype) if not exponent.requires_grad else torch.pow(base, exponent)
-    return torch.pow(base, exponent).to(base.dtype)
+    if exponent.dim() == 0 and not exponent.requires_grad:
+        return torch.pow(base, exponent.item()).to(base.dtype)  # torch has exact products for small powers
+    return torch.pow(base, exponent.to(base.device)).to(base.dtype)
 
 
 @op("BitShift")

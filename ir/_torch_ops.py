@@ -24,8 +24,10 @@ from qc.ir.errors import InternalError, UnsupportedError
 
 __all__ = ["Call", "Context", "Op", "integer_range", "load", "lookup", "op", "place", "supported", "to_torch"]
 
-_MODULES = ("_torch_elementwise", "_torch_reduce", "_torch_shape", "_torch_nn", "_torch_attention", "_torch_quant",
-            "_torch_control")
+_MODULES = (
+    "_torch_elementwise", "_torch_reduce", "_torch_shape", "_torch_nn", "_torch_attention", "_torch_quant",
+    "_torch_control",
+)  # fmt: skip
 
 _D = ir.DataType
 _STORAGE = {
@@ -40,12 +42,13 @@ _STORAGE = {
 }  # fmt: skip
 _COMPUTE = frozenset({_D.FLOAT, _D.DOUBLE, _D.FLOAT16, _D.BFLOAT16})
 _RANGES = {
-    _D.UINT2: (0, 3), _D.INT2: (-2, 1), _D.UINT4: (0, 15), _D.INT4: (-8, 7), _D.UINT8: (0, 255), _D.INT8: (-128, 127),
-    _D.UINT16: (0, 65535), _D.INT16: (-32768, 32767), _D.INT32: (-(2**31), 2**31 - 1),
+    _D.UINT2: (0, 3), _D.INT2: (-2, 1), _D.UINT4: (0, 15), _D.INT4: (-8, 7),
+    _D.UINT8: (0, 255), _D.INT8: (-128, 127), _D.UINT16: (0, 65535), _D.INT16: (-32768, 32767),
+    _D.INT32: (-(2**31), 2**31 - 1),
 }  # fmt: skip
 
 _HOST_ELEMENTS = 16
-"""Integer vectors up to this length stay in host memory: they are shapes, axes and bounds, which torch needs as ints."""
+"""Integer vectors up to this length stay in host memory: they are shapes, axes and bounds, which torch wants as ints."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,9 @@ class Context:
         if dtype in _COMPUTE and self.dtype is not None:
             return self.dtype
         if dtype not in _STORAGE:
-            raise UnsupportedError(f"The torch executor cannot hold values of type {dtype}. Run this model with ONNX Runtime.")
+            raise UnsupportedError(
+                f"The torch executor cannot hold values of type {dtype}. Run this model with ONNX Runtime."
+            )
         return _STORAGE[dtype]
 
 
@@ -182,10 +187,9 @@ def integer_range(dtype: ir.DataType) -> tuple[int, int] | None:
 
 
 def place(value: torch.Tensor, context: Context) -> torch.Tensor:
-    """Moves `value` to the device, unless it is a short integer vector, which shape arithmetic reads on the host."""
-    if value.device == context.device:
-        return value
-    if not value.is_floating_point() and value.dim() <= 1 and value.numel() <= _HOST_ELEMENTS:
+    """Moves `value` to the device, unless it is a scalar or a short integer vector, which is read on the host."""
+    short = not value.is_floating_point() and value.dim() <= 1 and value.numel() <= _HOST_ELEMENTS
+    if short or value.dim() == 0 or value.device == context.device:
         return value
     return value.to(context.device)
 
@@ -223,6 +227,7 @@ _UNPACKED = {
     _D.INT4: np.int8, _D.UINT4: np.uint8, _D.INT2: np.int8, _D.UINT2: np.uint8,
     _D.FLOAT4E2M1: np.float32, _D.FLOAT6E2M3: np.float32, _D.FLOAT6E3M2: np.float32,
 }  # fmt: skip
-_BIT_VIEWS = {_D.BFLOAT16: np.uint16} | {
-    d: np.uint8 for d in (_D.FLOAT8E4M3FN, _D.FLOAT8E4M3FNUZ, _D.FLOAT8E5M2, _D.FLOAT8E5M2FNUZ, _D.FLOAT8E8M0)
-}
+_BIT_VIEWS = {
+    _D.BFLOAT16: np.uint16, _D.FLOAT8E4M3FN: np.uint8, _D.FLOAT8E4M3FNUZ: np.uint8, _D.FLOAT8E5M2: np.uint8,
+    _D.FLOAT8E5M2FNUZ: np.uint8, _D.FLOAT8E8M0: np.uint8,
+}  # fmt: skip

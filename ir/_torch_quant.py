@@ -149,7 +149,7 @@ def _matmul_nbits(
     ``packed`` is ``[N, blocks, block_size * bits / 8]``; zero points are packed along the blocks, or floats.
     """
     if groups is not None:
-        raise UnsupportedError(f"MatMulNBits node {call.node.name!r} has g_idx, which is deprecated. Reorder K instead.")
+        raise UnsupportedError(f"MatMulNBits node {call.node.name!r} has g_idx (deprecated). Reorder K instead.")
     bits, rows, depth = call.attr("bits", 4), call.attr("N"), call.attr("K")
     if bits not in (2, 4, 8):
         raise UnsupportedError(f"MatMulNBits node {call.node.name!r} has {bits} bits; expected 2, 4 or 8.")

@@ -55,7 +55,7 @@ _REDUCE: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "ReduceL2": _norm,
     "ReduceSumSquare": lambda x, dims, keep: _sum(x * x, dims, keep),
     "ReduceLogSum": lambda x, dims, keep: torch.log(_sum(x, dims, keep)),
-    "ReduceLogSumExp": lambda x, dims, keep: torch.logsumexp(x, dims, keep),
+    "ReduceLogSumExp": torch.logsumexp,
 }
 
 

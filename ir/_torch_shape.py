@@ -35,7 +35,8 @@ def _constant_of_shape(call: Call, shape: Tensor) -> Tensor:
 def _eye_like(call: Call, x: Tensor) -> Tensor:
     to = call.attr("dtype")
     dtype = x.dtype if to is None else call.context.torch_dtype(ir.DataType(to))
-    return torch.diag_embed(torch.ones(max(x.shape), device=x.device), call.attr("k", 0))[: x.shape[0], : x.shape[1]].to(dtype)
+    diagonal = torch.diag_embed(torch.ones(max(x.shape), device=x.device), call.attr("k", 0))
+    return diagonal[: x.shape[0], : x.shape[1]].to(dtype)
 
 
 @op("Range", host=(0, 1, 2))
@@ -262,7 +263,8 @@ def _tensor_scatter(call: Call, cache: Tensor, update: Tensor, write: Tensor | N
     """Writes `update` into the sequence axis of each batch entry of `cache`, from position ``write[batch]`` on."""
     axis = call.attr("axis", -2) % cache.dim()
     length, count = cache.shape[axis], update.shape[axis]
-    start = torch.zeros(cache.shape[0], dtype=torch.int64, device=cache.device) if write is None else write.to(torch.int64)
+    none = torch.zeros(cache.shape[0], dtype=torch.int64, device=cache.device)
+    start = none if write is None else write.to(torch.int64)
     position = start.unsqueeze(1) + torch.arange(count, device=cache.device)
     if call.attr("mode", "linear") == "circular":
         position = position % length

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from qc.ir.errors import InputError, UnsupportedError
+from qc.ir.errors import InputError, InternalError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -115,10 +115,10 @@ class Executor:
         Args:
             model: A model, or a graph that uses no model-local function without an operator of ours.
             inputs: Values to be given; the graph's inputs if None.
-            outputs: Values to compute, or their names; the graph's outputs if None. Any value of the graph can be asked for.
+            outputs: Values to compute, or their names; the graph's outputs if None. Any value of the graph will do.
             device: Where to compute. Shapes are computed on the CPU always.
-            dtype: A floating type to compute in, in place of float16, bfloat16, float32 and float64 alike: casts between
-                those do nothing then, so float64 shows what a graph means without its rounding.
+            dtype: A floating type to compute in, in place of float16, bfloat16, float32 and float64 alike: casts
+                between those do nothing then, so float64 shows what a graph means without its rounding.
             straight_through: Whether quantizing passes gradients as if it did not round. Quantized activations are then
                 floats that hold integers.
             parameters: Initial `parameters`.
@@ -176,7 +176,9 @@ class Executor:
         return {str(v.name): tensor for v, tensor in zip(plan.outputs, self._run(plan, env), strict=True)}
 
     def read(self, value: ir.Value) -> torch.Tensor:
-        """The tensor of an initializer as the steps see it: in the type and, unless it is a short shape vector, on the device of the run.
+        """The tensor of an initializer as the steps see it: in the type and on the device of the run.
+
+        A scalar or a short integer vector, such as a shape, stays on the host.
 
         Raises:
             InputError: If `value` is not an initializer.
@@ -196,7 +198,7 @@ class Executor:
         return found
 
     def _given(self, value: ir.Value, array: Any) -> torch.Tensor:
-        tensor = _table().to_torch(array, self._context).to(self._context.device)
+        tensor = self._held(array)
         if value.dtype is None:
             return tensor
         wanted = self._context.torch_dtype(value.dtype)
@@ -206,6 +208,9 @@ class Executor:
             raise InputError(f"Input {value.name!r} expects {value.dtype}, found {tensor.dtype}. Convert it first.")
         return tensor.to(wanted)
 
+    def _held(self, array: Any) -> torch.Tensor:
+        return _table().to_torch(array, self._context).to(self._context.device)
+
     def _ready(self) -> _Plan:
         """The plan for the values that `parameters` replaces now."""
         replaced = frozenset(self.parameters)
@@ -214,7 +219,9 @@ class Executor:
             needed = [v for v in self._plan.captures if v.const_value is None]
             if needed:
                 names = sorted(str(v.name) for v in needed)
-                raise InputError(f"The outputs depend on values {names}, which are not among the inputs. Add them to the inputs.")
+                raise InputError(
+                    f"The outputs depend on values {names}, which are not among the inputs. Add them to the inputs."
+                )
             self._planned_for = replaced
         return self._plan
 
@@ -269,13 +276,15 @@ class Executor:
         op = table.lookup(domain, node.op_type, opset)
         if op is not None:
             graphs = {n: a.as_graph() for n, a in attributes.items() if a.type == ir.AttributeType.GRAPH}
-            bodies = {n: self._make_plan(g, tuple(g.inputs), tuple(g.outputs), opsets, scope) for n, g in graphs.items()}
+            bodies = {
+                n: self._make_plan(g, tuple(g.inputs), tuple(g.outputs), opsets, scope) for n, g in graphs.items()
+            }
             return _Step(call, op, None, bodies)
         function = self._functions.get((node.domain, node.op_type, node.overload))
         if function is None:
             raise UnsupportedError(
-                f"The torch executor does not know the operator {node.op_type} of domain {domain or 'ai.onnx'!r} at opset {opset} "
-                f"(node {node.name!r}), and the model has no function body for it. "
+                f"The torch executor does not know the operator {node.op_type} of domain {domain or 'ai.onnx'!r} at "
+                f"opset {opset} (node {node.name!r}), and the model has no function body for it. "
                 "qc.ir.execute.supported_ops() lists what it knows; run this part of the model with ONNX Runtime."
             )
         bound = {n: a for n, a in function.attributes.items() if a.value is not None} | attributes
@@ -297,7 +306,7 @@ class Executor:
     def _fetch(self, value: ir.Value, env: dict[ir.Value, torch.Tensor]) -> torch.Tensor:
         if value not in env:
             replaced = self.parameters.get(value)
-            env[value] = self.read(value) if replaced is None else _table().to_torch(replaced, self._context).to(self._context.device)
+            env[value] = self.read(value) if replaced is None else self._held(replaced)
         return env[value]
 
     def _apply(
@@ -307,6 +316,8 @@ class Executor:
 
         if step.function is not None:
             return self._enter(step.function, inputs, {})
+        if step.op is None:
+            raise InternalError(f"node {step.call.node.name!r} was planned with nothing to run it")
         call = step.call
         if step.bodies:
             call = dataclasses.replace(call, body=functools.partial(self._run_body, step, env))

@@ -21,7 +21,7 @@ LIST = Path(__file__).parent / "data" / "torch_executor_node_tests.txt"
 
 HEADER = f"""\
 # ONNX operator tests (onnx.backend.test, kind "node") that the torch executor passes, sorted.
-# Written by `python -m tests.test_node_conformance` with onnx {onnx.__version__}; cases unknown to the installed onnx are not run.
+# Written by `python -m tests.test_node_conformance` with onnx {onnx.__version__}; what another onnx lacks is not run.
 """
 
 
@@ -97,7 +97,8 @@ def test_exactly_the_listed_operator_tests_pass():
     unlisted = sorted(n for n, problem in found.items() if problem is None and n not in expected)
     assert not broken, "Listed cases that fail:\n" + "\n".join(f"  {n}: {problem}" for n, problem in broken.items())
     assert not unlisted, (
-        f"These cases pass but are not listed: {unlisted}. Run `python -m tests.test_node_conformance` to write the list anew."
+        f"These cases pass but are not listed: {unlisted}. "
+        "Run `python -m tests.test_node_conformance` to write the list anew."
     )
 
 

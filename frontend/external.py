@@ -1,0 +1,85 @@
+"""External data of a loaded graph: where the bytes are, checked before anything reads them.
+
+A location comes from a file that somebody else wrote, so it may only name a file inside the directory of the model.
+Model directories of download caches are links into a blob store; therefore the *name* must stay inside the
+directory, and for files that we did not place ourselves the link's target must stay inside the model's logical or
+real directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qc.frontend.cleanup import all_graphs
+from qc.ir.errors import InputError
+
+__all__ = ["check_external", "external_tensors", "rebase"]
+
+
+def external_tensors(model: ir.Model) -> Iterator[tuple[ir.ExternalTensor, Callable[[ir.ExternalTensor], None]]]:
+    """Yields every external tensor, of initializers and of ``Constant`` nodes, with a function that replaces it."""
+    for graph in all_graphs(model):
+        if isinstance(graph, ir.Graph):
+            for value in graph.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    yield value.const_value, lambda t, value=value: setattr(value, "const_value", t)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    yield (
+                        attribute.value,
+                        lambda t, node=node, name=name: node.attributes.add(ir.AttrTensor(name, t)),
+                    )
+
+
+def rebase(model: ir.Model, place: Callable[[str], Path]) -> None:
+    """Points every external tensor at the real file that `place` gives for its location."""
+    for tensor, replace in external_tensors(model):
+        file = place(str(tensor.location)).resolve()
+        replace(
+            ir.ExternalTensor(
+                file.name, tensor.offset, tensor.length, tensor.dtype,
+                shape=tensor.shape, name=tensor.name or "", base_dir=file.parent,
+            )  # fmt: skip
+        )
+
+
+def check_external(model: ir.Model, directory: Path) -> None:
+    """Checks that all external data exist inside `directory` and are as long as they must be.
+
+    Raises:
+        InputError: If a file is missing, lies outside, or is too short.
+    """
+    sizes: dict[str, int] = {}
+    for tensor, _ in external_tensors(model):
+        location = str(tensor.location)
+        if location not in sizes:
+            sizes[location] = _size(directory, location)
+        begin = tensor.offset or 0
+        length = tensor.nbytes if tensor.length is None else tensor.length
+        if begin < 0 or length < tensor.nbytes or begin + length > sizes[location]:
+            raise InputError(
+                f"{directory / location} is too short: {tensor.name!r} needs bytes {begin:,}..{begin + tensor.nbytes:,}, "
+                f"the file has {sizes[location]:,}. It may be truncated; copy it again."
+            )
+
+
+def _size(directory: Path, location: str) -> int:
+    path = Path(location)
+    if path.is_absolute() or ".." in path.parts or not location:
+        raise InputError(
+            f"The model in {directory} places weights at {location!r}, outside its own directory, which is not "
+            "allowed. Move the weights beside the model and save it again."
+        )
+    file = directory / path
+    if not file.is_file():
+        raise InputError(f"Expected the weights file {file}, found no such file. Copy it beside the model.")
+    if not file.resolve().is_relative_to(directory.resolve()):
+        raise InputError(
+            f"{file} is a link to {file.resolve()}, outside the directory of the model, which is not allowed. "
+            "Copy the file itself beside the model."
+        )
+    return file.stat().st_size

@@ -1,0 +1,76 @@
+"""Binding: the initializers of a traced graph become views of the checkpoint's own bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from qc.frontend.cleanup import SCOPE
+from qc.frontend.safetensors_file import Entry
+from qc.ir.errors import InputError
+
+__all__ = ["bind"]
+
+_CASTABLE = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.FLOAT})
+
+
+def bind(graph: ir.Graph, entries: Mapping[str, Entry]) -> None:
+    """Binds initializers to checkpoint entries, in place and without reading a byte of weight.
+
+    An entry of the graph's own type becomes the initializer's data. One of another floating type becomes an
+    initializer of *that* type followed by a ``Cast``, in front of all uses. Initializers that share one entry
+    (tied weights) become one.
+
+    Args:
+        graph: Its initializers are named as in `entries`; those without an entry are left alone.
+        entries: Checkpoint entry of each initializer, by the initializer's name.
+
+    Raises:
+        InputError: If an entry's shape, or its type beyond a float cast, is not what the graph needs.
+    """
+    first: dict[tuple[str, str], ir.Value] = {}
+    casts: list[ir.Node] = []
+    for name, value in list(graph.initializers.items()):
+        entry = entries.get(name)
+        if entry is None:
+            continue
+        _check(name, value, entry)
+        place = (str(entry.file), entry.key)
+        if place in first:
+            value.replace_all_uses_with(first[place])
+            del graph.initializers[name]
+            continue
+        if entry.dtype == value.dtype:
+            value.const_value = entry.tensor(name)
+            first[place] = value
+            continue
+        stored = ir.Value(
+            name=name, shape=ir.Shape(entry.shape), type=ir.TensorType(entry.dtype), const_value=entry.tensor(name)
+        )
+        cast = ir.Node(
+            "", "Cast", [stored], [ir.AttrInt64("to", int(ir.DataType.FLOAT))],
+            name=f"{name}.cast", metadata_props={SCOPE: name.rpartition(".")[0]},
+        )  # fmt: skip
+        output = cast.outputs[0]
+        output.name, output.shape, output.type = f"{name}.float", ir.Shape(entry.shape), ir.TensorType(ir.DataType.FLOAT)
+        value.replace_all_uses_with(output)
+        graph.initializers[name] = stored
+        first[place] = output
+        casts.append(cast)
+    if casts and len(graph):
+        graph.insert_before(graph[0], casts)
+
+
+def _check(name: str, value: ir.Value, entry: Entry) -> None:
+    shape = None if value.shape is None else tuple(value.shape.numpy())
+    if shape != entry.shape:
+        raise InputError(
+            f"{entry.file}: weight {entry.key!r} has shape {list(entry.shape)}, the configuration asks for "
+            f"{list(shape or ())} ({name}). Check that config.json belongs to these weights."
+        )
+    if entry.dtype != value.dtype and not (value.dtype == ir.DataType.FLOAT and entry.dtype in _CASTABLE):
+        raise InputError(
+            f"{entry.file}: weight {entry.key!r} has type {entry.dtype}, expected {value.dtype} or a float type. "
+            "Pre-quantized checkpoints are not read; give the float model."
+        )

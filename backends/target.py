@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
 from qc.ir.errors import InputError
 from qc.ir.model import Model, Signature
 from qc.passes.pipeline import Step
@@ -48,16 +49,22 @@ class Coverage:
 
 
 class Runner(Protocol):
-    """An emitted artifact, loaded in its own runtime."""
+    """An emitted artifact, loaded in its own runtime.
+
+    Attributes:
+        signature: Its inputs and outputs with their roles.
+        provenance: Facts about its source, as `Model.provenance`.
+    """
 
     signature: Signature
+    provenance: Mapping[str, str]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs once. Inputs that the artifact does not have are ignored; a missing one is an `InputError`."""
         ...
 
     def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        """Yields greedily chosen tokens after `tokens` until one is in `stop`; only for decoders."""
+        """Yields greedily chosen tokens after `tokens` until one is in `stop`, which is not yielded."""
         ...
 
 
@@ -78,12 +85,13 @@ class Backend(Protocol):
         """Writes the runtime's files of a lowered model into an empty directory. Deterministic to the byte."""
         ...
 
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open(self, directory: Path, *, threads: int = 0, spinning: bool = True) -> Runner:
         """Loads an emitted directory in the target's own runtime.
 
         Args:
             directory: The artifact.
             threads: Threads within an operator; 0 for one per core.
+            spinning: Whether idle threads may wait actively; off where two artifacts are compared in one process.
         """
         ...
 

@@ -1,0 +1,141 @@
+"""Runs an emitted directory in ONNX Runtime; decoders generate with a cache that is never copied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qc.backends.decoding import cache_ports, context_limit, greedy, pick, plan
+from qc.backends.inputs import cache_shape, check_inputs, text_inputs
+from qc.backends.ort.emit import MODEL
+from qc.backends.ort.genai import shares_buffer
+from qc.ir.errors import InputError
+from qc.ir.model import Model
+
+__all__ = ["OrtRunner", "open_runner"]
+
+
+def open_runner(directory: Path, *, threads: int = 0, spinning: bool = True) -> OrtRunner:
+    """Loads an emitted directory.
+
+    Args:
+        directory: Holds ``model.onnx``.
+        threads: Threads within an operator; 0 for one per core.
+        spinning: Whether idle threads wait actively: faster alone, unfair to whatever runs beside it.
+
+    Raises:
+        InputError: If the runtime cannot load the file.
+    """
+    return OrtRunner(Path(directory), threads=threads, spinning=spinning)
+
+
+class OrtRunner:
+    """A loaded model.
+
+    Attributes:
+        signature: Its inputs and outputs with their roles.
+        provenance: Facts about its source.
+        threads: Threads within an operator; 0 for one per core.
+    """
+
+    def __init__(self, directory: Path, *, threads: int, spinning: bool) -> None:
+        import onnxruntime as ort
+
+        model = Model.load(directory)
+        self.signature = model.signature
+        self.provenance = model.provenance
+        self.threads = threads
+        self._directory = directory
+        self._shared = shares_buffer(model)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        try:
+            self._session = ort.InferenceSession(str(directory / MODEL), options, ["CPUExecutionProvider"])
+        except Exception as error:
+            raise InputError(
+                f"ONNX Runtime {ort.__version__} cannot load {directory / MODEL}: {error}. If the file is as it was "
+                "compiled (`qc verify`), this runtime may be too old for it."
+            ) from error
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs once. Inputs that the model does not have are ignored.
+
+        Raises:
+            InputError: If an input is missing, or of a type or shape that the model does not take.
+        """
+        checked = check_inputs(self.signature, inputs)
+        names = [p.name for p in self.signature.outputs]
+        try:
+            return dict(zip(names, self._session.run(names, checked), strict=True))
+        except Exception as error:
+            shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in checked.items())
+            raise InputError(f"ONNX Runtime cannot run the model on {shapes}: {error}. Check the shapes.") from error
+
+    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
+        """Yields greedily chosen tokens after `tokens`, until `max_tokens` or one of `stop`, which is not yielded.
+
+        Raises:
+            InputError: If the model does not generate text, or the prompt does not fit it.
+        """
+        limit = context_limit(self.provenance)
+        if not cache_ports(self.signature):
+            start = _start_token(self._directory)
+            return greedy(self.run, self.signature, tokens, max_tokens, stop, limit=limit, start=start)
+        return self._cached(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop))
+
+    def _cached(self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int]) -> Iterator[int]:
+        """Past and present are bound as buffers of the runtime.
+
+        Attention that writes into its past (shared) gets one buffer per layer, long enough for the whole text, as both;
+        attention that appends gets each step's present back as the next step's past.
+        """
+        import onnxruntime as ort
+
+        pairs = cache_ports(self.signature)
+        logits = self.signature.output("logits")
+        assert logits is not None
+        room = len(tokens) + max_tokens if self._shared else 0
+        caches = [
+            ort.OrtValue.ortvalue_from_numpy(np.zeros(cache_shape(past, 1, room), past.dtype.numpy()))
+            for past, _ in pairs
+        ]
+        binding = self._session.io_binding()
+        binding.bind_output(logits.name, "cpu")
+        for (past, present), cache in zip(pairs, caches, strict=True):
+            binding.bind_ortvalue_input(past.name, cache)
+            if self._shared:
+                binding.bind_ortvalue_output(present.name, cache)
+            else:
+                binding.bind_output(present.name, "cpu")
+        bound = {past.name for past, _ in pairs}
+        new, done = [int(t) for t in tokens], 0
+        for _ in range(max_tokens):
+            inputs = text_inputs(self.signature, np.array([new]), past=done)
+            for name, array in inputs.items():
+                if name not in bound:
+                    binding.bind_cpu_input(name, array)
+            self._session.run_with_iobinding(binding)
+            results = binding.get_outputs()
+            token = pick(results[0].numpy())
+            if token in stop:
+                return
+            yield token
+            done += len(new)
+            new = [token]
+            binding.bind_output(logits.name, "cpu")  # unbinds the last result: the next one has another length
+            if not self._shared:
+                for (past, present), cache in zip(pairs, results[1:], strict=True):
+                    binding.bind_ortvalue_input(past.name, cache)
+                    binding.bind_output(present.name, "cpu")
+
+
+def _start_token(directory: Path) -> int | None:
+    """The first token of a decoder beside an encoder, from the model's configuration."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return next((config[k] for k in ("decoder_start_token_id", "pad_token_id") if isinstance(config.get(k), int)), None)

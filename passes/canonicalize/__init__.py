@@ -10,8 +10,18 @@ __all__ = ["canonicalize_passes"]
 def canonicalize_passes() -> list[Pass]:
     """The passes that make a float graph canonical, in order."""
     from qc.passes.canonicalize.activations import RecogniseActivations
+    from qc.passes.canonicalize.attention import RecogniseAttention
     from qc.passes.canonicalize.fold import FoldConstants
     from qc.passes.canonicalize.linear import RecogniseLinear
     from qc.passes.canonicalize.norms import RecogniseNorms
+    from qc.passes.canonicalize.rotary import RecogniseRotary
 
-    return [FoldConstants(), RecogniseLinear(), RecogniseNorms(), RecogniseActivations()]
+    return [
+        FoldConstants(),
+        RecogniseLinear(),
+        RecogniseNorms(),
+        RecogniseActivations(),
+        RecogniseRotary(),
+        RecogniseAttention(),
+        FoldConstants(),  # what the recognisers put around their operators can be shared
+    ]

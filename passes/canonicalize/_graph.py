@@ -125,7 +125,7 @@ def add_constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Va
 
 
 def copy_props(source: ir.Node, targets: Iterable[ir.Node]) -> None:
-    """Gives new nodes the metadata (module path, ...) of the node that they stand for, where they have none."""
+    """Gives new nodes the metadata (module path, ...) of the node they stand for, where they have none."""
     for node in targets:
         node.metadata_props.update({k: v for k, v in source.metadata_props.items() if k not in node.metadata_props})
 

@@ -13,6 +13,7 @@ from qc.passes.canonicalize._graph import (
     constant,
     drop_unused,
     integers,
+    made_by,
     main_nodes,
     same_dim,
     scalar,
@@ -35,7 +36,7 @@ class FoldConstants(Pass):
 
     * ``f(constants)`` of small results, shapes included where they are known;
     * ``Cast`` to the same type, ``Expand`` and ``Reshape`` to the same shape, ``Slice`` of everything, ``Transpose`` in
-      order, ``Concat`` of one, ``x * 1``, ``x / 1``, ``x + 0``, ``x - 0``,
+      order or of its inverse, ``Concat`` of one, ``x * 1``, ``x / 1``, ``x + 0``, ``x - 0``,
       ``x and true``.
 
     Types and shapes are inferred first where some are missing, because the later recognisers read them.
@@ -166,8 +167,14 @@ def _slice(node: ir.Node) -> ir.Value | None:
 
 
 def _transpose(node: ir.Node) -> ir.Value | None:
-    perm = attribute(node, "perm")
-    return node.inputs[0] if perm is not None and list(perm) == list(range(len(perm))) else None
+    perm, inner = attribute(node, "perm"), made_by(node.inputs[0], "Transpose")
+    if perm is None:
+        return None
+    if list(perm) == list(range(len(perm))):
+        return node.inputs[0]
+    first = attribute(inner, "perm") if inner is not None else None
+    undone = first is not None and [first[i] for i in perm] == list(range(len(perm)))
+    return inner.inputs[0] if undone else None
 
 
 def _concat(node: ir.Node) -> ir.Value | None:

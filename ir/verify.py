@@ -112,17 +112,11 @@ def _difference(name: str, reference: np.ndarray, found: np.ndarray) -> Differen
         return Difference(name, 0.0 if equal else float("inf"), 1.0, float("inf") if equal else float("-inf"))
     a, b = reference.astype(np.float64), found.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))  # infinities and NaN count as equal where both have them
-    finite = np.isfinite(a)
-    if not np.all(same | (finite & np.isfinite(b))):
+    if not np.all(same | (np.isfinite(a) & np.isfinite(b))):
         return Difference(name, float("inf"), 1.0, float("-inf"))
-    scale = max(1.0, float(np.max(np.abs(a[finite]), initial=0.0)))
-    gap = float(np.max(np.abs(a - b)[~same], initial=0.0))
-    return Difference(
-        name,
-        gap,
-        scale,
-        sqnr(np.where(same, 0, a) if not finite.all() else a, np.where(same, 0, b) if not finite.all() else b),
-    )
+    scale = max(1.0, float(np.max(np.abs(a), where=np.isfinite(a), initial=0.0)))
+    a, b = (np.where(np.isfinite(side), side, 0.0) for side in (a, b))
+    return Difference(name, float(np.max(np.abs(a - b))), scale, sqnr(a, b))
 
 
 def _without_weights(model: ir.Model):

@@ -1,0 +1,157 @@
+"""The manager holds every pass to its contract."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx_ir.passes import common
+
+from qc.ir import dialect
+from qc.ir.errors import ContractError, UnsupportedError
+from qc.ir.model import Model
+from qc.passes.base import Contract, Lossy, Outcome, Pass, Result, Site, Structural
+from qc.passes.manager import PassManager
+from qc.passes.pipeline import Step
+
+
+def _constant(name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(array.astype(np.float32), name=name)
+    return ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def _model() -> Model:
+    """Two products with a swish between them."""
+    rng = np.random.default_rng(0)
+    x = ir.val("x", ir.DataType.FLOAT, ["batch", 8])
+    w, v = _constant("w", rng.standard_normal((8, 8))), _constant("v", rng.standard_normal((4, 8)))
+    first = dialect.linear(x, w, name="first")
+    act = dialect.swish(first.outputs[0], name="act")
+    last = dialect.linear(act.outputs[0], v, name="last")
+    for node, name in ((first, "a"), (act, "b"), (last, "y")):
+        node.outputs[0].name = name
+    graph = ir.Graph(
+        [x], [last.outputs[0]], nodes=[first, act, last], initializers=[w, v], opset_imports={"": 23}, name="g"
+    )
+    return Model.of(ir.Model(graph, ir_version=10))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleWeight(Pass):
+    """Multiplies the first product's weight."""
+
+    factor: float = 1.0
+
+    def call(self, model, context=None):
+        node = next(n for n in model.graph if n.name == "first")
+        weight = node.inputs[1]
+        weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(self.factor), name="w")
+        return Result.of(model, [Site("first", Outcome.CHANGED)])
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleWeightLossily(ScaleWeight):
+    """The same, admitting it."""
+
+    contract: ClassVar[Contract] = Lossy()
+
+
+@dataclasses.dataclass(frozen=True)
+class FindNothing(Pass):
+    """Skips everything."""
+
+    def call(self, model, context=None):
+        return Result.of(model, [Site("first", Outcome.SKIPPED, "it is not round")])
+
+
+@dataclasses.dataclass(frozen=True)
+class RenameOutput(Pass):
+    """Changes the outputs, so that nothing is comparable."""
+
+    contract: ClassVar[Contract] = Structural()
+
+    def call(self, model, context=None):
+        model.graph.outputs[0].name = "z"
+        return Result.of(model, [Site("y", Outcome.CHANGED)])
+
+
+def test_an_exact_pass_that_is_exact_goes_through():
+    _, (report,) = PassManager([ScaleWeight()]).run(_model())
+    assert report.contract == "exact"
+    assert report.modified
+    assert [d.max_abs for d in report.differences] == [0.0]
+
+
+def test_an_exact_pass_that_is_not_stops_with_its_name_and_the_first_value_that_differs():
+    with pytest.raises(ContractError, match=r"scale-weight .*'a'.*qc::Linear"):
+        PassManager([ScaleWeight(factor=1.5)]).run(_model())
+
+
+def test_a_lossy_pass_has_its_error_measured():
+    _, (report,) = PassManager([ScaleWeightLossily(factor=1.1)]).run(_model())
+    (difference,) = report.differences
+    assert difference.output == "y"
+    assert 5 < difference.sqnr < 40
+
+
+def test_an_exact_pass_is_compared_with_what_the_lossy_one_left():
+    _, reports = PassManager([ScaleWeightLossily(factor=1.1), ScaleWeight()]).run(_model())
+    assert reports[1].differences[0].max_abs == 0.0
+
+
+def test_a_pass_that_was_asked_for_and_finds_nothing_is_an_error_with_its_reasons():
+    with pytest.raises(UnsupportedError, match="it is not round"):
+        PassManager([Step(FindNothing())]).run(_model())
+
+
+def test_an_optional_pass_may_find_nothing():
+    _, (report,) = PassManager([Step(FindNothing(), optional=True)]).run(_model())
+    assert not report.modified
+    assert report.count(Outcome.SKIPPED) == 1
+
+
+def test_a_structural_pass_is_not_compared():
+    model, (report,) = PassManager([RenameOutput()]).run(_model())
+    assert report.differences == ()
+    assert model.signature.outputs[0].name == "z"
+
+
+def test_a_pass_that_leaves_an_illegal_node_is_refused_by_the_stage():
+    @dataclasses.dataclass(frozen=True)
+    class Foreign(Pass):
+        """Inserts an operator of an unknown domain."""
+
+        def call(self, model, context=None):
+            node = ir.node("Mystery", [model.graph.inputs[0]], domain="elsewhere", name="mystery")
+            model.graph.insert_before(model.graph[0], node)
+            return Result.of(model, [Site("mystery", Outcome.CHANGED)])
+
+    with pytest.raises(ContractError, match="elsewhere::Mystery"):
+        PassManager([Foreign()]).run(_model())
+
+
+def test_without_verification_nothing_is_run():
+    _, (report,) = PassManager([ScaleWeight(factor=1.5)], verify=False).run(_model())
+    assert report.differences == ()
+
+
+def test_passes_of_onnx_ir_run_in_our_manager_and_ours_in_theirs():
+    model, reports = PassManager([common.RemoveUnusedNodesPass(), ScaleWeight()]).run(_model())
+    assert [r.name for r in reports] == ["RemoveUnusedNodesPass", "scale-weight"]
+    assert ir.passes.Sequential(ScaleWeight(), common.RemoveUnusedNodesPass())(model).modified
+
+
+def test_observers_hear_of_each_pass_before_and_after():
+    heard = []
+    PassManager([ScaleWeight()], observer=lambda name, report: heard.append((name, report is not None))).run(_model())
+    assert heard == [("scale-weight", False), ("scale-weight", True)]
+
+
+def test_a_pass_keeps_the_roles_of_inputs_and_outputs():
+    model = _model()
+    model.graph.inputs[0].metadata_props["qc.role"] = "hidden"
+    model, _ = PassManager([ScaleWeight()]).run(model)
+    assert model.signature.inputs[0].role == "hidden"

@@ -21,6 +21,7 @@ import re
 
 import numpy as np
 import onnx_ir as ir
+
 from qc.ir.errors import InputError
 from qc.ir.store import Store
 
@@ -104,7 +105,8 @@ class Format:
     def parse(cls, text: str) -> Format:
         """Reads the spelling that `str` writes: ``int4``, ``uint4:g32``, ``int8:g128:f16``.
 
-        ``int`` is symmetric, ``uint`` asymmetric; ``gN`` the group, absent for per channel; ``f16`` half-precision scales.
+        ``int`` is symmetric, ``uint`` asymmetric; ``gN`` the group, absent for per channel; ``f16`` half-precision
+        scales.
 
         Raises:
             InputError: If `text` is not such a spelling.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
 from qc.ir.errors import InputError
 
 __all__ = ["SMALL", "Store"]

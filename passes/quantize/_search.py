@@ -1,13 +1,13 @@
 """Range search for affine codes: which scale and zero point make a group's error least.
 
-Everything here works on a matrix of groups that fits in a core's cache, `axis` being the one along which the elements of
-a group lie. Weights are first divided by the group's range, so a candidate is a number c of code units per range, the same
-for weights of any magnitude.
+Everything here works on a matrix of groups that fits in a core's cache, `axis` being the one along which the elements
+of a group lie. Weights are first divided by the group's range, so a candidate is a number c of code units per range, the
+same for weights of any magnitude.
 
 For a candidate with codes u (zero point taken off) and residual ``r = c x - u``, the least-squares scale
-``c' = c / (1 + sum(r u) / sum(u^2))`` leaves ``(sum(r^2) - sum(r u)^2 / sum(u^2)) / c^2``: scale and error follow from three
-sums, without a second pass over the weights and without cancellation at 8 bits. So every candidate of the search is a step
-of the alternation between nearest codes and least-squares scale.
+``c' = c / (1 + sum(r u) / sum(u^2))`` leaves ``(sum(r^2) - sum(r u)^2 / sum(u^2)) / c^2``: scale and error follow from
+three sums, without a second pass over the weights and without cancellation at 8 bits. So every candidate of the search
+is a step of the alternation between nearest codes and least-squares scale.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Search:
     """How hard to look; the defaults were chosen with benchmarks/range_search.py.
 
     Attributes:
-        coarse: Number of candidates per group, geometrically from slightly wider than its range to the range that would be
-            best were it normally distributed.
+        coarse: Number of candidates per group, geometrically from slightly wider than its range to the range that would
+            be best were it normally distributed.
         fine: Relative steps tried around the best coarse candidate.
         polish: Steps of alternation between least-squares scale and nearest codes at the end.
     """
@@ -55,9 +55,9 @@ def search(w: np.ndarray, values: Affine, axis: int, importance: np.ndarray | No
     """Finds the range of each group that minimizes ``sum(importance * (w - decoded)^2)``.
 
     Symmetric codes of 2 and 4 bits carry a signed scale: the entry of largest magnitude lies on the side with one more
-    code. Candidates reach from the rule that maps it to ``-2^(b-1)`` over the narrow rule, ``2^(b-1) - 1``, to ranges
-    where the largest entries are clipped. 8-bit scales are positive: the extra code gains nothing there and some kernels
-    want symmetric codes. Asymmetric zero points are codes; both roundings of the centred one, then its neighbours, are tried.
+    code. Candidates reach from the narrow rule, which maps it to ``-(2^(b-1) - 1)``, over the full rule, ``-2^(b-1)``,
+    to ranges in which the largest entries are clipped. 8-bit scales are positive: the extra code gains nothing there.
+    Asymmetric zero points are codes; both roundings of the centred one, then the neighbours of the best, are tried.
 
     The absmax (min-max) range is among the candidates, so the result is never worse than that up to the rounding of the
     scale to its storage type.

@@ -15,8 +15,8 @@ from qc.passes.base import site_name
 __all__ = ["LARGE", "Kind", "Use", "weight_uses"]
 
 LARGE = 4096
-"""Elements from which on a constant counts as a weight: smaller ones are scalars, axes, biases and norm weights, together
-less than a thousandth of a network, and a quantized table of that size would save less than its decode node costs."""
+"""Elements from which on a constant counts as a weight: smaller ones are scalars, axes, biases and norm weights,
+together less than a thousandth of a network, and a table that small would save less than its decode node costs."""
 
 _REASONS = {
     "Conv": "convolution weights are not quantized yet",
@@ -63,17 +63,17 @@ class Use:
 
 
 def weight_uses(model: ir.Model) -> list[Use]:
-    """Lists the readers of weights in graph order: every Linear, and every node with a constant of at least `LARGE` elements.
+    """Lists the readers of weights in graph order: every Linear, every node with a constant of `LARGE` elements or more.
 
     Nodes in subgraphs are listed with a reason; bodies of model-local functions hold no weights.
     """
     heads = _heads(model)
     uses = []
     for node in model.graph.all_nodes():
-        for use in _uses(node, heads):
-            if node.graph is not model.graph and not use.reason:
-                use = dataclasses.replace(use, reason="lies in a subgraph (If, Loop or Scan)")
-            uses.append(use)
+        found = _uses(node, heads)
+        if node.graph is not model.graph:
+            found = (dataclasses.replace(u, reason=u.reason or "lies in a subgraph (If, Loop or Scan)") for u in found)
+        uses.extend(found)
     return uses
 
 

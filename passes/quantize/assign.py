@@ -17,8 +17,8 @@ _CHUNK = 1 << 16
 """Elements that a thread works on at a time: its three float32 copies (768 KiB) stay in a core's cache."""
 
 _LONGEST_TRANSPOSED = 256
-"""Groups up to this length are laid out one per column, so that each operation runs over many groups at once; longer ones
-are worth a run of their own, and are not moved."""
+"""Groups up to this length are laid out one per column, so that each operation runs over many groups at once; longer
+ones are worth a run of their own, and are not moved."""
 
 
 def assign(
@@ -33,8 +33,8 @@ def assign(
     """Quantizes a weight by range search: the least squared error of each group over its scale and zero point.
 
     Scales are rounded to their storage type first, codes are the nearest to ``w / scale`` (ties to even) after that.
-    A group of zeros gets scale 1 and codes that decode to zero; the last group of a row may be shorter. Temporary memory is a few
-    MiB per thread. The result does not depend on the number of threads.
+    A group of zeros gets scale 1 and codes that decode to zero; the last group of a row may be shorter. Temporary memory
+    is a few MiB per thread. The result does not depend on the number of threads.
 
     Args:
         weight: ``[N, K]`` of any float type; converted a few rows at a time, so it may be a map of a file.
@@ -117,8 +117,8 @@ def _assign_rows(
     found = search(w, format.values, axis, importance, effort)
     if found is None:
         raise InputError(
-            f"Weight {name!r} has NaN, infinite or overflowing numbers in rows {part.start} to {part.start + len(codes) - 1}. "
-            "Repair the model, or exclude this weight."
+            f"Expected finite numbers in weight {name!r}, found NaN, infinity or a range that overflows float32 in rows "
+            f"{part.start} to {part.start + len(codes) - 1}. Repair the model, or exclude this weight."
         )
     scale = _stored(found.scale, format.scale, name)
     unit = scale.astype(np.float32)
@@ -154,10 +154,11 @@ def _importance(metric: np.ndarray, rows: int, groups: int, width: int, axis: in
 def _stored(scale: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
     """Rounds scales to their storage type, never to zero."""
     kind = np.finfo(dtype.numpy())
-    if np.abs(scale).max() > kind.max:
+    largest = float(np.abs(scale).max())
+    if largest > kind.max:
         raise InputError(
-            f"A scale of {name!r} is {np.abs(scale).max():.3g}, above {kind.max:.3g}, the largest that {dtype.name} holds. "
-            "Store its scales in f32."
+            f"Expected scales of {name!r} up to {kind.max:.3g}, the largest number that {dtype.name} holds; "
+            f"found {largest:.3g}. Store its scales in f32."
         )
     tiny = kind.smallest_subnormal
     return np.copysign(np.maximum(np.abs(scale), tiny), scale).astype(dtype.numpy())

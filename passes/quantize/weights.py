@@ -27,8 +27,8 @@ class QuantizeWeights(Pass):
     """Quantizes the weights of linear layers and embeddings by range search, without data.
 
     Each weight ``w`` of shape ``[N, K]`` becomes codes, scales and perhaps zero points behind a decode node such that
-    ``sum((w - decoded)^2)`` of every group is small (see `qc.passes.quantize.assign`). A weight that several consumers read
-    in the same format, such as a tied embedding and head, is quantized and stored once.
+    ``sum((w - decoded)^2)`` of every group is small (see `qc.passes.quantize.assign`). A weight that several consumers
+    read in the same format, such as a tied embedding and head, is quantized and stored once.
 
     Every node that reads a large constant is a site; the ones that stay float say why. Scope: the main graph.
 
@@ -80,7 +80,7 @@ class QuantizeWeights(Pass):
         return {Kind.LINEAR: body, Kind.HEAD: choice(self.head), Kind.EMBEDDING: choice(self.embedding)}
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
-        context = context or Context()
+        context = Context() if context is None else context
         work, sites = _Work(model, context), []
         uses = weight_uses(model)
         for done, use in enumerate(uses):
@@ -117,7 +117,7 @@ class QuantizeWeights(Pass):
 
 
 def fitted(format: Format, columns: int) -> Format:
-    """The format with its group halved as long as that makes rows of `columns` smaller in kernels that pad to whole groups."""
+    """The format with its group halved while that makes rows smaller in kernels that pad rows to whole groups."""
     if format.group is None:
         return format
     extra = format.scale.bitwidth + (0 if format.values.symmetric else format.values.bits)
@@ -199,6 +199,6 @@ class _Work:
                 weight = read_weight(value)
                 assert weight is not None
                 data = weight.data
-                node.graph.remove(node, safe=True)
-            if not data.uses() and not data.is_graph_output():
+                self._model.graph.remove(node, safe=True)
+            if not data.uses() and not data.is_graph_output() and data.name is not None:
                 self._model.graph.initializers.pop(data.name, None)

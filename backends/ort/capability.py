@@ -1,0 +1,219 @@
+"""What ONNX Runtime runs on a CPU, and what it runs well.
+
+Two sources. The *registry* of the installed runtime says which operators have a kernel for which types; it is asked on
+first use. The registry knows no attribute values, so *limits* on them are a table here, one reason each, and
+tests/test_ort_capability.py proves every row against the installed runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+
+from qc.ir import dialect
+from qc.ir.errors import UnsupportedError
+from qc.passes.base import site_name
+
+__all__ = [
+    "LIMITS",
+    "MATMUL_BLOCKS",
+    "Limit",
+    "facts_of",
+    "has_kernel",
+    "limit_of",
+    "matmul_limit",
+    "require_kernels",
+]
+
+MATMUL_BLOCKS = (16, 32, 64, 128, 256)
+"""Block sizes that ``MatMulNBits`` and ``GatherBlockQuantized`` accept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """Attribute values with which an operator has no kernel, or a slow one.
+
+    Attributes:
+        op: ``domain::op_type``.
+        facts: Attribute values (and presence or type of optional inputs) for which the limit holds, all at once.
+        runs: True if the runtime accepts such a node and is merely slow.
+        reason: Why, and what to choose instead.
+    """
+
+    op: str
+    facts: Mapping[str, frozenset]
+    runs: bool
+    reason: str
+
+
+_MATMUL = "com.microsoft::MatMulNBits"
+
+LIMITS: tuple[Limit, ...] = (
+    Limit(
+        _MATMUL,
+        {"bits": frozenset({1, 3, 5, 6, 7})},
+        runs=False,
+        reason="the CPU kernel has 2, 4 and 8 bits only; choose one of these",
+    ),
+    Limit(
+        _MATMUL,
+        {"bits": frozenset({2, 8}), "accuracy_level": frozenset({0, 1, 2, 3})},
+        runs=True,
+        reason="with float activations 2 and 8 bits are decoded whole on each call, 10 to 25 times slower than a float "
+        "weight; choose accuracy level 4, or 4 bits",
+    ),
+    Limit(
+        _MATMUL,
+        {"bits": frozenset({2}), "block_size": frozenset({16, 256})},
+        runs=True,
+        reason="the 2-bit kernel has blocks of 32, 64 and 128; for others the whole weight is decoded on each call, 10 "
+        "times slower than a float weight; choose group 32, 64 or 128",
+    ),
+    Limit(
+        _MATMUL,
+        {"zero_points": frozenset({"float"})},
+        runs=True,
+        reason="float zero points switch the int8 kernels off; choose integer zero points",
+    ),
+    Limit(
+        _MATMUL,
+        {"g_idx": frozenset({True})},
+        runs=True,
+        reason="a group index switches the int8 kernels off; permute the channels in front instead",
+    ),
+    Limit(
+        "com.microsoft::MatMulBnb4",
+        {},
+        runs=True,
+        reason="4-bit float tables are decoded whole on each call, 5 times slower than a float weight; choose int4",
+    ),
+)
+"""Measured with version 1.31.1; benchmarks/ort_kernels.py has the times."""
+
+
+def limit_of(op: str, facts: Mapping[str, object]) -> Limit | None:
+    """The first limit that a node of `op` with these facts runs into, or None."""
+    for limit in LIMITS:
+        if limit.op == op and all(facts.get(key) in values for key, values in limit.facts.items()):
+            return limit
+    return None
+
+
+def matmul_limit(bits: int, block: int, accuracy_level: int) -> Limit | None:
+    """The limit on a ``MatMulNBits`` with integer or no zero points, or None if it is fast."""
+    return limit_of(_MATMUL, {"bits": bits, "block_size": block, "accuracy_level": accuracy_level})
+
+
+def facts_of(node: ir.Node) -> dict[str, object]:
+    """What `Limit.facts` refers to: the integer attributes of a node and its optional inputs."""
+    facts: dict[str, object] = {
+        name: a.as_int() for name, a in node.attributes.items() if a.type == ir.AttributeType.INT
+    }
+    if node.op_type == "MatMulNBits":
+        facts.setdefault("bits", 4)
+        facts.setdefault("accuracy_level", 0)
+        zero_points, g_idx = (*node.inputs[3:5], None, None)[:2]
+        if zero_points is not None:
+            floating = zero_points.dtype is not None and zero_points.dtype.is_floating_point()
+            facts["zero_points"] = "float" if floating else "integer"
+        facts["g_idx"] = g_idx is not None
+    return facts
+
+
+def has_kernel(node: ir.Node, opset: int) -> bool:
+    """Whether the installed runtime executes `node`: by a CPU kernel for its types, or by its function body."""
+    candidates = _registry().get((node.domain, node.op_type), ())
+    versioned = [types for low, high, types in candidates if low <= opset <= high]
+    if not versioned:
+        return (node.domain, node.op_type) in _functions(opset if node.domain == "" else 0)
+    schema = _type_variables().get((node.domain, node.op_type), ())
+    return any(_accepts(node, types, schema) for types in versioned)
+
+
+def require_kernels(model: ir.Model, nodes: Iterable[ir.Node]) -> None:
+    """Checks that the runtime can execute `nodes`.
+
+    Raises:
+        UnsupportedError: Listing each operator without a kernel and the nodes that use it.
+    """
+    own = {(key[0], key[1]) for key in model.functions}
+    imports = model.graph.opset_imports
+    missing: dict[str, list[str]] = {}
+    for node in nodes:
+        if (node.domain, node.op_type) in own or node.domain == dialect.DOMAIN:
+            continue
+        if not has_kernel(node, imports.get(node.domain, 1)):
+            types = ", ".join(str(v.dtype.name) for v in node.inputs if v is not None and v.dtype is not None)
+            missing.setdefault(f"{node.domain or 'ai.onnx'}::{node.op_type}({types})", []).append(site_name(node))
+    if missing:
+        lines = "".join(
+            f"\n  {op}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for op, names in missing.items()
+        )
+        raise UnsupportedError(
+            f"ONNX Runtime {_version()} has no CPU kernel for {len(missing)} operators of this model:{lines}\n"
+            "Replace them in the source model, export with another opset, or install a runtime that has them."
+        )
+
+
+def _accepts(node: ir.Node, types: Mapping[str, frozenset[str]], schema: tuple[str, ...]) -> bool:
+    """Whether a kernel with those type constraints takes the node's inputs; inputs of unknown type fit anything."""
+    for position, value in enumerate(node.inputs):
+        if value is None or value.dtype is None or not schema:
+            continue
+        allowed = types.get(schema[min(position, len(schema) - 1)])
+        if allowed is not None and f"tensor({_TYPE_NAMES.get(value.dtype, value.dtype.name.lower())})" not in allowed:
+            return False
+    return True
+
+
+_TYPE_NAMES = {ir.DataType.FLOAT: "float"}
+
+
+@functools.cache
+def _registry() -> dict[tuple[str, str], tuple[tuple[int, int, dict[str, frozenset[str]]], ...]]:
+    """CPU kernels by (domain, operator): lowest and highest opset, and types by variable."""
+    import onnxruntime.capi.onnxruntime_pybind11_state as state
+
+    found: dict[tuple[str, str], list[tuple[int, int, dict[str, frozenset[str]]]]] = {}
+    for kernel in state.get_all_opkernel_def():
+        if kernel.provider == "CPUExecutionProvider":
+            low, high = kernel.version_range
+            types = {name: frozenset(t) for name, t in kernel.type_constraints.items()}
+            found.setdefault((kernel.domain, kernel.op_name), []).append((low, high, types))
+    return {key: tuple(value) for key, value in found.items()}
+
+
+@functools.cache
+def _type_variables() -> dict[tuple[str, str], tuple[str, ...]]:
+    """The type variable of each input by (domain, operator), of the newest schema; variadic ones repeat the last."""
+    import onnxruntime.capi.onnxruntime_pybind11_state as state
+
+    newest: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {}
+    for schema in state.get_all_operator_schema():
+        key = (schema.domain, schema.name)
+        if schema.since_version >= newest.get(key, (0, ()))[0]:
+            newest[key] = (schema.since_version, tuple(i.typeStr for i in schema.inputs))
+    return {key: variables for key, (_, variables) in newest.items()}
+
+
+@functools.cache
+def _functions(opset: int) -> frozenset[tuple[str, str]]:
+    """Standard operators that the runtime executes by expanding a function body."""
+    import onnx
+
+    if not opset:
+        return frozenset()
+    return frozenset(
+        ("", s.name)
+        for s in onnx.defs.get_all_schemas()
+        if s.domain == "" and s.since_version <= opset and (s.has_function or s.has_context_dependent_function)
+    )
+
+
+def _version() -> str:
+    import onnxruntime
+
+    return onnxruntime.__version__

@@ -27,8 +27,6 @@ def _embedder(tensor: ir.TensorProtocol) -> Model:
     graph = ir.Graph(
         [ids], [out.outputs[0]], nodes=[rows, out], initializers=[table, w], opset_imports={"": 23}, name="g"
     )
-        [ids], [out.outputs[0]], nodes=[rows, out], initializers=[table, w], opset_imports={"": 23}, name="g"
-    )
     model = Model.of(ir.Model(graph, ir_version=10))
     dialect.sync_functions(model)
     return model

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from qc.ir import dialect
 from qc.ir.errors import ContractError
+from qc.ir.store import SMALL
 
 __all__ = ["STAGES", "Difference", "Stage", "check_structure", "compare", "sqnr"]
 
@@ -47,8 +49,6 @@ def check_structure(model: ir.Model, stage: Stage, foreign: frozenset[str] = fro
     Raises:
         ContractError: With the first node or value that is wrong.
     """
-    import onnx
-
     legal = stage.domains | foreign
     for node in model.graph.all_nodes():
         if node.domain not in legal:
@@ -119,32 +119,28 @@ def _difference(name: str, reference: np.ndarray, found: np.ndarray) -> Differen
     return Difference(name, float(np.max(np.abs(a - b))), scale, sqnr(a, b))
 
 
-def _without_weights(model: ir.Model):
-    """The model as a proto in which large initializers are inputs, so that the checker needs no weights."""
-    proto = ir.to_proto(model) if not model.graph.initializers else None
-    if proto is not None:
-        return proto
-    held = {v: v.const_value for v in model.graph.initializers.values()}
-    large = [v for v, t in held.items() if t is not None and t.nbytes > 1024]
+def _without_weights(model: ir.Model) -> onnx.ModelProto:
+    """The model as a proto in which weights are inputs, so that the checker needs none of their bytes."""
+    held = {value: value.const_value for value in model.graph.initializers.values()}
     try:
-        for value in large:
-            value.const_value = None
+        for value, tensor in held.items():
+            if tensor is not None and (tensor.nbytes > SMALL or isinstance(tensor, ir.ExternalTensor)):
+                value.const_value = ir.ExternalTensor(
+                    "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name or ""
+                )
         proto = ir.to_proto(model)
     finally:
-        for value in large:
-            value.const_value = held[value]
+        for value, tensor in held.items():
+            value.const_value = tensor
     inputs = {i.name for i in proto.graph.input}
-    names = {v.name for v in large} - inputs
-    kept = [t for t in proto.graph.initializer if t.name not in names]
+    kept = []
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != tensor.EXTERNAL:
+            kept.append(tensor)
+        elif tensor.name not in inputs:
+            info = proto.graph.input.add(name=tensor.name)
+            info.type.tensor_type.elem_type = tensor.data_type
+            info.type.tensor_type.shape.dim.extend(onnx.TensorShapeProto.Dimension(dim_value=d) for d in tensor.dims)
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
-    for value in large:
-        if value.name in names:
-            tensor = held[value]
-            assert tensor is not None
-            value_info = proto.graph.input.add()
-            value_info.name = value.name or ""
-            value_info.type.tensor_type.elem_type = int(tensor.dtype)
-            for dim in tensor.shape:
-                value_info.type.tensor_type.shape.dim.add().dim_value = int(dim)
     return proto

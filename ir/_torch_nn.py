@@ -120,7 +120,7 @@ def _max_pool(call: Call, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     rank, wide = len(kernel), x if x.is_floating_point() else x.double()
     padded = _pad(wide, [a + b for a, b in zip(pads, more, strict=True)], -torch.inf)
     pooled = _MAX_POOL[rank](padded, kernel, strides, 0, dilations, return_indices=call.outputs() > 1)
-    if call.outputs() == 1:
+    if isinstance(pooled, Tensor):
         return pooled.to(x.dtype)
     values, inner = pooled
     order = range(rank) if call.attr("storage_order", 0) == 0 else range(rank - 1, -1, -1)

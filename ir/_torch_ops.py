@@ -48,7 +48,7 @@ _RANGES = {
 }  # fmt: skip
 
 _HOST_ELEMENTS = 16
-"""Integer vectors up to this length stay in host memory: they are shapes, axes and bounds, which torch wants as ints."""
+"""Integer vectors up to this length stay on the host: shapes, axes and bounds, which torch takes as Python ints."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -373,6 +373,25 @@ def test_wrong_inputs_are_told_apart() -> None:
         executor({**decoder.feeds(), "ids": np.full((2, LENGTH), VOCAB)})
 
 
+def test_on_another_device_tensors_meet_there_and_shapes_stay_on_the_host() -> None:
+    x = value("x", ["n", 4])
+    shape = ir.node("Shape", [x])
+    first = ir.node("Gather", [shape.outputs[0], weight("zero", np.array([0]))])
+    count = ir.node("Squeeze", [first.outputs[0]])
+    rows = ir.node("Range", [weight("start", np.array(0)), count.outputs[0], weight("step", np.array(1))])
+    wide = ir.node("Cast", [rows.outputs[0]], {"to": FLOAT})
+    column = ir.node("Reshape", [wide.outputs[0], weight("column", np.array([-1, 1]))])
+    square = ir.node("Pow", [column.outputs[0], weight("two", np.array(2, np.float32))])
+    total = ir.node("Add", [x, square.outputs[0]])
+    nodes = chain(shape, first, count, rows, wide, column, square, total)
+    graph = graph_of([x], nodes, [first.outputs[0], total.outputs[0]])
+    size, found = Executor(graph, device="meta")({"x": np.ones((3, 4), np.float32)}).values()
+    assert size.tolist() == [3]  # a tensor on the meta device has no values to list
+    assert (found.device.type, tuple(found.shape)) == ("meta", (3, 4))
+    (logits,) = Executor(Decoder().model, device="meta")(Decoder().feeds()).values()
+    assert tuple(logits.shape) == (2, LENGTH, VOCAB)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_decoder_on_cuda_agrees_with_the_cpu() -> None:
     decoder = Decoder()
@@ -383,7 +402,7 @@ def test_a_decoder_on_cuda_agrees_with_the_cpu() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporter
-def test_an_exported_llama_agrees_with_onnx_runtime_and_gradients_reach_its_weights(capfd: Any) -> None:
+def test_an_exported_llama_agrees_with_onnx_runtime_and_gradients_reach_its_weights() -> None:
     ort = pytest.importorskip("onnxruntime", reason="the reference is ONNX Runtime")
     transformers = pytest.importorskip("transformers", reason="the model is built by transformers")
     torch.manual_seed(0)

@@ -46,6 +46,7 @@ _AFFINE_TYPES = {
 }
 _AFFINE_OF_TYPE = {dtype: key for key, dtype in _AFFINE_TYPES.items()}
 _SCALE_TYPES = {"f32": ir.DataType.FLOAT, "f16": ir.DataType.FLOAT16}
+_CODES = ".codes"
 _OPSET_OF_BITS = {2: 25, 4: 21, 8: 21}
 
 
@@ -206,18 +207,18 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """Name of the initializer with the numbers."""
-        return self.data.name or ""
+        """Name of the weight: of the initializer with the numbers, without what `emit` adds to that of codes."""
+        return (self.data.name or "").removesuffix(_CODES)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Static shape."""
-        return tuple(int(d) for d in self._tensor.shape)
+        return tuple(int(d) for d in self.tensor.shape)
 
     @property
     def dtype(self) -> ir.DataType:
         """Element type of the stored numbers or codes."""
-        return self._tensor.dtype
+        return self.tensor.dtype
 
     @property
     def stored_bytes(self) -> int:
@@ -229,12 +230,12 @@ class Weight:
 
         Hold the result and convert slices of it: a tensor that is computed when read is computed by each call.
         """
-        return self._tensor.numpy()
+        return self.tensor.numpy()
 
     def numpy(self) -> np.ndarray:
         """Reads and decodes the weight: a new float32 array, or a read-only view of the file if stored in float32."""
         if self.format is None:
-            return np.asarray(self._tensor.numpy(), dtype=np.float32)
+            return np.asarray(self.tensor.numpy(), dtype=np.float32)
         return self.quantized().decode()
 
     def quantized(self) -> QuantizedTensor:
@@ -255,10 +256,11 @@ class Weight:
                 if zero_point is not None
                 else np.zeros_like(params["scale"], dtype=np.uint8)
             )
-        return QuantizedTensor(self.format, self._tensor.numpy().astype(code_type), params)
+        return QuantizedTensor(self.format, self.tensor.numpy().astype(code_type), params)
 
     @functools.cached_property
-    def _tensor(self) -> ir.TensorProtocol:
+    def tensor(self) -> ir.TensorProtocol:
+        """The stored numbers or codes, not read."""
         return _tensor(self.data)
 
 
@@ -323,18 +325,18 @@ def emit(tensor: QuantizedTensor, like: ir.Value, store: Store) -> ir.Node:
     rows = tensor.codes.shape[0]
 
     def constant(suffix: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-        held = store.put(f"{name}.{suffix}", array, dtype)
-        value = ir.Value(name=f"{name}.{suffix}", const_value=held, shape=ir.Shape(held.shape))
+        held = store.put(name + suffix, array, dtype)
+        value = ir.Value(name=name + suffix, const_value=held, shape=ir.Shape(held.shape))
         value.dtype = held.dtype
         return value
 
     flat = (rows,) if format.group is None else (rows, format.groups(tensor.codes.shape[1]))
     inputs = [
-        constant("codes", tensor.codes, format.values.dtype),
-        constant("scale", tensor.params["scale"].reshape(flat), format.scale),
+        constant(_CODES, tensor.codes, format.values.dtype),
+        constant(".scale", tensor.params["scale"].reshape(flat), format.scale),
     ]
     if not format.values.symmetric:
-        inputs.append(constant("zero_point", tensor.params["zero_point"].reshape(flat), format.values.dtype))
+        inputs.append(constant(".zero_point", tensor.params["zero_point"].reshape(flat), format.values.dtype))
     attributes = {"axis": 0} if format.group is None else {"axis": 1, "block_size": format.group}
     if format.scale != ir.DataType.FLOAT:
         attributes["output_dtype"] = int(ir.DataType.FLOAT)

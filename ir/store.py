@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,9 @@ class Store:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._path = self.directory / "weights.bin"
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  closed by the finalizer
+        self._path.touch()
+        # Not in append mode, in which the kernel refuses to copy ranges from another file.
+        self._file = open(self._path, "r+b", buffering=0)  # noqa: SIM115  closed by the finalizer
         self._close = weakref.finalize(self, self._file.close)
 
     def put(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.TensorProtocol:
@@ -58,20 +61,37 @@ class Store:
         tensor = ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
         if tensor.nbytes <= SMALL:
             return tensor
-        offset = self._file.seek(0, os.SEEK_END)
+        return self._write(name, [tensor], tuple(int(d) for d in tensor.shape))
+
+    def stack(self, name: str, tensors: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
+        """Writes tensors one after the other as one, concatenated along their first axis; one is read at a time.
+
+        Args:
+            name: Label of the new tensor.
+            tensors: Of one element type of at least 8 bits; their shapes differ in the first axis only.
+
+        Raises:
+            InputError: If the disk is full.
+        """
+        rows = sum(int(t.shape[0]) for t in tensors)
+        return self._write(name, tensors, (rows, *(int(d) for d in tensors[0].shape[1:])))
+
+    def _write(self, name: str, parts: Sequence[ir.TensorProtocol], shape: tuple[int, ...]) -> ir.ExternalTensor:
+        offset, length = self._file.seek(0, os.SEEK_END), sum(t.nbytes for t in parts)
         try:
-            tensor.tofile(self._file)
+            for part in parts:
+                part.tofile(self._file)
         except OSError as error:
             raise InputError(
-                f"Could not write {tensor.nbytes} bytes of {name!r} to {self._path}: {error.strerror}. "
+                f"Could not write {length} bytes of {name!r} to {self._path}: {error.strerror or error}. "
                 "Free some space or choose another work directory (TMPDIR)."
             ) from error
         return ir.ExternalTensor(
             self._path.name,
             offset,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=tensor.shape,
+            length,
+            parts[0].dtype,
+            shape=ir.Shape(shape),
             name=name,
             base_dir=str(self.directory.absolute()),
         )

@@ -1,8 +1,8 @@
 """Range search for affine codes: which scale and zero point make a group's error least.
 
 Everything here works on a matrix of groups that fits in a core's cache, `axis` being the one along which the elements
-of a group lie. Weights are first divided by the group's range, so a candidate is a number c of code units per range, the
-same for weights of any magnitude.
+of a group lie. Weights are first divided by the group's range, so a candidate is a number c of code units per range,
+the same for weights of any magnitude.
 
 For a candidate with codes u (zero point taken off) and residual ``r = c x - u``, the least-squares scale
 ``c' = c / (1 + sum(r u) / sum(u^2))`` leaves ``(sum(r^2) - sum(r u)^2 / sum(u^2)) / c^2``: scale and error follow from

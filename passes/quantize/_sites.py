@@ -63,7 +63,7 @@ class Use:
 
 
 def weight_uses(model: ir.Model) -> list[Use]:
-    """Lists the readers of weights in graph order: every Linear, every node with a constant of `LARGE` elements or more.
+    """Lists the readers of weights in graph order: every Linear, every node with a constant of at least `LARGE`.
 
     Nodes in subgraphs are listed with a reason; bodies of model-local functions hold no weights.
     """

@@ -33,8 +33,8 @@ def assign(
     """Quantizes a weight by range search: the least squared error of each group over its scale and zero point.
 
     Scales are rounded to their storage type first, codes are the nearest to ``w / scale`` (ties to even) after that.
-    A group of zeros gets scale 1 and codes that decode to zero; the last group of a row may be shorter. Temporary memory
-    is a few MiB per thread. The result does not depend on the number of threads.
+    A group of zeros gets scale 1 and codes that decode to zero; the last group of a row may be shorter. Temporary
+    memory is a few MiB per thread. The result does not depend on the number of threads.
 
     Args:
         weight: ``[N, K]`` of any float type; converted a few rows at a time, so it may be a map of a file.
@@ -117,8 +117,8 @@ def _assign_rows(
     found = search(w, format.values, axis, importance, effort)
     if found is None:
         raise InputError(
-            f"Expected finite numbers in weight {name!r}, found NaN, infinity or a range that overflows float32 in rows "
-            f"{part.start} to {part.start + len(codes) - 1}. Repair the model, or exclude this weight."
+            f"Expected finite numbers in weight {name!r}, found NaN, infinity or a range that overflows float32 in "
+            f"rows {part.start} to {part.start + len(codes) - 1}. Repair the model, or exclude this weight."
         )
     scale = _stored(found.scale, format.scale, name)
     unit = scale.astype(np.float32)

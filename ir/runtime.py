@@ -49,6 +49,9 @@ class Session:
         # Weights come from several directories; a common root lets one model refer to them all without copies.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not optimize:
+            # Kernels that repack their weights copy them, and MatMulNBits then takes scales that a node makes for zero.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session = ort.InferenceSession(serialize(model, self._spill), options, ["CPUExecutionProvider"])
         except Exception as error:

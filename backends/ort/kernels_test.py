@@ -107,6 +107,14 @@ def test_at_accuracy_level_0_four_bits_are_exact(text, bias):
     assert _gap(before, Session(model).run(_x(96))) < 1e-5
 
 
+@pytest.mark.parametrize("text", ["int4:g32:f16", "uint8:g64:f16", "int2:g32:f16"])
+def test_the_verifying_runtime_reads_half_precision_scales(text):
+    model = _linear_model(text, 96)
+    before = Session(model).run(_x(96))
+    LowerQuantizedWeights()(model)
+    assert _gap(before, Session(model).run(_x(96))) < 1e-5, "unpacked, the kernel keeps float activations"
+
+
 @pytest.mark.parametrize("text", ["int2:g32", "int8:g32"])
 def test_formats_that_are_slow_with_float_activations_are_refused_and_the_model_stays(text):
     model = _linear_model(text, 64)
@@ -132,7 +140,7 @@ def test_an_unknown_accuracy_level_is_an_input_error():
     [
         ("int8", 1024, 256),
         ("int8", 384, 128),
-        ("int4", 100, 16),
+        ("int4", 100, 128),
         ("int2", 1024, 128),
         ("int4:g1024", 2048, 256),
         ("int4:g48", 96, 16),

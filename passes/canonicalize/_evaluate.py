@@ -23,6 +23,7 @@ class Piece:
     Attributes:
         reads: The graph inputs whose *values* the outputs depend on.
         shapes: The graph inputs of which only the shape is used.
+        graph_inputs: Both.
     """
 
     def __init__(self, graph: ir.Graph, outputs: Sequence[ir.Value], cut: Sequence[ir.Value] = ()) -> None:
@@ -48,6 +49,7 @@ class Piece:
         ends = {id(v) for v in (*outputs, *cut)}
         self.shapes = [v for v in by_shape if id(v) not in ends]
         self.reads = [v for v in inputs if all(v is not s for s in self.shapes)]
+        self.graph_inputs = inputs
         self._inputs = [*inputs, *self._cut]
         self._graph = graph
         self._session: object | None = None

@@ -37,8 +37,8 @@ class RecogniseAttention(Pass):
     * Q, K and V have 4 axes (batch, heads, sequence, channels); K may reach the product transposed in any spelling that
       the shapes prove; the scale is a product of scalars on Q, K or the scores.
     * ``c tanh(scores / c)`` before the mask becomes ``softcap``.
-    * An added mask stays as it is; ``Where(allowed, scores, -large)`` becomes an added mask. A mask with one row for all
-      queries is expanded, which runtimes ask for.
+    * An added mask stays as it is, several (a position bias and a mask) are summed; ``Where(allowed, scores, -large)``
+      becomes an added mask. A mask with one row for all queries is expanded, which runtimes ask for.
     * A guard that turns NaN to 0 behind the softmax goes: the operator yields 0 where every key is masked by -inf.
     * Heads repeated by Unsqueeze, Expand, Reshape in front of Attention are not repeated: query head h reads key head
       ``h // (query heads / key heads)``, as the operator does.
@@ -83,9 +83,8 @@ def _fuse(softmax: ir.Node) -> ir.Node:
         Decline: If the softmax is not one of attention as the operator defines it.
     """
     product, v = _weighted_sum(softmax)
-    scores, mask = _split_mask(softmax.inputs[0], product)
-    scores, softcap = _split_softcap(scores)
-    scores, scale = _split_scale(scores)
+    scores, masks = _split_masks(softmax.inputs[0])
+    scores, softcap, scale = _split_softcap(scores)
     matmul = made_by(scores, "MatMul")
     if matmul is None:
         raise Decline("the softmax is not of a product of queries and keys")
@@ -97,8 +96,9 @@ def _fuse(softmax: ir.Node) -> ir.Node:
     k, inner_scale = _split_scale(_untransposed(k, extra))
     _check_axes(k, "keys")
     inputs = [q, k, v]
-    if mask is not None:
-        inputs.append(_mask(mask, q, extra, softmax.graph))
+    if masks:
+        added = [_added(mask, q, extra, softmax.graph) for mask in masks]
+        inputs.append(_one_row_per_query(_sum(added, extra), q, extra, softmax.graph))
     attributes = {"scale": float(scale * q_scale * k_scale * inner_scale)}
     if softcap:
         attributes["softcap"] = float(softcap)
@@ -152,7 +152,16 @@ class _Mask:
     inverted: bool = False
 
 
-def _split_mask(scores: ir.Value, product: ir.Node) -> tuple[ir.Value, _Mask | None]:
+def _split_masks(scores: ir.Value) -> tuple[ir.Value, list[_Mask]]:
+    """The scores before masking and the masks, the one applied last first."""
+    masks: list[_Mask] = []
+    while (step := _masked(scores)) is not None:
+        scores, mask = step
+        masks.append(mask)
+    return scores, masks
+
+
+def _masked(scores: ir.Value) -> tuple[ir.Value, _Mask] | None:
     where, add = made_by(scores, "Where"), made_by(scores, "Add")
     if where is not None:
         for kept, banned, inverted in ((where.inputs[1], where.inputs[2], False), (*where.inputs[:0:-1], True)):
@@ -163,17 +172,19 @@ def _split_mask(scores: ir.Value, product: ir.Node) -> tuple[ir.Value, _Mask | N
     for kept, mask in operands(add) if add is not None else ():
         if _is_scores(kept):
             return kept, _Mask(mask)
-    return scores, None
+    return None
 
 
 def _is_scores(value: ir.Value | None) -> bool:
-    """Whether `value` is a product of two computed values, perhaps scaled or capped."""
-    for _ in range(4):
-        node = made_by(value, "MatMul", "Mul", "Div", "Tanh")
+    """Whether `value` is a product of two computed values, perhaps scaled, capped or masked."""
+    for _ in range(6):
+        node = made_by(value, "MatMul", "Mul", "Div", "Tanh", "Add", "Where")
         if node is None:
             return False
         if node.op_type == "MatMul":
             return stored(node.inputs[1]) is None
+        if node.op_type in ("Add", "Where"):
+            return any(_is_scores(v) for v in node.inputs)
         if node.op_type == "Tanh" or scalar(node.inputs[1]) is not None:
             value = node.inputs[0]
         elif node.op_type == "Mul" and scalar(node.inputs[0]) is not None:
@@ -183,18 +194,17 @@ def _is_scores(value: ir.Value | None) -> bool:
     return False
 
 
-def _split_softcap(scores: ir.Value) -> tuple[ir.Value, float]:
-    """``c tanh(s / c) -> s, c``; any other scores with 0."""
+def _split_softcap(scores: ir.Value) -> tuple[ir.Value, float, float]:
+    """``c tanh(a s / c) -> s, c, a``; uncapped scores ``a s -> s, 0, a``."""
     outer = made_by(scores, "Mul")
     for capped, factor in operands(outer) if outer is not None else ():
         tanh, cap = made_by(capped, "Tanh"), scalar(factor)
         if tanh is None or cap is None:
             continue
         inner, ratio = _split_scale(tanh.inputs[0])
-        if not np.isclose(ratio * cap, 1.0, rtol=1e-6):
-            raise Decline("the scores pass through a tanh that is not a soft cap")
-        return inner, cap
-    return scores, 0.0
+        return inner, cap, ratio * cap
+    scores, scale = _split_scale(scores)
+    return scores, 0.0, scale
 
 
 def _split_scale(value: ir.Value) -> tuple[ir.Value, float]:
@@ -268,15 +278,32 @@ def _dim_of(value: ir.Value | None, source: ir.Value) -> int | None:
     return int(start) if start is not None else None
 
 
-def _mask(mask: _Mask, q: ir.Value, extra: list[ir.Node], graph: ir.Graph) -> ir.Value:
-    """The mask as the operator takes it: added, or boolean, with one row per query."""
-    value = mask.value
-    if mask.banned is not None:
-        zero = add_constant(graph, f"{value.name}_zero", ir.tensor(np.zeros((), q.dtype.numpy())))
-        chosen = [value, mask.banned, zero] if mask.inverted else [value, zero, mask.banned]
-        extra.append(ir.node("Where", chosen))
-        value, shape = extra[-1].outputs[0], value.shape
-        value.type, value.shape = q.type, shape
+def _added(mask: _Mask, q: ir.Value, extra: list[ir.Node], graph: ir.Graph) -> ir.Value:
+    """The mask as a value that is added to the scores."""
+    if mask.banned is None:
+        return mask.value
+    zero = add_constant(graph, f"{mask.value.name}_zero", ir.tensor(np.zeros((), q.dtype.numpy())))
+    chosen = [mask.value, mask.banned, zero] if mask.inverted else [mask.value, zero, mask.banned]
+    extra.append(ir.node("Where", chosen))
+    made = extra[-1].outputs[0]
+    made.type, made.shape = q.type, mask.value.shape
+    return made
+
+
+def _sum(values: list[ir.Value], extra: list[ir.Node]) -> ir.Value:
+    total = values[0]
+    for value in values[1:]:
+        extra.append(ir.node("Add", [value, total]))
+        made = extra[-1].outputs[0]
+        made.type = value.type
+        if value.shape is not None and total.shape is not None and len(value.shape) == len(total.shape):
+            pairs = zip(value.shape, total.shape, strict=True)
+            made.shape = ir.Shape([b if a == 1 else a for a, b in pairs])
+        total = made
+    return total
+
+
+def _one_row_per_query(value: ir.Value, q: ir.Value, extra: list[ir.Node], graph: ir.Graph) -> ir.Value:
     rows = value.shape[-2] if value.shape is not None and len(value.shape) > 1 else None
     if rows is not None and same_dim(rows, q.shape[2]):
         return value

@@ -39,11 +39,11 @@ class RecogniseRotary(Pass):
 
     ``rotate`` is either of (-second half, first half) and (-odd, even) interleaved. How cos and sin are computed is
     not matched but *evaluated*: the subgraph must depend on one integer value, the positions, and on nothing else but
-    constants and shapes. It is run at ``0 .. positions - 1``, which gives the table, and again on other batches, lengths
-    and orders; unless these give rows of that table, the site is left alone (a scaling that depends on the length, for
-    example). Scale factors on cos and sin end up in the table. A rotation of the first channels only, followed by a
-    Concat with the rest, becomes ``rotary_embedding_dim``. A value with the sequence before the heads is transposed, and
-    back.
+    constants and shapes. It is run at ``0 .. positions - 1``, which gives the table, and again on other batches,
+    lengths and orders; unless these give rows of that table, the site is left alone (a scaling that depends on the
+    length, for example). Scale factors on cos and sin end up in the table. A rotation of the first channels only, followed by a
+    Concat with the rest, becomes ``rotary_embedding_dim``. A value with the sequence before the heads is transposed,
+    and back.
 
     Exact for positions below the number of table rows; a runtime refuses larger ones.
 
@@ -278,8 +278,9 @@ class _Tables:
         sizes = {str(d.value): n for d, n in zip(positions.shape, fed.shape, strict=True) if not isinstance(d, int)}
         for value in piece.shapes:
             # Where a batch or length is read off another input, its two leading axes are those of the positions.
-            leading = zip(value.shape or (), sample.shape, strict=False)
-            sizes |= {str(d.value): n for d, n in leading if not isinstance(d, int) and str(d.value) not in sizes}
+            # Any other size differs from run to run, so that a dependence on it shows.
+            named = [(i, str(d.value)) for i, d in enumerate(value.shape or ()) if not isinstance(d, int)]
+            sizes |= {n: sample.shape[i] if i < 2 else 1 + sample.size % 7 for i, n in named if n not in sizes}
         return piece.run({positions: fed.astype(positions.dtype.numpy())}, sizes)
 
 
@@ -292,19 +293,27 @@ def _positions(value: ir.Value) -> ir.Value:
     pending, seen = [value], set()
     while pending:
         value = pending.pop(0)
+        if value.dtype in (ir.DataType.INT64, ir.DataType.INT32) and not _is_fixed(value):
+            while (step := made_by(value, *_RESHAPERS)) is not None:
+                value = step.inputs[0]
+            if value.shape is None or not 1 <= len(value.shape) <= 2:
+                raise Decline("the positions behind cos and sin have neither one nor two axes")
+            return value
         node = value.producer()
         if node is None or id(node) in seen:
             continue
         seen.add(id(node))
-        if node.op_type == "Cast" and node.inputs[0].dtype in (ir.DataType.INT64, ir.DataType.INT32):
-            source = node.inputs[0]
-            while (step := made_by(source, "Unsqueeze", "Reshape", "Expand")) is not None:
-                source = step.inputs[0]
-            if source.shape is None or not 1 <= len(source.shape) <= 2:
-                raise Decline("the positions behind cos and sin have neither one nor two axes")
-            return source
-        pending.extend(v for v in node.inputs if v is not None)
+        pending.extend(v for v in node.inputs[: 1 if node.op_type in _RESHAPERS else None] if v is not None)
     raise Decline("cos and sin are not computed from integer positions")
+
+
+_RESHAPERS = ("Unsqueeze", "Squeeze", "Reshape", "Expand", "Tile")
+
+
+def _is_fixed(value: ir.Value) -> bool:
+    """Whether `value` depends on no graph input."""
+    node = value.producer()
+    return not value.is_graph_input() if node is None else all(v is None or _is_fixed(v) for v in node.inputs)
 
 
 def _half(table: np.ndarray, found: _Rotation) -> np.ndarray:

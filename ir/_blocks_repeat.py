@@ -9,6 +9,9 @@ import numpy as np
 
 __all__ = ["Repeat", "find_repeats"]
 
+_LONGEST_PERIOD = 256
+"""Bounds the search to linear time. A layer has a handful of items, a stage of a plain convolutional network dozens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Repeat:
@@ -47,18 +50,18 @@ def find_repeats(items: Sequence[int], weights: Sequence[int]) -> list[Repeat]:
 
 def _best(array: np.ndarray, total: np.ndarray, lo: int, hi: int) -> Repeat | None:
     best, covered = None, 0
-    for period in range(1, (hi - lo) // 2 + 1):
+    for period in range(1, min((hi - lo) // 2, _LONGEST_PERIOD) + 1):
         if covered == total[hi] - total[lo]:
             break
         equal = array[lo : hi - period] == array[lo + period : hi]
         if np.count_nonzero(equal) < period:
             continue
         edges = np.flatnonzero(np.diff(np.concatenate([[False], equal, [False]])))
-        for first, last in zip(edges[::2] + lo, edges[1::2] + lo, strict=True):
-            count = int(last - first) // period + 1
-            if count < 2:
-                continue
-            start = _phase(total, int(first), int(last - first) % period)
+        lengths = edges[1::2] - edges[::2]
+        for at in np.flatnonzero(lengths >= period):
+            first, length = int(edges[2 * at]) + lo, int(lengths[at])
+            count = length // period + 1
+            start = _phase(total, first, length % period)
             weight = total[start + period * count] - total[start]
             if weight > covered:
                 best, covered = Repeat(start, period, count), weight

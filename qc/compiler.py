@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.artifact import Artifact, ArtifactWriter
-from qc.backends.evaluate import ModelRunner, evaluate
+from qc.backends.evaluate import evaluate
 from qc.backends.manifest import Manifest, source_files
+from qc.backends.reference import ModelRunner
 from qc.backends.target import Coverage, Runner, backend_for
 from qc.backends.tokenizer import Tokenizer
 from qc.frontend import load
@@ -61,7 +62,7 @@ class CompileResult:
     seconds: Mapping[str, float]
 
 
-def compile(
+def compile(  # noqa: A001  the verb of the product
     source: object,
     out: str | Path,
     *,
@@ -122,8 +123,9 @@ def compile(
                 return CompileResult(None, plan, (), {}, clock.stop())
             text = _evaluation_tokens(model, calib)
             probe = probe_inputs(model, seed)
-            reference = ModelRunner(model.clone())
-            _require_finite(reference, probe)
+            original = model.clone()
+            reference = ModelRunner(original)
+            _require_finite(original, reference, probe)
             context = Context(store=Store(Path(work) / "store"), seed=seed, exclude=tuple(exclude), tick=progress.tick)
             phases = (
                 ("canonicalize", [Step(p, optional=True) for p in canonicalize_passes()], "float"),
@@ -140,7 +142,7 @@ def compile(
                 manager = PassManager(todo, stage=stage, verify=verify, observer=progress.pass_event)
                 model, done = manager.run(model, context=context, probe=probe)
                 reports += done
-            check_structure(model, STAGES["lowered"], _foreign_domains(reference.model))
+            check_structure(model, STAGES["lowered"], _foreign_domains(original))
             with writer:
                 clock.start("write")
                 backend.emit(model, writer.directory)
@@ -166,7 +168,7 @@ def compile(
                         steps=steps,
                         lowering=[*phases[0][1], *phases[2][1]],
                         seed=seed,
-                        source=source_files(_weight_files(reference.model)),
+                        source=source_files(_weight_files(original)),
                         accuracy=accuracy,
                     )
                 )
@@ -235,12 +237,12 @@ def _foreign_domains(model: Model) -> frozenset[str]:
     return frozenset(n.domain for n in model.graph.all_nodes())
 
 
-def _require_finite(reference: ModelRunner, probe: Sequence[Mapping[str, np.ndarray]]) -> None:
+def _require_finite(model: Model, reference: ModelRunner, probe: Sequence[Mapping[str, np.ndarray]]) -> None:
     for batch in probe:
         for name, value in reference.run(batch).items():
             if value.dtype.kind == "f" and np.isnan(value).any():
                 raise InputError(
-                    f"The float model yields NaN in output {name!r} on a small random batch{_nan_weight(reference.model)}. "
+                    f"The float model yields NaN in output {name!r} on a small random batch{_nan_weight(model)}. "
                     "Expected finite weights; check the checkpoint."
                 )
 
@@ -296,8 +298,14 @@ def _measure(
     probe: Sequence[Mapping[str, np.ndarray]],
 ) -> dict[str, object]:
     if text is None:
-        return {"measured_on": "random inputs", **evaluate(runner, reference, inputs=probe)}
+        return {"measured_on": "random inputs", **_found(evaluate(runner, reference, inputs=probe))}
     name, tokens = text
     affordable = int(_EVALUATION_FLOPS / (2 * max(plan.parameters, 1) * _WINDOW))
     windows = max(1, min(32, affordable))
-    return {"measured_on": name, **evaluate(runner, reference, text_tokens=tokens, window=_WINDOW, windows=windows)}
+    found = evaluate(runner, reference, tokens=tokens, window=_WINDOW, windows=windows)
+    return {"measured_on": name, **_found(found)}
+
+
+def _found(evaluation: Mapping[str, object]) -> dict[str, object]:
+    """The figures that apply to this model."""
+    return {k: v for k, v in evaluation.items() if v is not None}

@@ -124,5 +124,6 @@ def _ratio(values: np.ndarray) -> float:
 
 
 def _name(value: ir.Value | None) -> str:
-    assert value is not None and value.name is not None
+    assert value is not None
+    assert value.name is not None
     return value.name

@@ -18,7 +18,7 @@ _BASE_MEMORY = 220 << 20
 """Interpreter, numpy, ONNX Runtime and the graph itself; measured on a 20-layer decoder."""
 
 _DECODED_COPIES = 3
-"""Float32 copies of the largest weight alive at once while a stage is verified: decoded, transposed, and the product's."""
+"""Float32 copies of the largest weight alive at once while a stage is verified: decoded, transposed, one to spare."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -57,7 +57,7 @@ class Plan:
         free = shutil.disk_usage(_existing(directory)).free
         if self.disk_bytes > free:
             raise InputError(
-                f"This compile needs about {_mib(self.disk_bytes)} of disk space at {directory}, found {_mib(free)} free. "
+                f"This compile needs about {_mib(self.disk_bytes)} of disk space at {directory}, found {_mib(free)}. "
                 "Free some, or choose another output directory."
             )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qc.cli.output import figure, mib, print_json, print_table
 from qc.cli.progress import choose_progress
-from qc.compiler import CompileResult, compile
+from qc.compiler import CompileResult, compile  # noqa: A004  the product verb
 from qc.plan import parse_bytes
 from qc.progress import Progress
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from qc import inspection
 from qc.cli.output import figure, mib, print_json, print_table
 from qc.frontend import load
-from qc.ir.model import Model
 from qc.ir.text import to_text
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager

@@ -22,8 +22,10 @@ def choose_progress() -> Progress:
 def _plan_lines(plan: Plan) -> list[str]:
     return [
         f"plan: {plan.parameters / 1e6:,.1f} M parameters, {mib(plan.source_bytes)} of weights",
-        f"      artifact about {mib(plan.artifact_bytes)}, peak memory about {mib(plan.memory_bytes)}, "
-        f"disk while working {mib(plan.disk_bytes)}",
+        (
+            f"      artifact about {mib(plan.artifact_bytes)}, peak memory about {mib(plan.memory_bytes)}, "
+            f"disk while working {mib(plan.disk_bytes)}"
+        ),
         f"      passes: {', '.join(str(s) for s in plan.steps) or 'none'}",
     ]
 

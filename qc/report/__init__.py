@@ -1,6 +1,6 @@
 """``report.json`` and ``report.html``: what a compile did, site by site, and what it cost.
 
-Both are functions of the compile's inputs alone: no time, no path of the machine, so that two compiles agree to the byte.
+Both depend on the compile's inputs alone: no time, no path of the machine, so that two compiles agree to the byte.
 """
 
 from __future__ import annotations

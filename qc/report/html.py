@@ -37,7 +37,8 @@ details summary { cursor: pointer; }
 {% if accuracy.measured_on %}<p class="mute">Accuracy measured on the artifact, in its runtime,
 against the float model, on {{ accuracy.measured_on }}.</p>{% endif %}
 <h2>Passes</h2><div class="scroll"><table>
-<tr><th>pass</th><th>contract</th><th class="n">changed</th><th class="n">skipped</th><th>outputs before / after</th></tr>
+<tr><th>pass</th><th>contract</th><th class="n">changed</th><th class="n">skipped</th>
+<th>outputs before / after</th></tr>
 {% for p in passes -%}
 <tr><td><code>{{ p.spec }}</code>{% for n in p.notes %}<br><span class="mute">{{ n }}</span>{% endfor %}</td>
 <td>{{ p.contract }}</td><td class="n">{{ p.sites.changed }}</td><td class="n">{{ p.sites.skipped }}</td>

@@ -1,0 +1,67 @@
+"""``qc eval``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qc.backends.artifact import Artifact
+from qc.backends.evaluate import evaluate
+from qc.backends.inputs import text_batches
+from qc.backends.reference import ModelRunner
+from qc.backends.target import Runner
+from qc.backends.tokenizer import Tokenizer
+from qc.cli.output import figure, print_json, print_table
+from qc.frontend import load
+from qc.ir.errors import InputError
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures a model or an artifact, alone or against a reference."""
+    runner, directory = _open(arguments.model, arguments.threads)
+    reference = None if arguments.reference is None else _open(arguments.reference, arguments.threads)[0]
+    if arguments.input is not None:
+        data = evaluate(runner, reference, inputs=[_arrays(Path(arguments.input))])
+    else:
+        data = _on_text(runner, reference, directory, arguments)
+    if arguments.json:
+        print_json(data)
+    else:
+        shown = {k: v for k, v in data.items() if v is not None and k != "outputs"}
+        print_table("", ("", ""), ((k, figure(v)) for k, v in shown.items()))
+    return 0
+
+
+def _on_text(runner: Runner, reference: Runner | None, directory: Path, arguments: argparse.Namespace) -> dict:
+    path = Path(arguments.text) if arguments.text is not None else directory / "sample.txt"
+    if not path.is_file():
+        raise InputError(f"Expected a text at {path}, found none. Give one with --text, or arrays with --input.")
+    tokenizer = Tokenizer(directory)
+    text = path.read_text(encoding="utf-8")
+    if runner.signature.output("logits") is not None:
+        tokens = tokenizer.encode(text)
+        return evaluate(runner, reference, tokens=tokens, window=arguments.window, windows=arguments.windows)
+    sentences = [tokenizer.encode_sentence(line) for line in text.splitlines() if line.strip()]
+    return evaluate(runner, reference, inputs=text_batches(runner.signature, sentences))
+
+
+def _open(source: str, threads: int) -> tuple[Runner, Path]:
+    """Opens an artifact, or a model in the verifying runtime, and tells where its tokenizer lies."""
+    if (Path(source) / "manifest.json").is_file():
+        artifact = Artifact.open(source)
+        return artifact.runner(threads=threads), artifact.directory
+    model = load(source)
+    tokenizer = model.assets.get("tokenizer.json")
+    return ModelRunner(model, threads=threads), tokenizer.parent if tokenizer is not None else Path(source)
+
+
+def _arrays(path: Path) -> Mapping[str, np.ndarray]:
+    if not path.is_file():
+        raise InputError(f"Expected an .npz file at {path}, found none.")
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)

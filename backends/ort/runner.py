@@ -13,7 +13,7 @@ from qc.backends.inputs import cache_shape, check_inputs, text_inputs
 from qc.backends.ort.emit import MODEL
 from qc.backends.ort.genai import shares_buffer
 from qc.ir.errors import InputError
-from qc.ir.model import Model
+from qc.ir.model import Model, Signature
 
 __all__ = ["OrtRunner", "open_runner"]
 
@@ -112,13 +112,12 @@ class OrtRunner:
                 binding.bind_ortvalue_output(present.name, cache)
             else:
                 binding.bind_output(present.name, "cpu")
-        bound = {past.name for past, _ in pairs}
+        own = Signature(tuple(p for p in self.signature.inputs if p.role not in ("past_key", "past_value")), ())
         new, done = [int(t) for t in tokens], 0
         for _ in range(max_tokens):
-            inputs = text_inputs(self.signature, np.array([new]), past=done)
+            inputs = text_inputs(own, np.array([new]), past=done)
             for name, array in inputs.items():
-                if name not in bound:
-                    binding.bind_cpu_input(name, array)
+                binding.bind_cpu_input(name, array)
             self._session.run_with_iobinding(binding)
             results = binding.get_outputs()
             token = pick(results[0].numpy())

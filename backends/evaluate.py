@@ -1,0 +1,278 @@
+"""How far an artifact, running in its own runtime, is from the float model.
+
+Language models, on a text (`text_tokens`): perplexity, Kullback-Leibler divergence and top-1 agreement. One BOS, the
+text is tokenized once and cut into windows that do not overlap; each is run alone; its first token is not scored, since
+nothing precedes it. All other models, on arrays (`inputs`): cosine, SQNR and largest difference, per output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qc.backends.inputs import text_inputs
+from qc.backends.target import Runner
+from qc.ir.errors import InputError
+from qc.ir.model import Signature
+
+__all__ = ["KEYS", "WINDOW", "WINDOWS", "embedding", "evaluate"]
+
+WINDOW = 256
+"""Tokens in a window, unless said otherwise."""
+
+WINDOWS = 64
+"""Windows that are scored, unless said otherwise: the first ones of the text."""
+
+KEYS = (
+    "ppl",
+    "ppl_reference",
+    "kl",
+    "top1",
+    "cosine",
+    "cosine_min",
+    "sqnr_db",
+    "max_abs",
+    "tokens",
+    "window",
+    "windows",
+    "outputs",
+)
+"""Keys of every evaluation; None where a figure does not apply."""
+
+_CHUNK_BYTES = 1 << 25  # of float64 logits at a time: a vocabulary of 128k and a window of 256 would be 256 MiB
+_CACHE_ROLES = frozenset({"present_key", "present_value"})
+
+
+def evaluate(
+    runner: Runner,
+    reference: Runner | None = None,
+    *,
+    text_tokens: Sequence[int] | None = None,
+    inputs: Sequence[Mapping[str, np.ndarray]] | None = None,
+    window: int = WINDOW,
+    windows: int = WINDOWS,
+) -> dict[str, Any]:
+    """Measures `runner`, alone or against `reference`, on a text or on arrays.
+
+    Args:
+        runner: What is measured.
+        reference: What it should have computed; needed for all figures but ``ppl``.
+        text_tokens: Ids of a text, BOS first; for models with logits over a vocabulary at each position.
+        inputs: Batches of all inputs by name; for any model, instead of `text_tokens`.
+        window: Tokens in a window.
+        windows: Largest number of windows.
+
+    Returns:
+        A value for each of `KEYS`: ``ppl`` and ``ppl_reference`` perplexities; ``kl`` mean per token of
+        ``KL(reference || runner)`` in nats; ``top1`` share of positions where both rank the same token first;
+        ``cosine`` mean and ``cosine_min`` smallest over rows; ``sqnr_db`` and ``max_abs`` of the worst output; ``tokens`` scored
+        tokens; ``window``, ``windows`` as used; ``outputs`` the same figures for each output. A sentence encoder whose
+        pooling is known is judged by its sentence embeddings alone.
+
+    Raises:
+        InputError: If there is nothing to measure on, or the two do not have comparable outputs.
+    """
+    if (text_tokens is None) == (inputs is None):
+        raise InputError("Expected either a text or arrays to evaluate on. Give one of --text and --input.")
+    found: dict[str, Any] = dict.fromkeys(KEYS)
+    if text_tokens is not None:
+        return found | _text(runner, reference, text_tokens, window, windows)
+    if reference is None:
+        raise InputError("Expected a reference to compare the outputs with, found none. Give the float model.")
+    return found | _arrays(runner, reference, inputs or ())
+
+
+def embedding(hidden: np.ndarray, mask: np.ndarray, pooling: str, *, normalize: bool = True) -> np.ndarray:
+    """Pools token vectors into one vector per sentence.
+
+    Args:
+        hidden: ``[batch, seq, width]``.
+        mask: ``[batch, seq]``, 1 where there is a token.
+        pooling: ``mean``, ``max``, ``cls`` or ``lasttoken``.
+        normalize: Whether each vector is scaled to length one.
+
+    Returns:
+        ``[batch, width]``, float64.
+    """
+    hidden, weight = hidden.astype(np.float64), mask.astype(np.float64)[..., None]
+    match pooling:
+        case "mean":
+            pooled = (hidden * weight).sum(1) / np.maximum(weight.sum(1), 1)
+        case "max":
+            pooled = np.where(weight > 0, hidden, -np.inf).max(1)
+        case "cls":
+            pooled = hidden[:, 0]
+        case "lasttoken":
+            last = np.maximum(mask.astype(np.int64).sum(1) - 1, 0)
+            pooled = hidden[np.arange(len(hidden)), last]
+        case _:
+            raise ValueError(f"Expected one of {sorted(_POOLINGS)}, found {pooling!r}.")
+    if not normalize:
+        return pooled
+    return pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
+
+
+_POOLINGS = frozenset({"mean", "max", "cls", "lasttoken"})
+
+
+def _text(runner: Runner, reference: Runner | None, tokens: Sequence[int], window: int, windows: int) -> dict[str, Any]:
+    if window < 2 or windows < 1:
+        raise InputError(f"Expected windows of at least 2 tokens, and at least one; found {windows} of {window}.")
+    if len(tokens) < 2:
+        raise InputError(f"Expected a text of at least 2 tokens, found {len(tokens)}. Give a longer text.")
+    window = min(window, len(tokens))
+    count = min(windows, len(tokens) // window)
+    ids = np.asarray(tokens[: count * window], np.int64).reshape(count, window)
+    nll, nll_reference, divergence, agreed = [], [], [], []
+    for row in ids:
+        own = _logits(runner, row)
+        other = None if reference is None else _logits(reference, row)
+        if other is not None and other.shape != own.shape:
+            raise InputError(
+                f"Expected logits of equal shape, found {list(own.shape)} and {list(other.shape)} of the reference. "
+                "Compare an artifact with the model that it was compiled from."
+            )
+        for part in _chunks(*own.shape):
+            targets = row[1:][part]
+            q = _log_softmax(own[part])
+            nll.append(-np.take_along_axis(q, targets[:, None], 1).sum())
+            if other is None:
+                continue
+            p = _log_softmax(other[part])
+            nll_reference.append(-np.take_along_axis(p, targets[:, None], 1).sum())
+            with np.errstate(invalid="ignore"):  # a token that both exclude: 0 * (-inf + inf) counts nothing
+                divergence.append(np.where(p > -np.inf, np.exp(p) * (p - q), 0.0).sum())
+            agreed.append(int(np.count_nonzero(p.argmax(1) == q.argmax(1))))
+    scored = count * (window - 1)
+    found = {"ppl": _exp(sum(nll) / scored), "tokens": scored, "window": window, "windows": count}
+    if reference is not None:
+        found["ppl_reference"] = _exp(sum(nll_reference) / scored)
+        found["kl"] = float(sum(divergence) / scored)
+        found["top1"] = sum(agreed) / scored
+    return found
+
+
+def _logits(runner: Runner, row: np.ndarray) -> np.ndarray:
+    """Logits that predict all tokens of `row` but the first: ``[seq - 1, vocabulary]``."""
+    port = runner.signature.output("logits")
+    results = runner.run(text_inputs(runner.signature, row[None])) if port is not None else {}
+    logits = results[port.name] if port is not None else np.zeros(0)
+    if logits.ndim != 3 or logits.shape[:2] != (1, len(row)):
+        raise InputError(
+            "Expected a model that yields logits at each position of a text, found outputs "
+            f"{', '.join(p.name for p in runner.signature.outputs)}. Evaluate it on arrays (--input)."
+        )
+    return logits[0, :-1]
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_BYTES // (8 * columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+@dataclasses.dataclass
+class _Gap:
+    """Running figures of one output."""
+
+    cosines: float = 0.0
+    rows: int = 0
+    lowest: float = math.inf
+    signal: float = 0.0
+    noise: float = 0.0
+    largest: float = 0.0
+
+    def add(self, reference: np.ndarray, found: np.ndarray) -> None:
+        """Adds rows ``[n, width]``."""
+        reference, found = reference.astype(np.float64), found.astype(np.float64)
+        norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(found, axis=1)
+        equal = (reference == found).all(1)  # also rows of zeros, which have no direction
+        cosines = np.where(equal, 1.0, (reference * found).sum(1) / np.where(norms > 0, norms, 1.0))
+        self.cosines += float(cosines.sum())
+        self.rows += len(cosines)
+        self.lowest = min(self.lowest, float(cosines.min(initial=math.inf)))
+        self.signal += float((reference**2).sum())
+        self.noise += float(((reference - found) ** 2).sum())
+        self.largest = max(self.largest, float(np.abs(reference - found).max(initial=0.0)))
+
+    def figures(self) -> dict[str, float]:
+        if self.noise == 0:
+            sqnr = math.inf
+        else:
+            sqnr = 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+        return {
+            "cosine": self.cosines / self.rows,
+            "cosine_min": self.lowest,
+            "sqnr_db": sqnr,
+            "max_abs": self.largest,
+        }
+
+
+def _arrays(runner: Runner, reference: Runner, inputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    gaps: dict[str, _Gap] = {}
+    pooled = None
+    for batch in inputs:
+        ours, theirs = runner.run(batch), reference.run(batch)
+        mask = _mask(runner.signature, batch)
+        pooled = _pooling(runner, mask)
+        for port in runner.signature.outputs:
+            if port.name not in theirs or port.role in _CACHE_ROLES or ours[port.name].dtype.kind not in "fV":
+                continue
+            a, b = theirs[port.name], ours[port.name]
+            if a.shape != b.shape:
+                raise InputError(
+                    f"Output {port.name!r} has shape {list(b.shape)}, and {list(a.shape)} in the reference. Compare an "
+                    "artifact with the model that it was compiled from."
+                )
+            name = port.name
+            if port.role == "hidden" and pooled is not None and mask is not None and a.ndim == 3:
+                normalize = runner.provenance.get("normalize", "true") == "true"
+                a, b = (embedding(x, mask, pooled, normalize=normalize) for x in (a, b))
+                name = "embedding"
+            gaps.setdefault(name, _Gap()).add(_rows(a, mask), _rows(b, mask))
+    judged = {name: gap.figures() for name, gap in gaps.items() if gap.rows}
+    if not judged:
+        raise InputError(
+            "Found no numbers that the artifact and its reference both yield. Check that both are the same model, and "
+            "that the input is not empty."
+        )
+    main = [judged["embedding"]] if pooled is not None and "embedding" in judged else list(judged.values())
+    return {
+        "cosine": min(f["cosine"] for f in main),
+        "cosine_min": min(f["cosine_min"] for f in main),
+        "sqnr_db": min(f["sqnr_db"] for f in main),
+        "max_abs": max(f["max_abs"] for f in main),
+        "outputs": judged,
+    }
+
+
+def _pooling(runner: Runner, mask: np.ndarray | None) -> str | None:
+    how = runner.provenance.get("pooling", "")
+    return how if how in _POOLINGS and mask is not None else None
+
+
+def _mask(signature: Signature, batch: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    port = signature.input("mask")
+    return None if port is None else np.asarray(batch[port.name])
+
+
+def _rows(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """The vectors of an output: its last axis; of images the whole sample; only where the mask has a token."""
+    if mask is not None and value.ndim == 3 and value.shape[:2] == mask.shape:
+        return value[mask.astype(bool)]
+    if value.ndim <= 1:
+        return value.reshape(1, -1)
+    return value.reshape(-1, value.shape[-1]) if value.ndim <= 3 else value.reshape(len(value), -1)

@@ -5,7 +5,7 @@ JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-TYPING := $(VENV)/typing
+TYPING := build/typing
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PROJECT := pyproject.toml setup.py constraints.txt
 # One core per test worker: more threads than cores make every test slower.
@@ -31,7 +31,7 @@ env: $(VENV)/.all ## Set up .venv with every extra
 lint: $(VENV)/.all typing ## Check format, rules, import directions and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	PYTHONPATH=$(TYPING) $(BIN)/lint-imports
+	cd $(TYPING) && $(CURDIR)/$(BIN)/lint-imports --no-logo --config $(CURDIR)/pyproject.toml
 	$(BIN)/pyright
 
 format: $(VENV)/.all ## Format the code and apply safe fixes
@@ -47,8 +47,10 @@ clean: ## Remove .venv and everything that was built
 # The import names qc.ir, qc.passes, ... are made by the installer. Tools that only look at directories (pyright,
 # import-linter, the documentation) see the same tree through links.
 typing: $(VENV)/.core
-	@rm -rf $(TYPING) && mkdir -p $(TYPING)/qc
-	@ln -s $(addprefix $(CURDIR)/,ir passes frontend backends) $(filter-out %/__pycache__,$(wildcard $(CURDIR)/qc/*)) $(TYPING)/qc/
+	@rm -rf $(TYPING)
+	@for file in $$(find qc ir passes frontend backends -name '*.py'); do \
+	  link=$(TYPING)/qc/$${file#qc/}; mkdir -p $${link%/*} && ln -s $(CURDIR)/$$file $$link; \
+	done
 
 # Stamps: installation is repeated only when what is to be installed changes.
 $(VENV)/.core: $(PROJECT)

@@ -27,14 +27,16 @@ SMALL = 1024
 class Store:
     """An append-only file of tensors.
 
-    Reading a tensor back maps the file; it never copies. The file must outlive the models that refer to it.
+    Reading a tensor back maps the file; it never copies. A tensor keeps its store alive, and a store its temporary
+    directory, so a model can be used and saved after whoever made the store is gone.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
         """Opens a store.
 
         Args:
-            directory: Where to write; created if missing. None makes a temporary one that is removed with this object.
+            directory: Where to write; created if missing. None makes a temporary one that is removed with this
+                object.
         """
         if directory is None:
             directory = tempfile.mkdtemp(prefix="qc-store-")
@@ -86,7 +88,7 @@ class Store:
                 f"Could not write {length} bytes of {name!r} to {self._path}: {error.strerror or error}. "
                 "Free some space or choose another work directory (TMPDIR)."
             ) from error
-        return ir.ExternalTensor(
+        held = ir.ExternalTensor(
             self._path.name,
             offset,
             length,
@@ -95,3 +97,5 @@ class Store:
             name=name,
             base_dir=str(self.directory.absolute()),
         )
+        held.meta["qc.store"] = self
+        return held

@@ -155,9 +155,9 @@ def _stored(scale: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
     """Rounds scales to their storage type, never to zero."""
     kind = np.finfo(dtype.numpy())
     largest = float(np.abs(scale).max())
-    if largest > kind.max:
+    if largest > float(kind.max):
         raise InputError(
-            f"Expected scales of {name!r} up to {kind.max:.3g}, the largest number that {dtype.name} holds; "
+            f"Expected scales of {name!r} up to {float(kind.max):.3g}, the largest number that {dtype.name} holds; "
             f"found {largest:.3g}. Store its scales in f32."
         )
     tiny = kind.smallest_subnormal

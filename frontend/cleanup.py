@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 
 __all__ = ["all_graphs", "clean", "compact_metadata", "infer_shapes"]
 

@@ -63,7 +63,7 @@ def write_leftovers(
             raise InputError(
                 f"{directory} holds no weight for {lost[0]!r}"
                 + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-                + f", which {model_type.__name__} needs. Check that config.json names the architecture of these weights."
+                + f", which {model_type.__name__} needs. Check the architecture that config.json names."
             )
         state = model.state_dict()
         tensors |= {name: state[name].contiguous() for name in names}

@@ -37,7 +37,7 @@ class Trace:
         model: The transformers model.
         tensors: Example inputs by keyword of ``forward``.
         dims: Names of the dynamic axes of each of `tensors`.
-        past: Example keys and values ``k0, v0, k1, v1, ...``, each [batch, heads, past, head size]; empty without a cache.
+        past: Example keys and values ``k0, v0, k1, v1, ...``, each [batch, heads, past, head size]; empty if none.
         fields: Which fields of the model's output become graph outputs.
     """
 

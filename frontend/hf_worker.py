@@ -1,7 +1,7 @@
-"""The worker process: ``python -m qc.frontend.hf_worker DIR WORK`` writes ``WORK/model.onnx`` for a Hugging Face directory.
+"""The worker process: ``python -m qc.frontend.hf_worker DIR WORK`` exports a Hugging Face directory into WORK.
 
-The graph holds no weights: its external data name the safetensors files of DIR. torch and its memory leave with the
-process. The outcome is ``WORK/outcome.json``: ``{}``, or ``{"error": class name, "message": text}``.
+The graph, ``model.onnx``, holds no weights: its external data name the safetensors files of DIR. torch and its memory
+leave with the process. The outcome is ``outcome.json``: ``{}``, or ``{"error": class name, "message": text}``.
 """
 
 from __future__ import annotations

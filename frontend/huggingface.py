@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qc.frontend.external import rebase
+from qc.frontend.external import external_tensors, rebase
 from qc.frontend.safetensors_file import open_checkpoint
 from qc.ir import errors
 from qc.ir.errors import InputError, UnsupportedError
@@ -34,7 +36,7 @@ def transformer_directory(directory: Path) -> Path:
     inner = sorted(p.parent for p in directory.glob("*/config.json") if (p.parent / "model.safetensors").is_file())
     if len(inner) != 1:
         raise InputError(
-            f"Expected config.json in {directory}, or exactly one sub-directory with a transformer, found {len(inner)}. "
+            f"Expected config.json in {directory}, or one sub-directory with a transformer, found {len(inner)}. "
             "Give the directory that holds config.json and the safetensors weights."
         )
     return inner[0]
@@ -53,18 +55,17 @@ def load_huggingface(directory: Path, work: Path | None = None) -> Model:
         UnsupportedError: If the architecture cannot be exported.
     """
     directory = transformer_directory(directory.absolute())
-    keep = None
-    if work is None:
-        keep = tempfile.TemporaryDirectory(prefix="qc-import-")
-        work = Path(keep.name)
+    temporary = _TemporaryDirectory() if work is None else None
+    work = work if temporary is None else temporary.path
     export_huggingface(directory, work)
     model = Model.of(
         ir.load(work / "model.onnx"),
         assets={name: directory / name for name in ASSET_NAMES if (directory / name).is_file()},
     )
     rebase(model, lambda location: (work if location == LEFTOVERS else directory) / location)
-    if keep is not None:
-        model.meta["qc.work"] = keep
+    for tensor, _ in external_tensors(model):
+        if Path(tensor.path).name == LEFTOVERS:
+            tensor.meta["qc.work"] = temporary  # the file lives as long as the tensors in it, also in copies
     return model
 
 
@@ -85,7 +86,7 @@ def export_huggingface(directory: Path, work: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     with log.open("wb") as stream:
         # The work directory is ours: `-m` puts the current directory first on the module path.
-        code = subprocess.run(
+        code = subprocess.run(  # noqa: S603  our own module, no shell
             [sys.executable, "-m", "qc.frontend.hf_worker", str(directory), str(work)],
             stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=work, env=environment, check=False,
         ).returncode  # fmt: skip
@@ -104,3 +105,11 @@ def export_huggingface(directory: Path, work: Path) -> None:
         f"The export of {directory} failed: {last[0] if last else f'exit code {code}'}. "
         "Export it by other means and give the .onnx file."
     )
+
+
+class _TemporaryDirectory:
+    """A directory that is removed with this object, without the warning of the standard library's."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="qc-import-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)

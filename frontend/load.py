@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import onnx_ir as ir
-
 from qc.frontend.builtin import builtin_directory
 from qc.frontend.huggingface import is_huggingface, load_huggingface
 from qc.frontend.onnx_file import load_onnx
@@ -69,6 +67,6 @@ def _load_directory(path: Path, work: Path | None) -> Model:
 
 def _is_ours(graph: Path) -> bool:
     try:
-        return any(key.startswith("qc.") for key in ir.load(graph).metadata_props)
-    except Exception:
+        return "source" in Model.load(graph).provenance
+    except InputError:
         return False

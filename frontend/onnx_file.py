@@ -1,30 +1,130 @@
-"""ONNX files of any opset: loaded lazily, raised to our opset where that is safe, otherwise kept as they are."""
+"""ONNX files of any opset: loaded lazily, raised to our opset where that provably changes nothing, else kept."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from qc.frontend.cleanup import clean, infer_shapes
+import numpy as np
+import onnx_ir as ir
+
+from qc.frontend.cleanup import all_graphs, clean, infer_shapes
 from qc.frontend.external import check_external
 from qc.frontend.roles import assign_roles
-from qc.ir.model import Model
+from qc.ir.errors import InputError, InternalError
+from qc.ir.model import OPSET, Model
 
-__all__ = ["load_onnx"]
+__all__ = ["load_onnx", "raise_opset"]
+
+_SCRIPT_CONVERTER_FROM = 18
+"""Lowest opset that onnxscript's converter starts from; ONNX's own converter leads up to it."""
+
+_TOLERANCE = 1e-5
+"""Largest difference, relative to the largest value, that raising the opset may make on a probe input."""
 
 
 def load_onnx(path: Path) -> Model:
     """Reads an ``.onnx`` file, or a directory that holds ``model.onnx``. Weights stay on disk.
+
+    Subgraphs, functions and operators of foreign domains are kept. A model that qc wrote comes back as it is.
 
     Raises:
         InputError: If the file is missing, truncated or corrupt, or its external data are missing, too short or outside
             its directory.
     """
     model = Model.load(path)
-    check_external(model, path if path.is_dir() else path.parent)
+    if not model.graph.outputs:
+        raise InputError(f"{path} holds no graph with an output. It may be truncated; copy it again.")
+    check_external(model, path / "model.onnx" if path.is_dir() else path)
     if "source" in model.provenance:
         return model
+    model.record(source="onnx", source_opset=model.opset_imports.get("", 0))
+    model = raise_opset(model)
     clean(model)
     infer_shapes(model)
     assign_roles(model)
-    model.record(source="onnx")
     return model
+
+
+def raise_opset(model: Model) -> Model:
+    """Returns the model at the opset that the passes are written for, or unchanged if that cannot be had.
+
+    The raised model is used only if ONNX Runtime accepts it and yields the same outputs on probe inputs. Otherwise the
+    reason is recorded in the provenance (``opset_kept``) and the original goes on.
+    """
+    opset = model.opset_imports.get("", 0)
+    if opset >= OPSET or opset == 0:
+        return model
+    reason = _obstacle(model, opset)
+    if reason is None:
+        raised = model.clone()
+        try:
+            _convert(raised, opset)
+            reason = _difference(model, raised)
+        except Exception as error:  # noqa: BLE001  two foreign converters; whatever they raise, the original stands
+            reason = f"the conversion failed: {error}".splitlines()[0]
+        if reason is None:
+            return raised
+    model.record(opset_kept=f"{opset}: {reason}")
+    return model
+
+
+def _obstacle(model: ir.Model, opset: int) -> str | None:
+    if model.functions:
+        return "the converters would inline the model's functions"
+    if opset < _SCRIPT_CONVERTER_FROM and next(model.graph.subgraphs(), None) is not None:
+        return "the converter for old opsets does not enter subgraphs"
+    domains = sorted({node.domain for graph in all_graphs(model) for node in graph} - {"", "ai.onnx"})
+    if opset < _SCRIPT_CONVERTER_FROM and domains:
+        return f"the converter for old opsets does not know the domains {domains}"
+    return None
+
+
+def _convert(model: Model, opset: int) -> None:
+    from onnxscript import version_converter
+
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        if opset < _SCRIPT_CONVERTER_FROM:
+            version_converter.convert_version(model, _SCRIPT_CONVERTER_FROM, fallback=True)
+        version_converter.convert_version(model, OPSET)
+    finally:
+        logger.setLevel(level)
+
+
+def _difference(before: Model, after: Model) -> str | None:
+    """Says how two models differ in ONNX Runtime, or None if they agree."""
+    from qc.ir.probe import probe_inputs
+    from qc.ir.runtime import Session
+
+    if after.opset_imports.get("") != OPSET:
+        return "no converter supports it"
+    if [v.name for v in before.graph.outputs] != [v.name for v in after.graph.outputs]:
+        return "the conversion renames outputs"
+    try:
+        probes = probe_inputs(before)
+        expected = [Session(before, threads=1).run(probe) for probe in probes]
+    except Exception as error:  # noqa: BLE001  an input that we cannot make up; nothing can be proven
+        return f"the original does not run on probe inputs: {error}".splitlines()[0]
+    try:
+        session = Session(after, threads=1)
+    except InternalError as error:
+        return str(error).splitlines()[0]
+    for probe, reference in zip(probes, expected, strict=True):
+        for name, value in session.run(probe).items():
+            if not _same(reference[name], value):
+                return f"the converted model gives another {name!r}"
+    return None
+
+
+def _same(expected: object, actual: object) -> bool:
+    if not isinstance(expected, np.ndarray) or not isinstance(actual, np.ndarray):
+        return repr(expected) == repr(actual)
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return False
+    if expected.dtype.kind != "f":
+        return bool((expected == actual).all())
+    scale = np.nanmax(np.abs(expected), initial=1.0, where=np.isfinite(expected))
+    return bool(np.allclose(actual, expected, rtol=0, atol=_TOLERANCE * float(scale), equal_nan=True))

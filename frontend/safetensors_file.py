@@ -87,13 +87,13 @@ def read_header(file: Path) -> dict[str, Entry]:
                 )
             raw = stream.read(header_length)
     except OSError as error:
-        raise InputError(f"Cannot read the weights {file}: {error.strerror}. Check the path and its permissions.") from error
+        raise InputError(f"Cannot read the weights {file}: {error.strerror}. Check path and permissions.") from error
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         entries = {key: _entry(file, key, fields, 8 + header_length) for key, fields in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file} has a malformed safetensors header ({error!r}). Copy or download it again.") from error
+        raise InputError(f"{file} has a malformed header ({error!r}). Copy or download it again.") from error
     _check_ranges(file, entries, 8 + header_length, size)
     return entries
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from qc.frontend.cleanup import clean, compact_metadata
+from qc.frontend.sequences import unpack_sequences
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import OPSET
 
@@ -64,6 +65,7 @@ def export_graph(
     if prefix:
         _drop_prefix(model.graph, f"{prefix}.")
     compact_metadata(model, prefix)
+    unpack_sequences(model.graph)
     clean(model)
     return model
 

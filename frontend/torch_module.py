@@ -82,9 +82,7 @@ def load_pt2(path: Path) -> Model:
     try:
         program = torch.export.load(path)
     except Exception as error:
-        raise InputError(
-            f"{path} is not an exported program ({error}). Write it with torch.export.save, with torch {torch.__version__}."
-        ) from error
+        raise InputError(f"{path} is not an exported program ({error}). Write it with torch.export.save.") from error
     return from_exported_program(program)
 
 
@@ -106,4 +104,4 @@ def _require_torch() -> None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise InputError("Importing a PyTorch model needs torch. Install it: pip install 'qc-compiler[torch]'.") from error
+        raise InputError("A PyTorch model needs torch. Install it: pip install 'qc-compiler[torch]'.") from error

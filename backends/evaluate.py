@@ -69,9 +69,9 @@ def evaluate(
     Returns:
         A value for each of `KEYS`: ``ppl`` and ``ppl_reference`` perplexities; ``kl`` mean per token of
         ``KL(reference || runner)`` in nats; ``top1`` share of positions where both rank the same token first;
-        ``cosine`` mean and ``cosine_min`` smallest over rows; ``sqnr_db`` and ``max_abs`` of the worst output; ``tokens`` scored
-        tokens; ``window``, ``windows`` as used; ``outputs`` the same figures for each output. A sentence encoder whose
-        pooling is known is judged by its sentence embeddings alone.
+        ``cosine`` mean and ``cosine_min`` smallest over rows; ``sqnr_db`` and ``max_abs`` of the worst output;
+        ``tokens`` scored tokens; ``window``, ``windows`` as used; ``outputs`` the same figures for each output. A
+        sentence encoder whose pooling is known is judged by its sentence embeddings alone.
 
     Raises:
         InputError: If there is nothing to measure on, or the two do not have comparable outputs.

@@ -45,7 +45,7 @@ def _on_text(runner: Runner, reference: Runner | None, directory: Path, argument
     text = path.read_text(encoding="utf-8")
     if runner.signature.output("logits") is not None:
         tokens = tokenizer.encode(text)
-        return evaluate(runner, reference, tokens=tokens, window=arguments.window, windows=arguments.windows)
+        return evaluate(runner, reference, text_tokens=tokens, window=arguments.window, windows=arguments.windows)
     sentences = [tokenizer.encode_sentence(line) for line in text.splitlines() if line.strip()]
     return evaluate(runner, reference, inputs=text_batches(runner.signature, sentences))
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from qc.ir import dialect
 from qc.ir.errors import UnsupportedError
 from qc.passes.base import site_name
 
@@ -123,67 +122,69 @@ def facts_of(node: ir.Node) -> dict[str, object]:
     return facts
 
 
-def has_kernel(node: ir.Node, opset: int) -> bool:
-    """Whether the installed runtime executes `node`: by a CPU kernel for its types, or by its function body."""
-    candidates = _registry().get((node.domain, node.op_type), ())
-    versioned = [types for low, high, types in candidates if low <= opset <= high]
-    if not versioned:
-        return (node.domain, node.op_type) in _functions(opset if node.domain == "" else 0)
-    schema = _type_variables().get((node.domain, node.op_type), ())
-    return any(_accepts(node, types, schema) for types in versioned)
+def has_kernel(node: ir.Node, imports: Mapping[str, int]) -> bool:
+    """Whether the installed runtime executes `node`, by a CPU kernel for its types or by expanding it.
+
+    The registry says yes at once; where it does not know the types (the runtime casts float16, and expands operators
+    that are functions), a model of that node alone is loaded.
+
+    Args:
+        node: The node.
+        imports: The model's opset by domain.
+    """
+    if node.domain == "" and node.op_type == "Constant":
+        return True
+    if any(_accepts(node, types) for types in _registry().get((node.domain, node.op_type), ())):
+        return True
+    return _loads(node, imports)
 
 
-def require_kernels(model: ir.Model, nodes: Iterable[ir.Node]) -> None:
-    """Checks that the runtime can execute `nodes`.
+def require_kernels(model: ir.Model) -> None:
+    """Checks that the runtime can execute every node.
 
     Raises:
         UnsupportedError: Listing each operator without a kernel and the nodes that use it.
     """
-    own = {(key[0], key[1]) for key in model.functions}
-    imports = model.graph.opset_imports
+    local = {key[:2] for key in model.functions}
     missing: dict[str, list[str]] = {}
-    for node in nodes:
-        if (node.domain, node.op_type) in own or node.domain == dialect.DOMAIN:
-            continue
-        if not has_kernel(node, imports.get(node.domain, 1)):
-            types = ", ".join(str(v.dtype.name) for v in node.inputs if v is not None and v.dtype is not None)
+    for node in model.graph.all_nodes():
+        if (node.domain, node.op_type) not in local and not has_kernel(node, model.graph.opset_imports):
+            types = ", ".join(v.dtype.name.lower() for v in node.inputs if v is not None and v.dtype is not None)
             missing.setdefault(f"{node.domain or 'ai.onnx'}::{node.op_type}({types})", []).append(site_name(node))
     if missing:
-        lines = "".join(
-            f"\n  {op}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for op, names in missing.items()
-        )
+        import onnxruntime
+
+        lines = "".join(f"\n  {op}: {', '.join(names[:4])}{' ...' * (len(names) > 4)}" for op, names in missing.items())
         raise UnsupportedError(
-            f"ONNX Runtime {_version()} has no CPU kernel for {len(missing)} operators of this model:{lines}\n"
-            "Replace them in the source model, export with another opset, or install a runtime that has them."
+            f"Expected operators that ONNX Runtime {onnxruntime.__version__} can run on a CPU, found {len(missing)} "
+            f"without a kernel:{lines}\nReplace them in the source, export it with another opset, or install a runtime "
+            "that has them."
         )
 
 
-def _accepts(node: ir.Node, types: Mapping[str, frozenset[str]], schema: tuple[str, ...]) -> bool:
-    """Whether a kernel with those type constraints takes the node's inputs; inputs of unknown type fit anything."""
+def _accepts(node: ir.Node, kernel: Mapping[str, frozenset[str]]) -> bool:
+    """Whether a kernel with those types by variable takes the inputs of `node`; an unknown type fits anything."""
+    variables = _type_variables().get((node.domain, node.op_type), ())
     for position, value in enumerate(node.inputs):
-        if value is None or value.dtype is None or not schema:
+        if value is None or value.dtype is None or not variables:
             continue
-        allowed = types.get(schema[min(position, len(schema) - 1)])
-        if allowed is not None and f"tensor({_TYPE_NAMES.get(value.dtype, value.dtype.name.lower())})" not in allowed:
+        allowed = kernel.get(variables[min(position, len(variables) - 1)])
+        if allowed is not None and f"tensor({value.dtype.name.lower()})" not in allowed:
             return False
     return True
 
 
-_TYPE_NAMES = {ir.DataType.FLOAT: "float"}
-
-
 @functools.cache
-def _registry() -> dict[tuple[str, str], tuple[tuple[int, int, dict[str, frozenset[str]]], ...]]:
-    """CPU kernels by (domain, operator): lowest and highest opset, and types by variable."""
+def _registry() -> dict[tuple[str, str], list[dict[str, frozenset[str]]]]:
+    """The types by variable of each CPU kernel, by (domain, operator)."""
     import onnxruntime.capi.onnxruntime_pybind11_state as state
 
-    found: dict[tuple[str, str], list[tuple[int, int, dict[str, frozenset[str]]]]] = {}
+    found: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = {}
     for kernel in state.get_all_opkernel_def():
         if kernel.provider == "CPUExecutionProvider":
-            low, high = kernel.version_range
-            types = {name: frozenset(t) for name, t in kernel.type_constraints.items()}
-            found.setdefault((kernel.domain, kernel.op_name), []).append((low, high, types))
-    return {key: tuple(value) for key, value in found.items()}
+            types = {name: frozenset(allowed) for name, allowed in kernel.type_constraints.items()}
+            found.setdefault((kernel.domain, kernel.op_name), []).append(types)
+    return found
 
 
 @functools.cache
@@ -199,21 +200,29 @@ def _type_variables() -> dict[tuple[str, str], tuple[str, ...]]:
     return {key: variables for key, (_, variables) in newest.items()}
 
 
-@functools.cache
-def _functions(opset: int) -> frozenset[tuple[str, str]]:
-    """Standard operators that the runtime executes by expanding a function body."""
-    import onnx
+def _loads(node: ir.Node, imports: Mapping[str, int]) -> bool:
+    """Whether the runtime loads a model of `node` alone."""
+    import onnxruntime as ort
+    import onnxruntime.capi.onnxruntime_pybind11_state as state
 
-    if not opset:
-        return frozenset()
-    return frozenset(
-        ("", s.name)
-        for s in onnx.defs.get_all_schemas()
-        if s.domain == "" and s.since_version <= opset and (s.has_function or s.has_context_dependent_function)
-    )
+    def port(value: ir.Value | None, name: str) -> ir.Value | None:
+        return None if value is None else ir.Value(name=name, type=value.type, shape=value.shape)
 
-
-def _version() -> str:
-    import onnxruntime
-
-    return onnxruntime.__version__
+    held = [port(v, f"i{n}") for n, v in enumerate(node.inputs)]
+    alone = ir.Node(node.domain, node.op_type, held, node.attributes.values(), num_outputs=len(node.outputs))
+    for n, (new, old) in enumerate(zip(alone.outputs, node.outputs, strict=True)):
+        new.name, new.type = f"o{n}", old.type
+    inputs = [v for v in held if v is not None]
+    graph = ir.Graph(inputs, [v for v in alone.outputs if v.type is not None], nodes=[alone], name="probe")
+    graph.opset_imports.update(imports)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        proto = ir.to_proto(ir.Model(graph, ir_version=10))
+        ort.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
+    except state.NotImplemented:
+        return False
+    except (state.Fail, state.InvalidGraph, state.InvalidArgument) as error:
+        # A node that cannot stand alone is no evidence.
+        return "is not a registered function" not in str(error)
+    return True

@@ -67,10 +67,15 @@ class QuantizeWeights(Pass):
                 raise InputError(f"Expected a regular expression to exclude, found {pattern!r}: {error}.") from error
         self._formats()
 
+    @property
+    def main_format(self) -> Format:
+        """The format of everything but embeddings and heads with one of their own."""
+        group = f":g{self.group}" if self.group else ""
+        return Format.parse(f"{self.format}{group}:{self.scale}")
+
     def _formats(self) -> Mapping[Kind, Format | None]:
         """The wanted format of each kind of site, None for float."""
-        group = f":g{self.group}" if self.group else ""
-        body = Format.parse(f"{self.format}{group}:{self.scale}")
+        body = self.main_format
 
         def choice(text: str) -> Format | None:
             if text == "same":

@@ -1,0 +1,231 @@
+"""The meaning of formats, against hand-worked values and ONNX Runtime's own decoder."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qc.ir.errors import InputError
+from qc.ir.model import Model
+from qc.ir.quant import Affine, Format, QuantizedTensor, Weight, emit, named_formats, read_weight, require_opset
+from qc.ir.runtime import Session
+from qc.ir.store import Store
+
+SPELLINGS = [f"{u}int{b}{g}{s}" for u in ("", "u") for b in (2, 4, 8) for g in ("", ":g16") for s in ("", ":f16")]
+
+
+def random_tensor(format: Format, rows: int = 24, columns: int = 40) -> QuantizedTensor:
+    rng = np.random.default_rng(0)
+    low, high, groups = format.values.low, format.values.high, format.groups(columns)
+    codes = rng.integers(low, high + 1, (rows, columns)).astype(np.int8 if low < 0 else np.uint8)
+    params = {"scale": rng.normal(size=(rows, groups)).astype(format.scale.numpy())}
+    if low == 0:
+        params["zero_point"] = rng.integers(low, high + 1, (rows, groups)).astype(np.uint8)
+    return QuantizedTensor(format, codes, params)
+
+
+def constant(name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    tensor = ir.tensor(array, dtype=dtype, name=name)
+    return ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+
+
+def graph_of(*nodes: ir.Node) -> ir.Graph:
+    """A graph of decode nodes whose constants are its initializers; read_weight accepts only values of a graph."""
+    constants = {id(v): v for n in nodes for v in n.inputs if v is not None}
+    graph = ir.Graph(
+        [], [n.outputs[0] for n in nodes], nodes=nodes, initializers=list(constants.values()), opset_imports={"": 23}
+    )
+    graph.name = "g"
+    return graph
+
+
+def dequantize(*inputs: ir.Value, **attributes: int) -> Weight | None:
+    node = ir.node("DequantizeLinear", inputs, attributes)
+    node.outputs[0].dtype = ir.DataType.FLOAT
+    graph_of(node)
+    return read_weight(node.outputs[0])
+
+
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    symmetric=st.booleans(),
+    group=st.none() | st.integers(1, 10**6),
+    half=st.booleans(),
+)
+def test_a_format_reads_back_from_its_spelling(bits: int, symmetric: bool, group: int | None, half: bool) -> None:
+    format = Format(Affine(bits, symmetric), group, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+    assert Format.parse(str(format)) == format
+
+
+@pytest.mark.parametrize(
+    "text", ["", "int", "int3", "float4", "int4:32", "int4:g0", "int4:g-1", "int4:f64", "int4:f16:g32", "INT4", "int4 "]
+)
+def test_other_spellings_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="found"):
+        Format.parse(text)
+
+
+def test_scales_have_a_float_type_of_known_spelling() -> None:
+    with pytest.raises(InputError, match="BFLOAT16"):
+        Format(Affine(4), 32, ir.DataType.BFLOAT16)
+
+
+def test_the_named_formats_are_all_widths_with_and_without_zero_point() -> None:
+    assert sorted(named_formats()) == ["int2", "int4", "int8", "uint2", "uint4", "uint8"]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "low", "high"),
+    [("int2", -2, 1), ("uint2", 0, 3), ("int4", -8, 7), ("uint4", 0, 15), ("int8", -128, 127), ("uint8", 0, 255)],
+)
+def test_codes_cover_the_range_of_their_type(spelling: str, low: int, high: int) -> None:
+    values = Format.parse(spelling).values
+    assert (values.low, values.high) == (low, high)
+
+
+def test_decoding_by_hand() -> None:
+    codes = np.array([[1, -2, 7, -8, 3]], np.int8)
+    scale = np.array([[0.5, 2.0, -1.0]], np.float32)
+    symmetric = Format.parse("int4:g2").decode(codes, {"scale": scale})
+    assert symmetric.tolist() == [[0.5, -1.0, 14.0, -16.0, -3.0]]
+    params = {"scale": np.array([[0.25]], np.float32), "zero_point": np.array([[3]], np.uint8)}
+    assert Format.parse("uint2").decode(np.array([[0, 1, 2, 3]], np.uint8), params).tolist() == [
+        [-0.75, -0.5, -0.25, 0]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "shape", "expected"),
+    [
+        ("int4:g32:f16", (4096, 4096), 4.5),
+        ("int4:g128:f16", (4096, 4096), 4.125),
+        ("uint4:g128:f16", (4096, 4096), 4.15625),
+        ("int4:g32", (4096, 4096), 5.0),
+        ("uint2:g128:f16", (4096, 4096), 2.140625),
+        ("int8", (4096, 4096), 8 + 32 / 4096),
+        ("int4:g32", (1, 33), (136 + 64) / 33),  # 33 codes take 17 bytes, the second group has a scale of its own
+        ("uint2:g2", (1, 5), (16 + 96 + 8) / 5),
+    ],
+)
+def test_every_stored_bit_is_counted(spelling: str, shape: tuple[int, int], expected: float) -> None:
+    assert Format.parse(spelling).stored_bits(shape) / (shape[0] * shape[1]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("columns", [40, 48])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_written_weight_reads_back_and_the_runtime_decodes_it_alike(spelling: str, columns: int) -> None:
+    format = Format.parse(spelling)
+    tensor = random_tensor(format, columns=columns)
+    node = emit(tensor, ir.Value(name="w"), Store())
+    graph = graph_of(node)
+    weight = read_weight(node.outputs[0])
+    assert weight is not None
+    assert (weight.format, weight.shape, weight.name, weight.dtype) == (
+        format,
+        (24, columns),
+        "w",
+        format.values.dtype,
+    )
+    read = weight.quantized()
+    assert np.array_equal(read.codes, tensor.codes)
+    assert all(np.array_equal(read.params[k], v) for k, v in tensor.params.items())
+    assert weight.stored_bytes * 8 == tensor.stored_bits == format.stored_bits((24, columns))
+    model = Model.of(ir.Model(graph, ir_version=10))
+    require_opset(model, format)
+    (decoded,) = Session(model).run({}).values()
+    assert np.array_equal(decoded, tensor.decode())
+    assert np.array_equal(weight.numpy(), tensor.decode())
+
+
+def test_two_bits_need_a_newer_opset_and_others_leave_it_alone() -> None:
+    model = ir.Model(graph_of(), ir_version=10)
+    require_opset(model, Format.parse("int4"))
+    assert model.graph.opset_imports[""] == 23
+    require_opset(model, Format.parse("uint2"))
+    assert model.graph.opset_imports[""] == 25
+
+
+def test_a_float_initializer_is_a_weight_that_is_not_copied() -> None:
+    array = np.ones((3, 4), np.float32)
+    value = constant("w", array)
+    ir.Graph([], [], nodes=[], initializers=[value])
+    weight = read_weight(value)
+    assert weight is not None
+    assert (weight.format, weight.shape, weight.stored_bytes) == (None, (3, 4), 48)
+    assert np.shares_memory(weight.numpy(), array)
+    with pytest.raises(ValueError, match="'w' in FLOAT"):
+        weight.quantized()
+
+
+def test_a_narrow_float_behind_a_cast_is_a_weight_whose_raw_numbers_stay_narrow() -> None:
+    held = Store().put("w", np.ones((30, 40), ml_dtypes.bfloat16))
+    data = ir.Value(name="w", const_value=held, shape=held.shape, type=ir.TensorType(held.dtype))
+    node = ir.node("Cast", [data], {"to": int(ir.DataType.FLOAT)})
+    node.outputs[0].dtype = ir.DataType.FLOAT
+    graph_of(node)
+    weight = read_weight(node.outputs[0])
+    assert weight is not None
+    assert (weight.name, weight.dtype, weight.stored_bytes) == ("w", ir.DataType.BFLOAT16, 2400)
+    assert weight.raw().dtype == ml_dtypes.bfloat16
+    assert not weight.raw().flags.owndata
+    assert weight.numpy().dtype == np.float32
+
+
+def test_values_that_are_no_constant_weights_are_none() -> None:
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
+    relu = ir.node("Relu", [x])
+    computed = ir.node("DequantizeLinear", [ir.Value(name="codes"), constant("scale", np.float32(1))])
+    cast = ir.node("Cast", [constant("ids", np.arange(4))], {"to": int(ir.DataType.FLOAT)})
+    cast.outputs[0].dtype = ir.DataType.FLOAT
+    graph_of(cast)
+    assert read_weight(None) is None
+    assert all(read_weight(v) is None for v in (x, relu.outputs[0], computed.outputs[0], cast.outputs[0]))
+
+
+@pytest.mark.parametrize(
+    ("scale", "attributes", "expected"),
+    [
+        ((4, 2), {"axis": 1, "block_size": 4}, "int8:g4"),
+        ((4, 2), {"block_size": 4}, "int8:g4"),
+        ((4, 2), {"axis": -1, "block_size": 5}, "int8:g5"),
+        ((4,), {"axis": 0}, "int8"),
+        ((4,), {"axis": -2}, "int8"),
+        ((8,), {"axis": 1}, None),  # one scale per column: no format of ours
+        ((1, 8), {"axis": 0, "block_size": 4}, None),
+        ((), {}, None),  # one scale per tensor
+    ],
+)
+def test_decode_nodes_are_recognised_by_their_shapes(
+    scale: tuple[int, ...], attributes: dict[str, int], expected: str | None
+) -> None:
+    codes = constant("w", np.ones((4, 8), np.int8))
+    found = dequantize(codes, constant("s", np.ones(scale, np.float32)), **attributes)
+    assert (None if found is None else str(found.format)) == expected
+
+
+def test_symmetric_codes_may_have_zero_points_that_are_zero() -> None:
+    codes, scale = constant("w", np.ones((4, 8), np.int8)), constant("s", np.ones(4, np.float32))
+    zeros = dequantize(codes, scale, constant("z", np.zeros(4, np.int8)), axis=0)
+    assert zeros is not None
+    assert str(zeros.format) == "int8"
+    codes, scale = constant("w", np.ones((4, 8), np.int8)), constant("s", np.ones(4, np.float32))
+    assert dequantize(codes, scale, constant("z", np.ones(4, np.int8)), axis=0) is None
+
+
+def test_a_missing_zero_point_of_unsigned_codes_is_zero() -> None:
+    codes, scale = constant("w", np.full((4, 8), 5, np.uint8)), constant("s", np.ones(4, np.float32))
+    weight = dequantize(codes, scale, axis=0)
+    assert weight is not None
+    assert np.all(weight.numpy() == 5)
+    assert not weight.quantized().params["zero_point"].any()
+
+
+def test_codes_of_other_ranks_and_types_are_no_weights() -> None:
+    cube = constant("w", np.ones((2, 4, 8), np.int8))
+    assert dequantize(cube, constant("s", np.ones(2, np.float32)), axis=0) is None
+    wide = constant("w", np.ones((4, 8), np.int16))
+    assert dequantize(wide, constant("s", np.ones(4, np.float32)), axis=0) is None

@@ -153,7 +153,9 @@ def drop_unused(model: ir.Model) -> bool:
     return common.RemoveUnusedNodesPass()(model).modified
 
 
-def lazily(source: ir.TensorProtocol, change: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]) -> ir.LazyTensor:
+def lazily(
+    source: ir.TensorProtocol, change: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]
+) -> ir.LazyTensor:
     """A tensor of the same element type that is computed from `source` each time it is read, and holds no memory."""
 
     def read() -> ir.TensorProtocol:

@@ -70,10 +70,10 @@ def glu_of(node: ir.Node) -> Glu | None:
         return None
     for i in (0, 1):
         act, up = node.inputs[i].producer(), node.inputs[1 - i]
-        if act is None or stored(up) is not None or up is act.inputs[0]:
+        known = act is not None and act.domain == "" and act.op_type in _GLU_ACTIVATIONS
+        if not (known or dialect.is_op(act, "Swish")) or stored(up) is not None or up is act.inputs[0]:
             continue
-        if dialect.is_op(act, "Swish") or (act.domain == "" and act.op_type in _GLU_ACTIVATIONS):
-            return Glu(act.inputs[0], up, act)
+        return Glu(act.inputs[0], up, act)
     return None
 
 
@@ -122,8 +122,18 @@ _KNOWN = (
 _TARGETS = tuple(known.function(_GRID) for known in _KNOWN)
 
 _ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
-    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power, "Neg": np.negative,
-    "Sqrt": np.sqrt, "Exp": np.exp, "Reciprocal": np.reciprocal, "Tanh": np.tanh, "Erf": _ERF, "Sigmoid": _sigmoid,
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Pow": np.power,
+    "Neg": np.negative,
+    "Sqrt": np.sqrt,
+    "Exp": np.exp,
+    "Reciprocal": np.reciprocal,
+    "Tanh": np.tanh,
+    "Erf": _ERF,
+    "Sigmoid": _sigmoid,
 }
 
 
@@ -160,9 +170,7 @@ def _ancestors(trigger: ir.Node) -> list[ir.Value]:
     for _ in range(_BACK):
         found += [v for v in level if all(v is not f for f in found) and scalar(v) is None]
         makers = [v.producer() for v in level]
-        level = [
-            v for n in makers if n is not None and n.domain == "" and n.op_type in _ELEMENTWISE for v in n.inputs
-        ]
+        level = [v for n in makers if n is not None and n.domain == "" and n.op_type in _ELEMENTWISE for v in n.inputs]
     return found
 
 

@@ -203,7 +203,16 @@ def _and(node: ir.Node) -> ir.Value | None:
 
 
 _NO_OPS = {
-    "Cast": _cast, "Expand": _unchanged_shape, "Reshape": _unchanged_shape, "Slice": _slice, "Transpose": _transpose,
-    "Concat": _concat, "Mul": _neutral, "Div": _neutral, "Add": _neutral, "Sub": _neutral, "And": _and,
+    "Cast": _cast,
+    "Expand": _unchanged_shape,
+    "Reshape": _unchanged_shape,
+    "Slice": _slice,
+    "Transpose": _transpose,
+    "Concat": _concat,
+    "Mul": _neutral,
+    "Div": _neutral,
+    "Add": _neutral,
+    "Sub": _neutral,
+    "And": _and,
 }
 """One function per operator: the value that the node merely copies, or None."""

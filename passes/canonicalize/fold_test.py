@@ -16,8 +16,9 @@ def _ops(model: ir.Model) -> list[str]:
 
 def test_constant_expressions_are_computed(build, keeps):
     model = build(
-        "g (float[2,3,4] x) => (float[2,12] y) { a = Constant <value = int64[1] {4}> () b = Constant <value = int64[1] {3}> () "
-        "n = Mul (a, b) two = Constant <value = int64[1] {2}> () s = Concat <axis = 0> (two, n) y = Reshape (x, s) }"
+        "g (float[2,3,4] x) => (float[2,12] y) { a = Constant <value = int64[1] {4}> () "
+        "b = Constant <value = int64[1] {3}> () n = Mul (a, b) two = Constant <value = int64[1] {2}> () "
+        "s = Concat <axis = 0> (two, n) y = Reshape (x, s) }"
     )
     keeps(FoldConstants(), model, x=_X)
     assert _ops(model) == ["Reshape"]
@@ -25,7 +26,8 @@ def test_constant_expressions_are_computed(build, keeps):
 
 def test_transpose_and_cast_of_a_weight_stay(build, keeps):
     model = build(
-        "g (float[2,3,4] x, float16[4,4] w) => (float y) { c = Cast <to = 1> (w) t = Transpose <perm = [1, 0]> (c) y = MatMul (x, t) }",
+        "g (float[2,3,4] x, float16[4,4] w) => (float y) "
+        "{ c = Cast <to = 1> (w) t = Transpose <perm = [1, 0]> (c) y = MatMul (x, t) }",
         w=_W.astype(np.float16),
     )
     keeps(FoldConstants(), model, x=_X)
@@ -35,7 +37,8 @@ def test_transpose_and_cast_of_a_weight_stay(build, keeps):
 
 def test_equal_parameters_are_not_merged(build, keeps):
     gain = np.ones(4, np.float32)
-    model = build("g (float[2,3,4] x, float[4] a, float[4] b) => (float y) { h = Mul (x, a) y = Mul (h, b) }", a=gain, b=gain)
+    text = "g (float[2,3,4] x, float[4] a, float[4] b) => (float y) { h = Mul (x, a) y = Mul (h, b) }"
+    model = build(text, a=gain, b=gain)
     result = keeps(FoldConstants(), model, x=_X)
     assert not result.modified
     assert set(model.graph.initializers) == {"a", "b"}
@@ -43,8 +46,9 @@ def test_equal_parameters_are_not_merged(build, keeps):
 
 def test_no_ops_disappear_and_the_output_keeps_its_name(build, keeps):
     model = build(
-        "g (float[2,3,4] x) => (float[2,3,4] y) { one = Constant <value = float {1.0}> () r = Relu (x) m = Mul (r, one) "
-        "zero = Constant <value = int64[1] {0}> () far = Constant <value = int64[1] {9223372036854775807}> () "
+        "g (float[2,3,4] x) => (float[2,3,4] y) { one = Constant <value = float {1.0}> () r = Relu (x) "
+        "m = Mul (r, one) zero = Constant <value = int64[1] {0}> () far = Constant <value = int64[1] "
+        "{9223372036854775807}> () "
         "s = Slice (m, zero, far, zero) c = Cast <to = 1> (s) y = Transpose <perm = [0, 1, 2]> (c) }"
     )
     result = keeps(FoldConstants(), model, x=_X)
@@ -54,15 +58,16 @@ def test_no_ops_disappear_and_the_output_keeps_its_name(build, keeps):
 
 
 def test_a_neutral_constant_that_raises_the_rank_stays(build, keeps):
-    model = build("g (float[4] x, float[1,1] one) => (float y) { r = Relu (x) y = Mul (r, one) }", one=np.ones((1, 1), np.float32))
+    text = "g (float[4] x, float[1,1] one) => (float y) { r = Relu (x) y = Mul (r, one) }"
+    model = build(text, one=np.ones((1, 1), np.float32))
     keeps(FoldConstants(), model, x=_X[0, 0])
     assert _ops(model) == ["Relu", "Mul"]
 
 
 def test_a_partial_slice_stays(build, keeps):
     model = build(
-        "g (float[2,3,4] x) => (float y) { a = Constant <value = int64[1] {0}> () b = Constant <value = int64[1] {2}> () "
-        "y = Slice (x, a, b, b) }"
+        "g (float[2,3,4] x) => (float y) { a = Constant <value = int64[1] {0}> () "
+        "b = Constant <value = int64[1] {2}> () y = Slice (x, a, b, b) }"
     )
     keeps(FoldConstants(), model, x=_X)
     assert _ops(model).count("Slice") == 1
@@ -70,8 +75,9 @@ def test_a_partial_slice_stays(build, keeps):
 
 def test_subgraphs_are_left_alone(build, keeps):
     model = build(
-        "g (float[2,3,4] x, bool c) => (float y) { y = If (c) <then_branch = t () => (float a) { one = Constant <value = float {1.0}> () "
-        "a = Mul (x, one) }, else_branch = e () => (float b) { b = Neg (x) }> }"
+        "g (float[2,3,4] x, bool c) => (float y) { y = If (c) <then_branch = t () => (float a) "
+        "{ one = Constant <value = float {1.0}> () a = Mul (x, one) }, else_branch = e () => (float b) "
+        "{ b = Neg (x) }> }"
     )
     keeps(FoldConstants(), model, x=_X, c=np.array(True))
     assert _ops(model) == ["If"]

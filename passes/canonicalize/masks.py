@@ -65,9 +65,9 @@ class _Setting:
 def describe_mask(model: ir.Model, value: ir.Value | None) -> Mask:
     """Says what the mask input of an Attention node means.
 
-    The subgraph that computes it is run on a few batches, lengths, caches and paddings, and compared with the formula of
-    each kind. The roles of the model's inputs (``tokens``, ``mask``, ``positions``, ``past_key``) say what is what. A
-    kind is only returned if it gives every single entry of every evaluation, caches as long as the model allows
+    The subgraph that computes it is run on a few batches, lengths, caches and paddings, and compared with the formula
+    of each kind. The roles of the model's inputs (``tokens``, ``mask``, ``positions``, ``past_key``) say what is what.
+    A kind is only returned if it gives every single entry of every evaluation, caches as long as the model allows
     included.
 
     Args:

@@ -41,9 +41,9 @@ class RecogniseRotary(Pass):
     not matched but *evaluated*: the subgraph must depend on one integer value, the positions, and on nothing else but
     constants and shapes. It is run at ``0 .. positions - 1``, which gives the table, and again on other batches,
     lengths and orders; unless these give rows of that table, the site is left alone (a scaling that depends on the
-    length, for example). Scale factors on cos and sin end up in the table. A rotation of the first channels only, followed by a
-    Concat with the rest, becomes ``rotary_embedding_dim``. A value with the sequence before the heads is transposed,
-    and back.
+    length, for example). Scale factors on cos and sin end up in the table. A rotation of the first channels only,
+    followed by a Concat with the rest, becomes ``rotary_embedding_dim``. A value with the sequence before the heads is
+    transposed, and back.
 
     Exact for positions below the number of table rows; a runtime refuses larger ones.
 

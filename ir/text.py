@@ -52,8 +52,8 @@ def diff(a: ir.Model, b: ir.Model, *, hashes: bool = False, context: int = 3) ->
         hashes: Whether weights of equal type and shape but different content differ.
         context: Lines of context.
     """
-    lines = (to_text(m, hashes=hashes).splitlines(keepends=True) for m in (a, b))
-    return "".join(difflib.unified_diff(*lines, "before", "after", n=context))
+    before, after = (to_text(m, hashes=hashes).splitlines(keepends=True) for m in (a, b))
+    return "".join(difflib.unified_diff(before, after, "before", "after", n=context))
 
 
 def parse(

@@ -57,7 +57,7 @@ def search(w: np.ndarray, values: Affine, axis: int, importance: np.ndarray | No
     Symmetric codes of 2 and 4 bits carry a signed scale: the entry of largest magnitude lies on the side with one more
     code. Candidates reach from the narrow rule, which maps it to ``-(2^(b-1) - 1)``, over the full rule, ``-2^(b-1)``,
     to ranges in which the largest entries are clipped. 8-bit scales are positive: the extra code gains nothing there.
-    Asymmetric zero points are codes; both roundings of the centred one, then the neighbours of the best, are tried.
+    Asymmetric zero points are codes: the one that centres the clipped range is tried, then the neighbours of the best.
 
     The absmax (min-max) range is among the candidates, so the result is never worse than that up to the rounding of the
     scale to its storage type.
@@ -100,6 +100,10 @@ def search(w: np.ndarray, values: Affine, axis: int, importance: np.ndarray | No
         if values.symmetric:
             trial.attempt(units)
             return
+        if values.bits > 2:
+            trial.attempt(units, np.rint(centre(units)))
+            return
+        # A step of the zero point is a third of the range here, so both roundings are worth their time.
         zero = np.floor(centre(units))
         trial.attempt(units, zero)
         trial.attempt(units, zero + 1)

@@ -116,7 +116,7 @@ def _other_reason(node: ir.Node, weight: Weight) -> str:
 
 def _heads(model: ir.Model) -> set[ir.Node]:
     """The Linears from which an output of role logits is reached without another product in between."""
-    products = {"MatMul", "Gemm", "Conv", "Attention", "Gather"}
+    products = {"MatMul", "Gemm", "Conv", "Attention"}
     pending = [v for v in model.graph.outputs if v.metadata_props.get("qc.role") == "logits"]
     seen: set[ir.Value] = set()
     heads = set()

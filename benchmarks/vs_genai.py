@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -107,7 +108,7 @@ def weight_bytes(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.iterdir() if ".onnx" in f.name)
 
 
-def compare(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
+def compare(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Builds both and measures them."""
     source, theirs, ours = (work / name for name in ("source", "theirs", "ours"))
     if not source.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx_ir as ir
 
@@ -48,7 +49,7 @@ def emit(model: Model, directory: Path) -> None:
         (directory / CONFIG).write_text(dump_json(config), "utf-8", newline="\n")
 
 
-def _externalize(model: ir.Model, stream, directory: Path) -> None:
+def _externalize(model: ir.Model, stream: BinaryIO, directory: Path) -> None:
     """Writes every large initializer to `stream` and makes it refer there."""
     placed: dict[object, int] = {}
     for graph in model.graphs():
@@ -64,7 +65,7 @@ def _externalize(model: ir.Model, stream, directory: Path) -> None:
                 unit = _PAGE if tensor.nbytes >= _LARGE else _LINE
                 stream.write(bytes(-stream.tell() % unit))
                 placed[key] = stream.tell()
-                tensor.tofile(stream)
+                _write(tensor, stream)
             value.const_value = ir.ExternalTensor(
                 WEIGHTS,
                 placed[key],
@@ -74,6 +75,13 @@ def _externalize(model: ir.Model, stream, directory: Path) -> None:
                 name=value.name or "",
                 base_dir=str(directory),
             )
+
+
+def _write(tensor: ir.TensorProtocol, stream: BinaryIO) -> None:
+    if hasattr(tensor, "tofile"):  # optional in the protocol; spares a copy of the tensor
+        tensor.tofile(stream)
+    else:
+        stream.write(tensor.tobytes())
 
 
 def _identity(tensor: ir.TensorProtocol) -> object:

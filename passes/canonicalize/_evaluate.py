@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -52,7 +53,7 @@ class Piece:
         self.graph_inputs = inputs
         self._inputs = [*inputs, *self._cut]
         self._graph = graph
-        self._session: object | None = None
+        self._session: Any = None
 
     def run(self, feeds: Mapping[ir.Value, np.ndarray], sizes: Mapping[str, int]) -> list[np.ndarray]:
         """Runs the piece.
@@ -81,9 +82,10 @@ class Piece:
         if not any(value is s for s in self.shapes):
             raise Decline(f"it depends on the values of {value.name}")
         dims = [d if isinstance(d, int) else sizes.get(str(d.value)) for d in value.shape or ()]
-        if value.shape is None or any(d is None for d in dims):
+        known = [d for d in dims if d is not None]
+        if value.shape is None or len(known) != len(dims):
             raise Decline(f"the shape of {value.name}, on which it depends, is unknown")
-        return np.zeros(dims, value.dtype.numpy())
+        return np.zeros(known, (value.dtype or ir.DataType.FLOAT).numpy())
 
     def _serialize(self) -> bytes:
         # Functions of the main model are not carried along: position and mask arithmetic uses standard operators.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -14,17 +13,14 @@ from qc.passes.canonicalize._evaluate import Piece
 from qc.passes.canonicalize._graph import (
     Decline,
     add_constant,
-    attribute,
     drop_unused,
-    integers,
     made_by,
     main_nodes,
-    operands,
     replace,
     same_dim,
-    sole_consumer,
     too_old,
 )
+from qc.passes.canonicalize._rotations import Rotation, enclosing, rotations
 
 __all__ = ["RecogniseRotary"]
 
@@ -37,13 +33,13 @@ _ULP = 2e-6  # cos and sin of equal arguments may differ by a rounding between v
 class RecogniseRotary(Pass):
     """Rewrites ``x * cos + rotate(x) * sin`` to ``RotaryEmbedding(x, cos_table, sin_table, position_ids)``.
 
-    ``rotate`` is either of (-second half, first half) and (-odd, even) interleaved. How cos and sin are computed is
-    not matched but *evaluated*: the subgraph must depend on one integer value, the positions, and on nothing else but
-    constants and shapes. It is run at ``0 .. positions - 1``, which gives the table, and again on other batches,
-    lengths and orders; unless these give rows of that table, the site is left alone (a scaling that depends on the
-    length, for example). Scale factors on cos and sin end up in the table. A rotation of the first channels only,
-    followed by a Concat with the rest, becomes ``rotary_embedding_dim``. A value with the sequence before the heads is
-    transposed, and back.
+    ``rotate`` is either of (-second half, first half), written on x or on its halves, and (-odd, even) interleaved. How
+    cos and sin are computed is not matched but *evaluated*: the subgraph must depend on one integer value, the
+    positions, and on nothing else but constants and shapes. It is run at ``0 .. positions - 1``, which gives the table,
+    and again on other batches, lengths and orders; unless these give rows of that table, the site is left alone (a
+    scaling that depends on the length, for example). Scale factors on cos and sin end up in the table. A rotation of
+    the first channels only, followed by a Concat with the rest, becomes ``rotary_embedding_dim``. A value with the
+    sequence before the heads is transposed, and back.
 
     Exact for positions below the number of table rows; a runtime refuses larger ones.
 
@@ -60,8 +56,8 @@ class RecogniseRotary(Pass):
         sites = [Site(site_name(n), Outcome.MATCHED) for n in main_nodes(model, "RotaryEmbedding")]
         known = int(model.metadata_props.get("qc.max_positions", 0))
         tables = _Tables(model.graph, self.positions or known or _POSITIONS)
-        for node in main_nodes(model, "Add"):
-            for rotation in _rotations(node):
+        for node in main_nodes(model, "Add", "Concat"):
+            for rotation in rotations(node):
                 try:
                     sites.append(_rewrite(rotation, tables))
                 except Decline as reason:
@@ -73,97 +69,12 @@ class RecogniseRotary(Pass):
         return result
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rotation:
-    """``root = x * cos + rotate(x) * sin``."""
-
-    root: ir.Node
-    x: ir.Value
-    cos: ir.Value
-    sin: ir.Value
-    interleaved: bool
-
-
-def _rotations(add: ir.Node) -> Iterator[_Rotation]:
-    for straight, turned in operands(add):
-        a, b = made_by(straight, "Mul"), made_by(turned, "Mul")
-        if a is None or b is None:
-            continue
-        for x, cos in operands(a):
-            for rotated, sin in operands(b):
-                interleaved = _is_rotated(rotated, x)
-                if interleaved is not None:
-                    yield _Rotation(add, x, cos, sin, interleaved)
-
-
-def _is_rotated(value: ir.Value | None, x: ir.Value | None) -> bool | None:
-    """False if `value` is x rotated by halves, True if by neighbours, None if it is neither."""
-    concat = made_by(value, "Concat")
-    if concat is not None:
-        return False if _is_last(concat, value) and _pairs(concat.inputs, x, step=1) else None
-    reshape = made_by(value, "Reshape")
-    concat = made_by(reshape.inputs[0], "Concat") if reshape is not None else None
-    if concat is None or not _is_last(concat, reshape.inputs[0]):
-        return None
-    parts = [made_by(v, "Unsqueeze") for v in concat.inputs]
-    if any(p is None for p in parts) or not _same_axes(value, x):
-        return None
-    return True if _pairs([p.inputs[0] for p in parts], x, step=2) else None
-
-
-def _is_last(concat: ir.Node, value: ir.Value) -> bool:
-    axis = attribute(concat, "axis")
-    return axis == -1 or (value.shape is not None and axis == len(value.shape) - 1)
-
-
-def _same_axes(a: ir.Value | None, b: ir.Value | None) -> bool:
-    if a is None or b is None or a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
-        return False
-    return all(same_dim(i, j) for i, j in zip(a.shape, b.shape, strict=True))
-
-
-def _pairs(parts: object, x: ir.Value | None, step: int) -> bool:
-    """Whether `parts` are (-second, first) halves of x's last axis, or with step 2 its (-odd, even) entries."""
-    parts = list(parts)
-    negated = made_by(parts[0], "Neg") if len(parts) == 2 else None
-    if negated is None or x is None or x.shape is None or not isinstance(x.shape[-1], int):
-        return False
-    size = x.shape[-1]
-    halves, neighbours = (range(size // 2, size), range(size // 2)), (range(1, size, 2), range(0, size, 2))
-    wanted = neighbours if step == 2 else halves
-    found = [_part_of(negated.inputs[0], x), _part_of(parts[1], x)]
-    return all(f is not None and f == w for f, w in zip(found, wanted, strict=True))
-
-
-def _part_of(value: ir.Value | None, x: ir.Value) -> range | None:
-    """The entries of x's last axis that `value` (a Slice or Split of x) holds, or None."""
-    if x.shape is None or not isinstance(x.shape[-1], int):
-        return None
-    last, size = len(x.shape) - 1, x.shape[-1]
-    piece = made_by(value, "Slice", "Split")
-    if piece is None or piece.inputs[0] is not x:
-        return None
-    if piece.op_type == "Split":
-        if attribute(piece, "axis", 0) not in (-1, last):
-            return None
-        sizes = integers(piece.inputs[1]) if len(piece.inputs) > 1 else None
-        sizes = sizes if sizes is not None else [-(-size // len(piece.outputs))] * len(piece.outputs)
-        start = sum(sizes[: value.index()])
-        return range(start, min(start + sizes[value.index()], size))
-    starts, ends = integers(piece.inputs[1]), integers(piece.inputs[2])
-    axes = integers(piece.inputs[3]) if len(piece.inputs) > 3 else None
-    steps = integers(piece.inputs[4]) if len(piece.inputs) > 4 else [1]
-    if starts is None or ends is None or steps is None or len(starts) != 1 or axes not in ([-1], [last]):
-        return None
-    return range(*slice(starts[0], ends[0], steps[0]).indices(size))
-
-
-def _rewrite(found: _Rotation, tables: _Tables) -> Site:
+def _rewrite(found: Rotation, tables: _Tables) -> Site:
     if found.x.shape is None or len(found.x.shape) != 4:
         raise Decline("the rotated value does not have 4 axes (batch, heads, sequence, channels)")
     name, out, x = site_name(found.root), found.root.outputs[0], found.x
     cos, sin, positions, heads_first = tables.of(found)
-    cut, concat = _whole(found)
+    cut, concat = enclosing(found)
     if cut is not None:
         x, out = cut.inputs[0], concat.outputs[0]
     before = [] if heads_first else [ir.node("Transpose", [x], {"perm": _SWAP})]
@@ -179,20 +90,6 @@ def _rewrite(found: _Rotation, tables: _Tables) -> Site:
     replace(out, [*before, node, *after], like=found.root)
     rows = cos.shape[0]
     return Site(name, Outcome.CHANGED, details={"rows": rows, "channels": found.x.shape[-1], "table": cos.name})
-
-
-def _whole(found: _Rotation) -> tuple[ir.Node | None, ir.Node | None]:
-    """For ``Concat(rotated, rest)``: the node that cuts x from the whole value, and the Concat; else two Nones."""
-    cut, concat = made_by(found.x, "Slice", "Split"), sole_consumer(found.root.outputs[0])
-    if cut is None or concat is None or concat.op_type != "Concat" or concat.domain != "" or len(concat.inputs) != 2:
-        return None, None
-    if not _is_last(concat, concat.outputs[0]) or concat.inputs[0] is not found.root.outputs[0]:
-        return None, None
-    whole = cut.inputs[0]
-    first, rest = _part_of(found.x, whole), _part_of(concat.inputs[1], whole)
-    if first is None or rest is None or first != range(len(first)) or rest != range(len(first), whole.shape[-1]):
-        return None, None
-    return cut, concat
 
 
 def _per_row(root: ir.Node, x: ir.Value, positions: ir.Value) -> ir.Value:
@@ -222,7 +119,7 @@ class _Tables:
         self._read: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, ir.Value, bool] | Decline] = {}
         self._kept: dict[tuple[object, ...], ir.Value] = {}
 
-    def of(self, found: _Rotation) -> tuple[ir.Value, ir.Value, ir.Value, bool]:
+    def of(self, found: Rotation) -> tuple[ir.Value, ir.Value, ir.Value, bool]:
         """The constants ``[rows, channels / 2]``, the positions, and whether the heads axis comes before the sequence.
 
         Raises:
@@ -248,7 +145,7 @@ class _Tables:
             self._kept[key] = add_constant(self._graph, name, ir.tensor(table))
         return self._kept[key]
 
-    def _evaluate(self, found: _Rotation) -> tuple[np.ndarray, np.ndarray, ir.Value, bool]:
+    def _evaluate(self, found: Rotation) -> tuple[np.ndarray, np.ndarray, ir.Value, bool]:
         positions = _positions(found.cos)
         if _positions(found.sin) is not positions:
             raise Decline("cos and sin come from different positions")
@@ -316,15 +213,19 @@ def _is_fixed(value: ir.Value) -> bool:
     return not value.is_graph_input() if node is None else all(v is None or _is_fixed(v) for v in node.inputs)
 
 
-def _half(table: np.ndarray, found: _Rotation) -> np.ndarray:
+def _half(table: np.ndarray, found: Rotation) -> np.ndarray:
     """One entry per rotated pair.
 
     Raises:
         Decline: If the two channels of a pair have different angles.
     """
     size = found.x.shape[-1]
+    if found.paired:
+        size //= 2
     if table.shape[-1] != size:
         raise Decline(f"cos has {table.shape[-1]} channels, expected {size}")
+    if found.paired:
+        return table
     if found.interleaved:
         first, second = table[:, 0::2], table[:, 1::2]
     else:

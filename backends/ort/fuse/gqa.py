@@ -25,6 +25,8 @@ from qc.passes.canonicalize.masks import Mask, describe_mask
 __all__ = ["FuseGroupQueryAttention"]
 
 _MICROSOFT = "com.microsoft"
+_UNIT = 8
+"""The kernel takes tables whose rows are a multiple of so many angles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ class FuseGroupQueryAttention(Pass):
             model.opset_imports.setdefault(_MICROSOFT, 1)
             drop_unused(model)
             _drop_positions(model.graph)
+            result.notes += lengths.replace_past_lengths()
         return result
 
 
@@ -188,7 +191,8 @@ def _rotation(model: ir.Model, q: ir.Value, k: ir.Value) -> _Rotation | None:
     before_k = b.inputs[0]
     if not same or None in (before_q, before_k, cos, sin, positions):
         return None
-    if len(cos.shape or ()) != 2 or not are_running(model, positions):  # type: ignore[union-attr]
+    width = (cos.shape or (None,))[-1]  # type: ignore[union-attr]
+    if not isinstance(width, int) or width % _UNIT or not are_running(model, positions):
         return None
     return _Rotation(before_q, before_k, cos, sin, int(attribute(a, "interleaved", 0)))  # type: ignore[arg-type]
 
@@ -248,6 +252,36 @@ class _Lengths:
         if self._values is None:
             self._values = self._make(before)
         return self._values
+
+    def replace_past_lengths(self) -> list[str]:
+        """Computes what the graph still asks the past for, its length, from the mask: one buffer is longer than it.
+
+        Returns:
+            A note if something cannot be replaced.
+        """
+        tokens = next((v for v in self._graph.inputs if v.metadata_props.get("qc.role") == "tokens"), None)
+        shapes = [
+            use.node
+            for value in self._graph.inputs
+            if value.metadata_props.get("qc.role", "").startswith("past_")
+            for use in value.uses()
+            if use.node.op_type == "Shape" and attribute(use.node, "start", 0) != 0
+        ]
+        if not shapes:
+            return []
+        if tokens is None or any(
+            (attribute(n, "start"), attribute(n, "end")) not in ((2, 3), (-2, -1)) for n in shapes
+        ):
+            return ["The graph reads the length of the cache where the kernel may be given a longer buffer."]
+        assert self._mask is not None
+        whole, new = (ir.node("Shape", [v], {"start": 1, "end": 2}) for v in (self._mask, tokens))
+        past = ir.node("Sub", [whole.outputs[0], new.outputs[0]])
+        first = next(n for n in self._graph if n in shapes)
+        self._graph.insert_before(first, [whole, new, past])
+        for node in shapes:
+            node.outputs[0].replace_all_uses_with(past.outputs[0])
+            self._graph.remove(node, safe=True)
+        return []
 
     def _make(self, before: ir.Node) -> list[ir.Value]:
         mask, graph = self._mask, self._graph

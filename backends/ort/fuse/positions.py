@@ -40,7 +40,7 @@ def _runs(piece: Piece, batch: int, new: int, past: int) -> bool:
     feeds, sizes = {}, {}
     for graph_input in piece.graph_inputs:
         role = _role(graph_input)
-        axes = (batch, None, past, None) if role.startswith("past_") else arrays.get(role, np.empty(())).shape
+        axes = (batch, None, past, None) if role.startswith("past_") else arrays.get(role, expected).shape
         names = [None if isinstance(d, int) else str(d.value) for d in graph_input.shape or ()]
         sizes.update({n: s for n, s in zip(names, axes, strict=False) if n is not None and s is not None})
     for read in piece.reads:

@@ -6,7 +6,10 @@ from qc.backends.ort.fuse.attention import MergeHeads
 
 _RNG = np.random.default_rng(0)
 _SIZES = {"s4": np.array([0, 0, 4, 8]), "s2": np.array([0, 0, 2, 8]), "s": np.array([0, 0, 32])}
-_HEAD = "f (float[b,n,32] q, float[b,n,{kv}] k, float[b,n,{kv}] v, bool[b,1,n,n] m, int64[4] s4, int64[4] s2, int64[3] s) => "
+_HEAD = (
+    "f (float[b,n,32] q, float[b,n,{kv}] k, float[b,n,{kv}] v, bool[b,1,n,n] m, "
+    "int64[4] s4, int64[4] s2, int64[3] s) => "
+)
 _BODY = """
  q4 = Reshape(q, s4)
  k4 = Reshape(k, {split})

@@ -92,7 +92,8 @@ def _model(build: Callable[..., Model], body: str, roles: dict[str, str] | None 
     declared = "".join(f", {_TYPES[v.dtype]}[{','.join(map(str, v.shape))}] {k}" for k, v in held.items())
     declared = declared.replace("int64[] ", "int64 ")
     text = (
-        "f (int64[batch,seq] ids, float[batch,seq,128] qkv, int64[batch,total] attention_mask, int64[batch,seq] position_ids, "
+        "f (int64[batch,seq] ids, float[batch,seq,128] qkv, int64[batch,total] attention_mask, "
+        "int64[batch,seq] position_ids, "
         f"float[batch,{KV},past,{D}] past_key, float[batch,{KV},past,{D}] past_value{declared}) => "
         f"(float[batch,seq,64] y, float[batch,{KV},all,{D}] present_key, float[batch,{KV},all,{D}] present_value)"
         " {" + body + "}"

@@ -22,7 +22,7 @@ class KeepResiduals(Pass):
     nothing here fuses them, nor ``Add`` + ``RMSNormalization`` (``SkipSimplifiedLayerNormalization`` is 1.1 to 1.5
     times slower than the two). benchmarks/ort_kernels.py has the times.
 
-    Exact. Left alone: an Add of the bias or of anything else whose two shapes are not both those of the result.
+    Exact. Left alone: the Add of a constant, such as a bias.
     """
 
     contract: ClassVar[Contract] = Exact(0.0)

@@ -34,8 +34,9 @@ def test_the_runtime_does_not_fuse_the_sum_to_its_slow_kernel(build, tmp_path):
 
 
 def test_a_sum_that_is_an_output_and_read_again_keeps_its_readers(build, keeps):
-    text = "(float[b,s,8] y, float[b,s,8] t, float[b,s,8] u) { t = Add(x, r)\n y = LayerNormalization(t, g)\n u = Mul(t, t) }"
-    model = build(_HEAD + text, g=_GAIN)
+    outputs = "(float[b,s,8] y, float[b,s,8] t, float[b,s,8] u)"
+    text = " { t = Add(x, r)\n y = LayerNormalization(t, g)\n u = Mul(t, t) }"
+    model = build(_HEAD + outputs + text, g=_GAIN)
     keeps(KeepResiduals(), model, [_FEED])
     assert [n.op_type for n in model.graph] == ["Sum", "LayerNormalization", "Mul"]
 

@@ -302,7 +302,7 @@ def _measure(
     name, tokens = text
     affordable = int(_EVALUATION_FLOPS / (2 * max(plan.parameters, 1) * _WINDOW))
     windows = max(1, min(32, affordable))
-    found = evaluate(runner, reference, tokens=tokens, window=_WINDOW, windows=windows)
+    found = evaluate(runner, reference, text_tokens=tokens, window=_WINDOW, windows=windows)
     return {"measured_on": name, **_found(found)}
 
 

@@ -127,8 +127,9 @@ def _part_of(value: ir.Value | None, x: ir.Value) -> range | None:
             return None
         sizes = integers(piece.inputs[1]) if len(piece.inputs) > 1 else None
         sizes = sizes if sizes is not None else [-(-size // len(piece.outputs))] * len(piece.outputs)
-        start = sum(sizes[: value.index()])
-        return range(start, min(start + sizes[value.index()], size))
+        place = piece.outputs.index(value)
+        start = sum(sizes[:place])
+        return range(start, min(start + sizes[place], size))
     starts, ends = integers(piece.inputs[1]), integers(piece.inputs[2])
     axes = integers(piece.inputs[3]) if len(piece.inputs) > 3 else None
     steps = integers(piece.inputs[4]) if len(piece.inputs) > 4 else [1]

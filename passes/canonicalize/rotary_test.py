@@ -54,6 +54,26 @@ def test_rotation_by_halves_reads_tables_at_the_positions(build, keeps):
     assert result.sites[0].details["rows"] == 16
 
 
+@pytest.mark.parametrize(
+    "cut",
+    ["x1, x2 = Split <axis = -1, num_outputs = 2> (x)", "x1 = Slice (x, i0, i4, i3) x2 = Slice (x, i4, i8, i3)"],
+)
+def test_rotation_written_on_the_halves_takes_one_angle_per_pair(build, keeps, cut):
+    body = (
+        _ANGLES
+        + "c0 = Cos (a) s0 = Sin (a) c = Unsqueeze (c0, i1) s = Unsqueeze (s0, i1) "
+        + cut
+        + (
+            " ac = Mul (x1, c) bs = Mul (x2, s) re = Sub (ac, bs) bc = Mul (x2, c) as = Mul (x1, s) im = Add (bc, as) "
+            "y = Concat <axis = -1> (re, im)"
+        )
+    )
+    model = _build(build, body)
+    keeps(RecogniseRotary(positions=16), model, x=_X, p=_P)
+    assert _ops(model) == ["RotaryEmbedding"]
+    assert _rotation(model).inputs[1].const_value.shape == (16, 4)
+
+
 def test_rotation_of_neighbours_is_interleaved(build, keeps):
     body = (
         _ANGLES + "a1 = Unsqueeze (a, im1) ap = Concat <axis = -1> (a1, a1) "

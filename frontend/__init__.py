@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qc.frontend.load import load
+from qc.frontend.source import load
 
 if TYPE_CHECKING:
     from qc.frontend.torch_module import from_exported_program, from_module

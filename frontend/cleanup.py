@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-__all__ = ["all_graphs", "clean", "compact_metadata", "infer_shapes"]
+__all__ = ["SCOPE", "all_graphs", "clean", "compact_metadata", "infer_shapes"]
 
 SCOPE = "qc.scope"
 """Node metadata: path of the module that a node came from, e.g. ``model.layers.3.mlp.down_proj``."""

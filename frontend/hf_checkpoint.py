@@ -12,13 +12,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from qc.frontend.huggingface import LEFTOVERS
 from qc.frontend.safetensors_file import Entry, read_header
 from qc.ir.errors import InputError
 
-__all__ = ["LEFTOVERS", "match", "write_leftovers"]
-
-LEFTOVERS = "leftovers.safetensors"
-"""Name of the file with tensors that the checkpoint does not hold as they are."""
+__all__ = ["match", "write_leftovers"]
 
 
 def match(model: transformers.PreTrainedModel, checkpoint: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -82,9 +80,9 @@ def _renamed(
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    pairs = []
+    pairs, names = [], dict(wanted)
     for key in checkpoint:
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(wanted))
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
         if converter is None and name in wanted:
             pairs.append((name, key))
     return pairs

@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qc.frontend.hf_rewrites import explicit_attention_heads, use_static_experts
 from qc.frontend.torch_export import export_graph
 from qc.ir.errors import InputError, UnsupportedError
 
@@ -54,14 +55,15 @@ class Trace:
         outputs = [*self.fields, *(f"present.{i}.{part}" for i in layers for part in ("key", "value"))]
         dims = [self.dims[name] for name in self.tensors]
         past_dims = [{0: "batch", 2: "past"}] * len(self.past)
-        graph_model = export_graph(
-            _Flat(self).eval(),
-            (list(self.tensors.values()), self.past),
-            dynamic_shapes=(dims, past_dims),
-            input_names=inputs,
-            output_names=outputs,
-            prefix=_WRAPPED,
-        )
+        with explicit_attention_heads():
+            graph_model = export_graph(
+                _Flat(self).eval(),
+                (list(self.tensors.values()), self.past),
+                dynamic_shapes=(dims, past_dims),
+                input_names=inputs,
+                output_names=outputs,
+                prefix=_WRAPPED,
+            )
         _name_dimensions(graph_model.graph, [*dims, *past_dims])
         return graph_model
 
@@ -148,6 +150,7 @@ def build(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel
                         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
                     )
                 module._parameters[name] = fakes[id(parameter)]
+    use_static_experts(model)
     return model.eval()
 
 

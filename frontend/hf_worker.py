@@ -137,6 +137,8 @@ def _pooling(directory: Path) -> dict[str, str]:
         return {}
     facts: dict[str, str] = {}
     for module in _read_json(root / "modules.json", []):
+        if not isinstance(module, dict):
+            continue
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind == "Pooling":
             modes = _read_json(root / str(module.get("path", "")) / "config.json")

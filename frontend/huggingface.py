@@ -19,9 +19,10 @@ from qc.ir import errors
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import ASSET_NAMES, Model
 
-__all__ = ["export_huggingface", "is_huggingface", "load_huggingface", "transformer_directory"]
+__all__ = ["LEFTOVERS", "export_huggingface", "is_huggingface", "load_huggingface", "transformer_directory"]
 
 LEFTOVERS = "leftovers.safetensors"
+"""Name of the file, in the work directory, with tensors that the checkpoint does not hold as they are."""
 
 
 def is_huggingface(directory: Path) -> bool:

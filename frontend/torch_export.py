@@ -55,9 +55,8 @@ def export_graph(
                 dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
             )  # fmt: skip
     except Exception as error:
-        reason = (str(error.__cause__ or error).strip() or repr(error)).splitlines()[0]
         raise UnsupportedError(
-            f"The model cannot be exported to ONNX: {reason}. Export it by other means and give the .onnx file."
+            f"The model cannot be exported to ONNX: {_reason(error)}. Export it by other means and give the .onnx file."
         ) from error
     if exported is None:
         raise UnsupportedError("The exporter returned no ONNX program. Export the model by other means.")
@@ -75,6 +74,14 @@ def exporter_versions(*modules: str) -> str:
     from importlib.metadata import version
 
     return ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", *modules))
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost cause: the exporter wraps it several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"
 
 
 def _drop_prefix(graph: ir.Graph, prefix: str) -> None:

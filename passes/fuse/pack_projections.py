@@ -28,8 +28,8 @@ class PackProjections(Pass):
     runtime's kernels: rows are concatenated, and no row of a product depends on another; quantized weights keep their
     codes, scales and zero points. Where some of the layers have a bias, the others get one of zeros.
 
-    The layers must have weights stored alike, float of one type or quantized in one format, that nothing else reads
-    (else they would be stored twice). One large product makes better use of a core than several small ones, and
+    Only layers whose weights are stored alike, float of one type or quantized in one format, go together, and none whose
+    weight something else reads (it would be stored twice). One large product makes better use of a core than several small ones, and
     dynamically quantized activations are quantized once.
     """
 
@@ -39,12 +39,15 @@ class PackProjections(Pass):
         store = (Context() if context is None else context).store
         sites = []
         for x, layers in _readers(model.graph):
-            reason = _obstacle(layers)
-            details = {"value": x.name, "layers": len(layers)}
-            if not reason:
-                _pack(model.graph, x, layers, store)
-            outcome = Outcome.SKIPPED if reason else Outcome.CHANGED
-            sites += [Site(site_name(layer), outcome, reason, details) for layer in layers]
+            groups: dict[str, list[ir.Node]] = {}
+            for layer in layers:
+                reason = _obstacle(layer)
+                if reason:
+                    sites.append(Site(site_name(layer), Outcome.SKIPPED, reason, {"value": x.name}))
+                else:
+                    groups.setdefault(_storage(layer), []).append(layer)
+            for storage, group in groups.items():
+                sites += _pack_group(model.graph, x, group, storage, store)
         return Result.of(model, sites)
 
 
@@ -57,22 +60,35 @@ def _readers(graph: ir.Graph) -> list[tuple[ir.Value, list[ir.Node]]]:
     return [(x, layers) for x, layers in found.items() if len(layers) > 1]
 
 
-def _obstacle(layers: Sequence[ir.Node]) -> str:
-    """Why layers that read one value cannot become one; empty if they can."""
-    if len(layers) > _MOST:
-        return f"{len(layers)} layers read this value, more than {_MOST}"
-    weights = [read_weight(layer.inputs[1]) for layer in layers]
-    if any(w is None for w in weights):
-        return "a layer that reads this value has a computed weight"
-    kinds = {str(w.format or w.dtype.name) for w in weights if w is not None}
-    if len(kinds) > 1:
-        return f"the layers that read this value have weights in {', '.join(sorted(kinds))}"
-    if any(len(w.value.uses()) > 1 or len(w.data.uses()) > 1 for w in weights if w is not None):
-        return "a weight of these layers is used elsewhere too, and would be stored twice"
-    biases = [read_weight(layer.inputs[2]) for layer in layers if len(layer.inputs) > 2]
-    if any(b is None for b in biases):
-        return "a layer that reads this value has a computed bias"
+def _obstacle(layer: ir.Node) -> str:
+    """Why a layer cannot be part of a larger one; empty if it can."""
+    weight = read_weight(layer.inputs[1])
+    if weight is None:
+        return "its weight is computed"
+    if len(weight.value.uses()) > 1 or len(weight.data.uses()) > 1:
+        return "its weight is used elsewhere too, and would be stored twice"
+    if len(layer.inputs) > 2 and read_weight(layer.inputs[2]) is None:
+        return "its bias is computed"
     return ""
+
+
+def _storage(layer: ir.Node) -> str:
+    weight = read_weight(layer.inputs[1])
+    assert weight is not None
+    return str(weight.format or weight.dtype.name)
+
+
+def _pack_group(graph: ir.Graph, x: ir.Value, layers: Sequence[ir.Node], storage: str, store: Store) -> list[Site]:
+    reason = ""
+    if len(layers) == 1:
+        reason = f"no other layer that reads this value has a weight in {storage}"
+    elif len(layers) > _MOST:
+        reason = f"{len(layers)} layers with weights in {storage} read this value, more than {_MOST}"
+    details = {"value": x.name, "layers": len(layers), "weights": storage}
+    names = [site_name(layer) for layer in layers]
+    if not reason:
+        _pack(graph, x, layers, store)
+    return [Site(name, Outcome.SKIPPED if reason else Outcome.CHANGED, reason, details) for name in names]
 
 
 def _pack(graph: ir.Graph, x: ir.Value, layers: Sequence[ir.Node], store: Store) -> None:

@@ -97,6 +97,8 @@ def _uses(node: ir.Node, heads: set[ir.Node]) -> Iterator[Use]:
 
 def _gather_reason(node: ir.Node, weight: Weight) -> str:
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    if len(weight.shape) > 2 and axis == 0:
+        return "batched (expert) weights are not quantized yet"
     if len(weight.shape) != 2 or axis != 0:
         return f"looks up axis {axis} of a table of rank {len(weight.shape)}; only rows of a matrix are quantized"
     if not weight.dtype.is_floating_point() and weight.format is None:

@@ -28,9 +28,9 @@ class PackProjections(Pass):
     runtime's kernels: rows are concatenated, and no row of a product depends on another; quantized weights keep their
     codes, scales and zero points. Where some of the layers have a bias, the others get one of zeros.
 
-    Only layers whose weights are stored alike, float of one type or quantized in one format, go together, and none whose
-    weight something else reads (it would be stored twice). One large product makes better use of a core than several small ones, and
-    dynamically quantized activations are quantized once.
+    Only layers whose weights are stored alike go together, float of one type or quantized in one format, and none whose
+    weight something else reads: it would be stored twice. One large product makes better use of a core than several
+    small ones, and dynamically quantized activations are quantized once.
     """
 
     contract: ClassVar[Contract] = Exact()

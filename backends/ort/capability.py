@@ -136,6 +136,8 @@ def has_kernel(node: ir.Node, imports: Mapping[str, int]) -> bool:
         return True
     if any(_accepts(node, types) for types in _registry().get((node.domain, node.op_type), ())):
         return True
+    if (node.domain, node.op_type) not in _type_variables():
+        return False
     return _loads(node, imports)
 
 
@@ -224,5 +226,5 @@ def _loads(node: ir.Node, imports: Mapping[str, int]) -> bool:
         return False
     except (state.Fail, state.InvalidGraph, state.InvalidArgument) as error:
         # A node that cannot stand alone is no evidence.
-        return "is not a registered function" not in str(error)
+        return "No Op registered" not in str(error)
     return True

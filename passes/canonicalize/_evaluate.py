@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qc.ir import dialect
 from qc.passes.canonicalize._graph import Decline
 
 __all__ = ["Piece"]
@@ -88,14 +89,12 @@ class Piece:
         return np.zeros(known, (value.dtype or ir.DataType.FLOAT).numpy())
 
     def _serialize(self) -> bytes:
-        # Functions of the main model are not carried along: position and mask arithmetic uses standard operators.
         cut = ir.convenience.extract(self._graph, self._inputs, self._outputs)
-        for value in (*cut.inputs, *cut.outputs):
+        for value in (*cut.inputs, *cut.outputs, *(v for n in cut for v in n.outputs)):
             value.shape = None
-        for node in cut:
-            for value in node.outputs:
-                value.shape = None
-        return ir.to_proto(ir.Model(cut, ir_version=10)).SerializeToString()
+        model = ir.Model(cut, ir_version=10)
+        dialect.sync_functions(model)
+        return ir.to_proto(model).SerializeToString()
 
 
 def _closure(outputs: Sequence[ir.Value], cut: Sequence[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:

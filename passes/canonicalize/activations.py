@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir import dialect
-from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
+from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site, site_name
 from qc.passes.canonicalize._graph import attribute, drop_unused, main_nodes, replace, scalar, stored, too_old
 
 __all__ = ["Glu", "RecogniseActivations", "glu_of"]
@@ -38,7 +38,7 @@ class RecogniseActivations(Pass):
 
     contract: ClassVar[Contract] = Exact(1e-4)
 
-    def call(self, model: ir.Model, context: object = None) -> Result:
+    def call(self, model: ir.Model, context: Context | None = None) -> Result:
         if (note := too_old(model)) is not None:
             return Result(model, False, [], [note])
         done = [n for n in model.graph if dialect.is_op(n, "Swish") or (n.domain == "" and n.op_type == "Gelu")]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
+from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site, site_name
 from qc.passes.canonicalize._graph import (
     Decline,
     add_constant,
@@ -48,7 +48,7 @@ class RecogniseAttention(Pass):
 
     contract: ClassVar[Contract] = Exact(1e-4)
 
-    def call(self, model: ir.Model, context: object = None) -> Result:
+    def call(self, model: ir.Model, context: Context | None = None) -> Result:
         if (note := too_old(model)) is not None:
             return Result(model, False, [], [note])
         sites: list[Site] = []

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site
+from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site
 from qc.passes.canonicalize._graph import (
     attribute,
     constant,
@@ -46,7 +46,7 @@ class FoldConstants(Pass):
 
     contract: ClassVar[Contract] = Exact(1e-6)
 
-    def call(self, model: ir.Model, context: object = None) -> Result:
+    def call(self, model: ir.Model, context: Context | None = None) -> Result:
         from onnx_ir.passes import common
 
         before = sum(1 for _ in model.graph)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir import dialect
-from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
+from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site, site_name
 from qc.passes.canonicalize._graph import (
     Decline,
     add_constant,
@@ -39,15 +39,15 @@ class RecogniseLinear(Pass):
 
     W may be an initializer or lie behind decode nodes (Cast, DequantizeLinear, any chain of constants when it is
     already ``[N, K]``). A weight stored ``[K, N]`` is transposed each time it is read, never kept in memory. Left
-    alone, with the reason: products of two computed values, batched (3-D) weights, a ``[K, N]`` weight that another
-    kind of node reads too.
+    alone, with the reason: products of two computed values, batched (3-D) weights, outer products (K = 1), a ``[K, N]``
+    weight that another kind of node reads too.
 
     Exact up to the order of summation in the runtime's kernels.
     """
 
     contract: ClassVar[Contract] = Exact(1e-4)
 
-    def call(self, model: ir.Model, context: object = None) -> Result:
+    def call(self, model: ir.Model, context: Context | None = None) -> Result:
         sites = [Site(site_name(node), Outcome.MATCHED) for node in _linears(model)]
         weights = _Weights(model.graph)
         sites += [_site(node, weights) for node in main_nodes(model, "MatMul", "Gemm")]
@@ -77,6 +77,8 @@ def _rewrite_matmul(node: ir.Node, weights: _Weights) -> None:
     if not _is_constant(w):
         side = "a constant on its left side only" if _is_constant(x) else "no constant weight"
         raise Decline(f"MatMul has {side}")
+    if _dims(w)[0] == 1:
+        raise Decline("the weight has one input channel: an outer product, as of positions and frequencies")
     weight = weights.rows_first(w, transposed=True)
     out = node.outputs[0]
     add = sole_consumer(out)

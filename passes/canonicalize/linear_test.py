@@ -161,6 +161,12 @@ def test_product_that_something_else_reads_keeps_its_value_and_the_add(build, ke
             "the weight has 3 axes, expected 2",
         ),
         (
+            "g (float[2,3,1] p, float[2,3,4] x, float[1,5] w) => (float y) { y = MatMul (p, w) }",
+            {"w": np.ones((1, 5), np.float32)},
+            {"p": _X[..., :1]},
+            "the weight has one input channel: an outer product, as of positions and frequencies",
+        ),
+        (
             "g (float[2,3,4] x, float[4,5] w, int64 i) => (float y, float r) { y = MatMul (x, w) r = Gather (w, i) }",
             {"w": np.ones((4, 5), np.float32)},
             {"i": np.array(1)},

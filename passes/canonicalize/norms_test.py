@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -73,6 +74,14 @@ def test_gain_of_one_plus_weight_is_computed_when_read(build, keeps):
     assert _ops(model) == ["RMSNormalization"]
     assert isinstance(scale.const_value, ir.LazyTensor)
     assert scale.name == "g_plus_1"
+
+
+def test_gain_of_one_plus_decoded_weight_is_float32(build, keeps):
+    body = _RMS + "c = Cast <to = 1> (g) w = Add (one, c) y = Mul (n, w)"
+    model = _build(build, body, "float[2,3,8] x, bfloat16[8] g", g=_G.astype(ml_dtypes.bfloat16))
+    keeps(RecogniseNorms(), model, x=_X)
+    assert _ops(model) == ["RMSNormalization"]
+    assert _norm(model).inputs[1].dtype == ir.DataType.FLOAT
 
 
 def test_norm_without_gain_gets_ones(build, keeps):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
+from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site, site_name
 from qc.passes.canonicalize._evaluate import Piece
 from qc.passes.canonicalize._graph import (
     Decline,
@@ -50,12 +50,12 @@ class RecogniseRotary(Pass):
     contract: ClassVar[Contract] = Exact(1e-4)
     positions: int = 0
 
-    def call(self, model: ir.Model, context: object = None) -> Result:
+    def call(self, model: ir.Model, context: Context | None = None) -> Result:
         if (note := too_old(model)) is not None:
             return Result(model, False, [], [note])
         sites = [Site(site_name(n), Outcome.MATCHED) for n in main_nodes(model, "RotaryEmbedding")]
         known = int(model.metadata_props.get("qc.max_positions", 0))
-        tables = _Tables(model.graph, self.positions or known or _POSITIONS)
+        tables = _Tables(model.graph, self.positions or known or _POSITIONS, context)
         for node in main_nodes(model, "Add", "Concat"):
             for rotation in rotations(node):
                 try:
@@ -113,8 +113,9 @@ def _per_row(root: ir.Node, x: ir.Value, positions: ir.Value) -> ir.Value:
 class _Tables:
     """Evaluates cos and sin subgraphs, each pair once, and keeps one constant per distinct table."""
 
-    def __init__(self, graph: ir.Graph, rows: int) -> None:
+    def __init__(self, graph: ir.Graph, rows: int, context: Context | None) -> None:
         self._graph = graph
+        self._store = context.store if context is not None else None
         self._rows = rows
         self._read: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, ir.Value, bool] | Decline] = {}
         self._kept: dict[tuple[object, ...], ir.Value] = {}
@@ -142,7 +143,9 @@ class _Tables:
     def _constant(self, name: str, table: np.ndarray) -> ir.Value:
         key = (name, table.shape, table.tobytes())
         if key not in self._kept:
-            self._kept[key] = add_constant(self._graph, name, ir.tensor(table))
+            # A table of 128k positions is as large as a weight: where there is a store, it goes to disk.
+            tensor = ir.tensor(table) if self._store is None else self._store.put(name, table)
+            self._kept[key] = add_constant(self._graph, name, tensor)
         return self._kept[key]
 
     def _evaluate(self, found: Rotation) -> tuple[np.ndarray, np.ndarray, ir.Value, bool]:

@@ -66,7 +66,8 @@ class LowerQuantizedWeights(Pass):
 
     At accuracy level 4 ``MatMulNBits`` rounds activations to int8 per block, 4e-3 to 1e-2 of the largest output; that
     is the only inexact step. It makes a dynamic quantization of the same input redundant, so the kernel reads the
-    value in front of it. At level 0 activations stay float and the result is exact, but only 4 bits are fast.
+    value in front of it. At level 0 activations stay float and the result is exact, but only 4 bits are fast. The
+    verifying runtime keeps them float at either level, so the rounding shows in what is measured on the artifact.
 
     A table that is also the weight of a Linear (tied embedding and head) is stored once, shared through a ``Reshape``.
 

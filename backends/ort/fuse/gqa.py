@@ -93,8 +93,12 @@ def _fuse(model: ir.Model, node: ir.Node, lengths: _Lengths, masks: dict[ir.Valu
         raise Decline("it does not compute in float32")
     if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         raise Decline("its cache or scores are read")
-    if any(v is not None for v in node.inputs[4:]) or attribute(node, "is_causal", 0):
-        raise Decline("its cache is not a Concat in front of it")
+    if any(v is not None for v in node.inputs[4:]):
+        raise Decline("it keeps the cache itself; only one that is a Concat in front of it is fused")
+    if attribute(node, "is_causal", 0):
+        raise Decline(
+            "it is causal by attribute, which counts queries from the first key, not from the end of the cache"
+        )
     keys, values = (_cache(node, slot) for slot in (1, 2))
     q_heads, channels = _heads(q)
     kv_heads, kv_channels = _heads(keys.new)

@@ -213,7 +213,7 @@ class Weight:
     @property
     def shape(self) -> tuple[int, ...]:
         """Static shape."""
-        return tuple(int(d) for d in self.tensor.shape)
+        return tuple(self.tensor.shape.numpy())
 
     @property
     def dtype(self) -> ir.DataType:
@@ -298,7 +298,7 @@ def _format_of(node: ir.Node, data: ir.Value, params: dict[str, ir.Value]) -> Fo
     values = Affine(*_AFFINE_OF_TYPE[tensor.dtype])
     if values.symmetric and "zero_point" in params and np.any(_tensor(params["zero_point"]).numpy()):
         return None
-    rows, columns = (int(d) for d in tensor.shape)
+    rows, columns = tensor.shape.numpy()
     axis, block = (
         node.attributes[k].as_int() if k in node.attributes else d for k, d in (("axis", 1), ("block_size", 0))
     )
@@ -326,7 +326,7 @@ def emit(tensor: QuantizedTensor, like: ir.Value, store: Store) -> ir.Node:
 
     def constant(suffix: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
         held = store.put(name + suffix, array, dtype)
-        value = ir.Value(name=name + suffix, const_value=held, shape=ir.Shape(held.shape))
+        value = ir.Value(name=name + suffix, const_value=held, shape=ir.Shape(held.shape.numpy()))
         value.dtype = held.dtype
         return value
 

@@ -63,7 +63,7 @@ class Store:
         tensor = ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
         if tensor.nbytes <= SMALL:
             return tensor
-        return self._write(name, [tensor], tuple(int(d) for d in tensor.shape))
+        return self._write(name, [tensor], tuple(tensor.shape.numpy()))
 
     def stack(self, name: str, tensors: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
         """Writes tensors one after the other as one, concatenated along their first axis; one is read at a time.
@@ -75,14 +75,14 @@ class Store:
         Raises:
             InputError: If the disk is full.
         """
-        rows = sum(int(t.shape[0]) for t in tensors)
-        return self._write(name, tensors, (rows, *(int(d) for d in tensors[0].shape[1:])))
+        rows = sum(t.shape.numpy()[0] for t in tensors)
+        return self._write(name, tensors, (rows, *tensors[0].shape.numpy()[1:]))
 
     def _write(self, name: str, parts: Sequence[ir.TensorProtocol], shape: tuple[int, ...]) -> ir.ExternalTensor:
         offset, length = self._file.seek(0, os.SEEK_END), sum(t.nbytes for t in parts)
         try:
             for part in parts:
-                part.tofile(self._file)
+                part.tofile(self._file)  # type: ignore[attr-defined]  # every tensor class has it
         except OSError as error:
             raise InputError(
                 f"Could not write {length} bytes of {name!r} to {self._path}: {error.strerror or error}. "

@@ -144,7 +144,7 @@ def _bias(layers: Sequence[ir.Node], sizes: Sequence[int], name: str, store: Sto
 
 def _constant(tensor: ir.TensorProtocol) -> ir.Value:
     return ir.Value(
-        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
+        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
     )
 
 

@@ -13,6 +13,7 @@ is a step of the alternation between nearest codes and least-squares scale.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -45,7 +46,12 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The parameters that a search found, one per group: ``w ~ (q - zero) * scale``, float32."""
+    """The parameters that a search found, one per group, float32.
+
+    Attributes:
+        scale: Not yet rounded to its storage type.
+        zero: Added to ``round(w / scale)``: to reach codes if asymmetric, to count from the lowest code if symmetric.
+    """
 
     scale: np.ndarray
     zero: np.ndarray
@@ -73,45 +79,22 @@ def search(w: np.ndarray, values: Affine, axis: int, importance: np.ndarray | No
         Scale and zero point per group (kept dimensions), or None if a weight is not finite.
     """
     low, high = w.min(axis, keepdims=True), w.max(axis, keepdims=True)
-    top = (1 << values.bits) - 1
     if values.symmetric:
         span = np.maximum(-low, high)
         unit = np.where((high >= -low) & (values.bits < 8), -span, span)
-        end = half = 1 << (values.bits - 1)
-        absmax = half - 1
     else:
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         with np.errstate(over="ignore"):
             unit = span = high - low
-        end = absmax = top
     if not np.all(np.isfinite(span)):
         return None
     dead = span < _DEAD
     unit = np.where(dead, np.float32(1), unit)
     x = w * (1 / unit)
-    trial = _Trial(x, importance, axis, top, 1 << (values.bits - 1))
-    if not values.symmetric:
-        low, high = low / unit, high / unit
-
-    def centre(units: np.ndarray) -> np.ndarray:
-        return (top - (low + high) * units) / 2
-
-    def attempt(units: np.ndarray) -> None:
-        if values.symmetric:
-            trial.attempt(units)
-            return
-        if values.bits > 2:
-            trial.attempt(units, np.rint(centre(units)))
-            return
-        # A step of the zero point is a third of the range here, so both roundings are worth their time.
-        zero = np.floor(centre(units))
-        trial.attempt(units, zero)
-        trial.attempt(units, zero + 1)
-
-    full = np.full_like(unit, absmax)
-    trial.attempt(full, None if values.symmetric else np.rint(-low * full))
-    for units in _candidates(x, values, axis, end, absmax, effort.coarse):
-        attempt(units)
+    trial = _Trial(x, importance, axis, values)
+    for units in _candidates(x, values, axis, effort.coarse):
+        for zero in _zeros(values, (low + high) / unit * units):
+            trial.attempt(units, zero)
     best = trial.units.copy()
     for step in effort.fine:
         trial.attempt(best * np.float32(1 + step), trial.zero)
@@ -121,38 +104,55 @@ def search(w: np.ndarray, values: Affine, axis: int, importance: np.ndarray | No
         trial.attempt(units, zero + 1)
     for _ in range(effort.polish):
         trial.attempt(trial.refit(), trial.zero)
-    scale = unit / trial.refit()
-    return Range(np.where(dead, np.float32(1), scale), trial.zero)
+    scale = np.where(dead, np.float32(1), unit / trial.refit())
+    return Range(scale, trial.zero)
 
 
-def _candidates(x: np.ndarray, values: Affine, axis: int, end: int, absmax: int, count: int) -> list[np.ndarray]:
-    """Code units per range: from a little below absmax to the normal optimum; at 8 bits clipping never pays far."""
+def _candidates(x: np.ndarray, values: Affine, axis: int, count: int) -> Iterator[np.ndarray]:
+    """Code units per range: absmax, then from a little below it to the normal optimum.
+
+    At 8 bits clipping never pays far, so the candidates stay close to absmax.
+    """
+    end = 1 << (values.bits - 1) if values.symmetric else values.high
+    absmax = values.high
     power = _sum(x, x, axis) / x.shape[axis]
     widest = 1.1 / (_STEP[values.bits] * np.sqrt(np.maximum(power, 1e-12)))
-    last = np.maximum(end + 0.4, widest)
-    first = 0.93 * absmax
+    first, last = 0.93 * absmax, np.maximum(end + 0.4, widest)
     if values.bits == 8:
         first, last = absmax, np.minimum(last, 1.3 * end)
     steps = np.log(last / first) / max(count - 1, 1)
-    return [(first * np.exp(steps * i)).astype(np.float32) for i in range(count)]
+    yield np.full_like(power, absmax)
+    for i in range(count):
+        yield (first * np.exp(steps * i)).astype(np.float32)
+
+
+def _zeros(values: Affine, shift: np.ndarray) -> list[np.ndarray]:
+    """Zero points that centre a range whose ends add up to `shift` code units; that of symmetric codes is fixed."""
+    if values.symmetric:
+        return [np.full_like(shift, -values.low)]
+    centred = (values.high - shift) / 2
+    if values.bits > 2:
+        return [np.rint(centred)]
+    # A step of the zero point is a third of the range here, so both roundings are worth their time.
+    return [np.floor(centred), np.floor(centred) + 1]
 
 
 class _Trial:
     """The best candidate of each group so far."""
 
-    def __init__(self, x: np.ndarray, importance: np.ndarray | None, axis: int, top: int, zero: int) -> None:
-        self._x, self._importance, self._axis, self._top = x, importance, axis, top
+    def __init__(self, x: np.ndarray, importance: np.ndarray | None, axis: int, values: Affine) -> None:
+        self._x, self._importance, self._axis, self._top = x, importance, axis, values.high - values.low
         self._u, self._r = np.empty_like(x), np.empty_like(x)
         groups = _sum(x, x, axis)
         self.units = np.ones_like(groups)
-        self.zero = np.full_like(groups, zero)
+        self.zero = np.zeros_like(groups)
         self._error = np.full_like(groups, np.inf)
         self._slope = np.zeros_like(groups)
 
-    def attempt(self, units: np.ndarray, zero: np.ndarray | None = None) -> None:
+    def attempt(self, units: np.ndarray, zero: np.ndarray) -> None:
         """Measures a candidate in all groups and keeps it where it is better."""
         u, r = self._u, self._r
-        zero = self.zero if zero is None else np.clip(zero, 0, self._top)
+        zero = np.clip(zero, 0, self._top)
         np.multiply(self._x, units, out=r)
         np.rint(r, out=u)
         np.maximum(u, -zero, out=u)
@@ -167,12 +167,8 @@ class _Trial:
         slope = ru / np.maximum(uu, 1e-30)
         error = (rr - slope * ru) / (units * units)
         better = error < self._error
-        for held, found in (
-            (self._error, error),
-            (self._slope, slope),
-            (self.units, units),
-            (self.zero, zero),
-        ):
+        kept = (self._error, self._slope, self.units, self.zero)
+        for held, found in zip(kept, (error, slope, units, zero), strict=True):
             np.copyto(held, found, where=better)
 
     def refit(self) -> np.ndarray:

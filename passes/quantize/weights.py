@@ -174,7 +174,8 @@ class _Work:
             name = f"{name}.{format}"
         node = emit(tensor, ir.Value(name=name), self.context.store)
         for value in node.inputs:
-            graph.register_initializer(value)
+            if value is not None:
+                graph.register_initializer(value)
         node.metadata_props.update(use.node.metadata_props)
         graph.insert_before(use.node, node)
         require_opset(self._model, format)

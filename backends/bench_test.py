@@ -168,3 +168,11 @@ def test_a_table_counts_only_if_it_is_also_read_whole(build):
     model.graph.insert_before(product, turned)
     assert streamed_bytes(model) == total - tables - head.const_value.nbytes + embed.const_value.nbytes
     assert np.prod(head.const_value.shape) == np.prod(embed.const_value.shape)
+
+
+def test_processor_time_is_counted_where_asked(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module.time, "process_time", clock.perf_counter)
+    runner = Timed(clock, "a", [], 0.1, 0.02)
+    found = take_turns({"a": runner}, Protocol(rounds=1, prompt=8, tokens=16, cpu=True))
+    assert found["a"]["decode_tok_s"] == pytest.approx(50)

@@ -120,7 +120,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     theirs_read.mkdir(exist_ok=True)
     emit(read_theirs(theirs), theirs_read)
 
-    protocol = Protocol(threads=arguments.threads, rounds=arguments.rounds, prompt=64, tokens=96)
+    protocol = Protocol(threads=arguments.threads, rounds=arguments.rounds, prompt=64, tokens=96, cpu=arguments.cpu)
     runners = {
         "qc run": {
             "a": open_runner(ours, threads=protocol.threads, spinning=False),
@@ -151,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cpu", action="store_true", help="count processor time: for a busy machine, one thread")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--recipe", default="w4", help="with blocks of 32, as theirs")
     parser.add_argument("--set", action="append", default=[], metavar="PASS.OPTION=VALUE")
@@ -169,7 +170,8 @@ def main() -> None:
     print(f"A: qc compile --recipe {arguments.recipe}; B: onnxruntime-genai's builder")
     print(
         f"prompt {protocol['prompt']}, {protocol['tokens']} tokens, {protocol['threads']} thread(s), "
-        f"{protocol['rounds']} alternating rounds after one to warm up; medians; ratios above 1: A is faster"
+        f"{protocol['rounds']} alternating rounds after one to warm up; medians of "
+        f"{'processor' if protocol['cpu'] else 'wall'} time; ratios above 1: A is faster"
     )
     print(f"{'runtime':<10}{'decode A':>12}{'B tok/s':>10}{'ratio':>8}{'prefill A':>13}{'B ms':>8}{'ratio':>8}")
     for runtime, speed in found["speed"].items():

@@ -15,6 +15,7 @@ In a graph, a weight is initializers behind a *decode node*:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -228,9 +229,18 @@ class Weight:
     def raw(self) -> np.ndarray:
         """The stored numbers or codes as they are: a view of the file where the element type allows, never decoded.
 
-        Hold the result and convert slices of it: a tensor that is computed when read is computed by each call.
+        Hold the result and convert slices of it: a tensor that is computed when read is computed by each call. Drop it
+        and call `release` when done.
         """
         return self.tensor.numpy()
+
+    def release(self) -> None:
+        """Unmaps the files of its initializers, so that pages once read stop counting as memory of this process.
+
+        They are mapped again when read again. A file of which somebody still holds a view stays mapped.
+        """
+        for value in (self.data, *self.params.values()):
+            _release(_tensor(value))
 
     def numpy(self) -> np.ndarray:
         """Reads and decodes the weight: a new float32 array, or a read-only view of the file if stored in float32."""
@@ -239,7 +249,7 @@ class Weight:
         return self.quantized().decode()
 
     def quantized(self) -> QuantizedTensor:
-        """Reads the codes and parameters of a quantized weight ``[N, K]``.
+        """Reads the codes and parameters of a quantized weight ``[N, K]``: copies, so that no file stays mapped.
 
         Raises:
             ValueError: If the weight is float.
@@ -248,7 +258,7 @@ class Weight:
             raise ValueError(f"Expected a quantized weight, found {self.name!r} in {self.dtype.name}.")
         code_type = np.int8 if self.format.values.symmetric else np.uint8
         rows = self.shape[0]
-        params = {"scale": _tensor(self.params["scale"]).numpy().reshape(rows, -1)}
+        params = {"scale": np.array(_tensor(self.params["scale"]).numpy()).reshape(rows, -1)}
         if not self.format.values.symmetric:
             zero_point = self.params.get("zero_point")
             params["zero_point"] = (
@@ -256,7 +266,9 @@ class Weight:
                 if zero_point is not None
                 else np.zeros_like(params["scale"], dtype=np.uint8)
             )
-        return QuantizedTensor(self.format, self.tensor.numpy().astype(code_type), params)
+        codes = self.tensor.numpy().astype(code_type)
+        self.release()
+        return QuantizedTensor(self.format, codes, params)
 
     @functools.cached_property
     def tensor(self) -> ir.TensorProtocol:
@@ -363,6 +375,12 @@ def named_formats() -> dict[str, Format]:
 
 def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and not value.is_graph_input()
+
+
+def _release(tensor: ir.TensorProtocol) -> None:
+    if isinstance(tensor, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):  # a view of it is in use
+            tensor.release()
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

@@ -175,6 +175,29 @@ def test_a_narrow_float_behind_a_cast_is_a_weight_whose_raw_numbers_stay_narrow(
     assert weight.numpy().dtype == np.float32
 
 
+def test_reading_a_quantized_weight_leaves_no_file_mapped_and_can_be_repeated() -> None:
+    tensor = random_tensor(Format.parse("uint4:g16"), rows=400)
+    node = emit(tensor, ir.Value(name="w"), Store())
+    graph_of(node)
+    weight = read_weight(node.outputs[0])
+    assert weight is not None
+    for _ in range(2):
+        assert np.array_equal(weight.quantized().codes, tensor.codes)
+        assert all(v.const_value.raw is None for v in node.inputs if isinstance(v.const_value, ir.ExternalTensor))
+
+
+def test_releasing_a_weight_never_breaks_a_view_of_it() -> None:
+    held = Store().put("w", np.ones((30, 40), np.float32))
+    value = ir.Value(name="w", const_value=held, shape=ir.Shape((30, 40)), type=ir.TensorType(held.dtype))
+    ir.Graph([], [], nodes=[], initializers=[value])
+    weight = read_weight(value)
+    assert weight is not None
+    view = weight.raw()
+    weight.release()
+    assert np.all(view == 1)
+    assert np.all(weight.numpy() == 1)
+
+
 def test_values_that_are_no_constant_weights_are_none() -> None:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
     relu = ir.node("Relu", [x])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +14,8 @@ from qc.ir.quant import Format, QuantizedTensor
 from qc.passes.quantize._search import Search, search
 
 __all__ = ["Search", "assign", "sqnr_db"]
+
+_T = TypeVar("_T")
 
 _CHUNK = 1 << 16
 """Elements that a thread works on at a time: its three float32 copies (768 KiB) stay in a core's cache."""
@@ -62,8 +66,10 @@ def assign(
         | ({} if format.values.symmetric else {"zero_point": np.empty((rows, groups), np.uint8)}),
     )
 
+    search_effort = Search() if effort is None else effort
+
     def work(start: int) -> None:
-        _assign_rows(weight, tensor, slice(start, start + step), metric, name, effort or Search())
+        _assign_rows(weight, tensor, slice(start, start + step), metric, name, search_effort)
 
     step = _rows_per_chunk(columns)
     _run(work, range(0, rows, step), threads)
@@ -97,7 +103,7 @@ def _rows_per_chunk(columns: int) -> int:
     return max(1, _CHUNK // columns)
 
 
-def _run(work, starts: range, threads: int) -> list:
+def _run(work: Callable[[int], _T], starts: range, threads: int) -> list[_T]:
     if threads <= 1 or len(starts) == 1:
         return [work(start) for start in starts]
     with ThreadPoolExecutor(threads) as pool:

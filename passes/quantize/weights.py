@@ -169,6 +169,8 @@ class _Work:
         numbers = use.weight.raw()
         tensor = assign(numbers, format, name=use.weight.name, threads=self.context.threads)
         sqnr = sqnr_db(numbers, tensor, threads=self.context.threads)
+        del numbers  # a view of the file
+        use.weight.release()
         graph, name = self._model.graph, use.weight.name
         if any(data is use.weight.data for data, _ in self._done):
             name = f"{name}.{format}"

@@ -35,8 +35,7 @@ def pack_codes(codes: np.ndarray, bits: int, width: int | None = None) -> np.nda
     """
     per_byte = 8 // bits
     rows, columns = codes.shape
-    width = -(-columns // per_byte) * per_byte if width is None else width
-    padded = np.zeros((rows, width), np.uint8)
+    padded = np.zeros((rows, width or -(-columns // per_byte) * per_byte), np.uint8)
     padded[:, :columns] = codes
     packed = padded[:, ::per_byte].copy()
     for i in range(1, per_byte):

@@ -31,8 +31,8 @@ def build() -> Callable[..., Model]:
                 value.type = ir.TensorType(value.const_value.dtype)
                 model.graph.register_initializer(value)
         for value in (*model.graph.inputs, *model.graph.outputs):
-            if value.name in (roles or {}):
-                set_role(value, roles[value.name])
+            if (role := (roles or {}).get(value.name or "")) is not None:
+                set_role(value, role)
         dialect.sync_functions(model)
         return Model.of(_with_shapes(model))
 
@@ -53,6 +53,7 @@ def keeps() -> Callable[..., Result]:
         before = [Session(model).run(feed) for feed in feeds]
         names = [v.name for v in model.graph.outputs]
         result = rewrite(model)
+        assert isinstance(result, Result)
         assert [v.name for v in model.graph.outputs] == names
         assert isinstance(rewrite.contract, Exact)
         for feed, old in zip(feeds, before, strict=True):

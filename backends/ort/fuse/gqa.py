@@ -156,9 +156,10 @@ def _shape_uses(value: ir.Value) -> int:
 
 def _heads(value: ir.Value) -> tuple[int, int]:
     shape = value.shape
-    if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+    heads, channels = (shape[1], shape[3]) if shape is not None and len(shape) == 4 else (None, None)
+    if not isinstance(heads, int) or not isinstance(channels, int):
         raise Decline("the number of heads or channels is unknown")
-    return shape[1], shape[3]
+    return heads, channels
 
 
 def _window(model: ir.Model, value: ir.Value | None, masks: dict[ir.Value | None, Mask]) -> int:

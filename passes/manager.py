@@ -19,6 +19,11 @@ from qc.passes.pipeline import Step
 
 __all__ = ["Observer", "PassManager", "PassReport"]
 
+_ROUNDING = frozenset({"DynamicQuantizeLinear", "QuantizeLinear"})
+_ROUNDED = 5e-2
+"""Tolerance of exact passes on models that round activations: another order of summation changes the last bit of a
+float, which the rounding may turn into one step of its grid, 1/255 of the range; later layers spread it."""
+
 Outputs = list[dict[str, np.ndarray]]
 Observer = Callable[[str, "PassReport | None"], None]
 """Called with a pass's name before it runs (None) and after (its report)."""
@@ -191,16 +196,21 @@ def _require_equal(
     model: Model,
     batches: Sequence[Mapping[str, np.ndarray]],
 ) -> list[Difference]:
+    tol = max(contract.tol, _ROUNDED if _rounds_activations(model) else 0.0)
     for batch, old, new in zip(batches, before, after, strict=True):
         for difference in compare(old, new):
-            if not difference.max_abs <= contract.tol * difference.scale:
-                where = _first_difference(previous, model, batch, contract.tol)
+            if not difference.max_abs <= tol * difference.scale:
+                where = _first_difference(previous, model, batch, tol)
                 raise ContractError(
-                    f"Pass {name} promises outputs equal to {contract.tol:g} (relative to the largest value), but output "
+                    f"Pass {name} promises outputs equal to {tol:g} (relative to the largest value), but output "
                     f"{difference.output!r} differs by {difference.max_abs:.3g} (largest value {difference.scale:.3g}). "
                     f"{where} This is a defect of the pass: exclude it, and report the model's operators around that value."
                 )
     return _worst(before, after)
+
+
+def _rounds_activations(model: Model) -> bool:
+    return any(n.op_type in _ROUNDING for n in model.graph.all_nodes())
 
 
 def _first_difference(previous: Model, model: Model, batch: Mapping[str, np.ndarray], tol: float) -> str:

@@ -90,6 +90,23 @@ def test_an_exact_pass_that_is_not_stops_with_its_name_and_the_first_value_that_
         PassManager([ScaleWeight(factor=1.5)]).run(_model())
 
 
+@pytest.mark.parametrize(("factor", "passes"), [(1.001, True), (1.5, False)])
+def test_where_activations_are_rounded_one_step_of_the_grid_is_no_breach(factor, passes):
+    model = _model()
+    x = model.graph.inputs[0]
+    quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
+    decode = ir.node("DequantizeLinear", list(quantize.outputs))
+    decode.outputs[0].type = x.type
+    model.graph.insert_before(model.graph.node(0), [quantize, decode])
+    model.graph.node(2).replace_input_with(0, decode.outputs[0])
+    manager = PassManager([ScaleWeight(factor)])
+    if passes:
+        manager.run(model)
+        return
+    with pytest.raises(ContractError, match="scale-weight"):
+        manager.run(model)
+
+
 def test_a_lossy_pass_has_its_error_measured():
     _, (report,) = PassManager([ScaleWeightLossily(factor=1.1)]).run(_model())
     (difference,) = report.differences

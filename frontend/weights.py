@@ -20,7 +20,7 @@ def bind(graph: ir.Graph, entries: Mapping[str, Entry]) -> None:
 
     An entry of the graph's own type becomes the initializer's data. One of another floating type becomes an
     initializer of *that* type followed by a ``Cast``, in front of all uses. Initializers that share one entry
-    (tied weights) become one.
+    (tied weights) become one. All take the names that the checkpoint uses.
 
     Args:
         graph: Its initializers are named as in `entries`; those without an entry are left alone.
@@ -31,18 +31,20 @@ def bind(graph: ir.Graph, entries: Mapping[str, Entry]) -> None:
     """
     first: dict[tuple[str, str], ir.Value] = {}
     casts: list[ir.Node] = []
-    for name, value in list(graph.initializers.items()):
-        entry = entries.get(name)
-        if entry is None:
-            continue
-        _check(name, value, entry)
+    bound = [(name, value) for name, value in graph.initializers.items() if name in entries]
+    for parameter, _ in bound:
+        del graph.initializers[parameter]
+    for parameter, value in bound:
+        entry = entries[parameter]
+        name = entry.key
+        _check(parameter, value, entry)
         place = (str(entry.file), entry.key)
         if place in first:
             value.replace_all_uses_with(first[place])
-            del graph.initializers[name]
             continue
         if entry.dtype == value.dtype:
-            value.const_value = entry.tensor(name)
+            value.name, value.const_value = name, entry.tensor(name)
+            graph.initializers[name] = value
             first[place] = value
             continue
         stored = ir.Value(
@@ -50,7 +52,7 @@ def bind(graph: ir.Graph, entries: Mapping[str, Entry]) -> None:
         )
         cast = ir.Node(
             "", "Cast", [stored], [ir.AttrInt64("to", int(ir.DataType.FLOAT))],
-            name=f"{name}.cast", metadata_props={SCOPE: name.rpartition(".")[0]},
+            name=f"{name}.cast", metadata_props={SCOPE: parameter.rpartition(".")[0]},
         )  # fmt: skip
         output = cast.outputs[0]
         output.name = f"{name}.float"

@@ -84,3 +84,12 @@ def test_a_weight_of_another_shape_or_kind_is_refused(tmp_path: Path) -> None:
         bind(two_products().graph, {"a": entries["a"]})
     with pytest.raises(InputError, match="quantized"):
         bind(two_products().graph, {"b": entries["b"]})
+
+
+def test_a_weight_takes_the_name_it_has_in_the_checkpoint(tmp_path: Path) -> None:
+    save_file({"a": numbers(0), "b": numbers(1)}, tmp_path / "w")
+    entries = read_header(tmp_path / "w")
+    model = two_products()
+    bind(model.graph, {"a": entries["b"], "b": entries["a"]})
+    assert [node.inputs[1].name for node in model.graph] == ["b", "a"]  # type: ignore[union-attr]
+    np.testing.assert_allclose(Session(model).run({"x": X})["y"], numbers(1) @ numbers(0), atol=1e-5)

@@ -1,0 +1,184 @@
+"""What can be done to the channels of a group: plain data, checked against the group before anything is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from qc.ir.channels import ChannelGroup
+from qc.ir.errors import InputError
+
+__all__ = ["Action", "Merge", "Orthogonal", "Permute", "Scale", "Shift", "Split"]
+
+_ORTHOGONAL = 1e-8
+"""Largest deviation of ``A.T @ A`` from the identity: what float64 leaves of a product of a few rotations."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Action:
+    """An action on the channels ``z`` of a group. Subclasses say which."""
+
+    name: ClassVar[str] = ""
+
+    def is_identity(self) -> bool:
+        """Whether nothing is to be done."""
+        raise TypeError(f"Bug: {type(self).__name__} does not say when it is the identity")
+
+    def needs(self) -> tuple[str, ...]:
+        """The actions of `qc.ir.channels.ACTIONS` that the group must admit."""
+        return (self.name,)
+
+    def check(self, group: ChannelGroup) -> None:
+        """Raises InputError if the numbers do not fit the group."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Permute(Action):
+    """``z'[i] = z[order[i]]``. Within blocks, if the family has blocks.
+
+    Attributes:
+        order: ``[width]``, each index once.
+    """
+
+    order: np.ndarray
+    name: ClassVar[str] = "permute"
+
+    def is_identity(self) -> bool:
+        return bool(np.array_equal(self.order, np.arange(len(self.order))))
+
+    def check(self, group: ChannelGroup) -> None:
+        if not np.array_equal(np.sort(self.order), np.arange(group.width)):
+            raise InputError(
+                f"Expected each of {group.width} channels once in the order, found {list(self.order)[:8]}..."
+            )
+        if np.any(group.family.blocks[self.order] != group.family.blocks):
+            raise InputError(f"Group {group.id} has blocks, and the order moves a channel from one to another.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scale(Action):
+    """``z' = z * factors``.
+
+    Attributes:
+        factors: ``[width]``, nonzero, equal within the cells of the group; negative ones flip signs.
+    """
+
+    factors: np.ndarray
+    name: ClassVar[str] = "scale"
+
+    def is_identity(self) -> bool:
+        return bool(np.all(np.asarray(self.factors) == 1))
+
+    def needs(self) -> tuple[str, ...]:
+        factors = np.asarray(self.factors)
+        sized = ("scale",) if np.any(np.abs(factors) != 1) else ()
+        return sized + (("sign",) if np.any(factors < 0) else ())
+
+    def check(self, group: ChannelGroup) -> None:
+        factors = _vector(group, self.factors, "factors")
+        if not np.all(factors):
+            raise InputError(
+                f"Expected nonzero factors for group {group.id}, found 0 at {np.flatnonzero(factors == 0)[:4]}."
+            )
+        first = np.zeros(group.width)
+        first[group.cells[::-1]] = factors[::-1]
+        if np.any(first[group.cells] != factors):
+            raise InputError(f"Group {group.id} needs equal factors within its cells; use the maximum of each cell.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shift(Action):
+    """``z' = z + offsets``.
+
+    Attributes:
+        offsets: ``[width]``.
+    """
+
+    offsets: np.ndarray
+    name: ClassVar[str] = "shift"
+
+    def is_identity(self) -> bool:
+        return not np.any(self.offsets)
+
+    def check(self, group: ChannelGroup) -> None:
+        _vector(group, self.offsets, "offsets")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Orthogonal(Action):
+    """``z' = z @ matrix``, with ``matrix.T @ matrix = 1``. Block-diagonal, if the family has blocks.
+
+    Attributes:
+        matrix: ``[width, width]``.
+    """
+
+    matrix: np.ndarray
+    name: ClassVar[str] = "orthogonal"
+
+    def is_identity(self) -> bool:
+        return bool(np.array_equal(self.matrix, np.eye(len(self.matrix))))
+
+    def check(self, group: ChannelGroup) -> None:
+        matrix, width = np.asarray(self.matrix, np.float64), group.width
+        if matrix.shape != (width, width) or np.abs(matrix.T @ matrix - np.eye(width)).max() > _ORTHOGONAL:
+            raise InputError(f"Expected an orthogonal matrix {width} × {width} in float64, found shape {matrix.shape}.")
+        blocks = group.family.blocks
+        if np.any(matrix[blocks[:, None] != blocks]):
+            raise InputError(f"Group {group.id} has blocks; expected a block-diagonal matrix.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split(Action):
+    """``copies[i]`` channels ``z[i] / copies[i]`` in place of ``z[i]``: the first at ``i``, the others behind all.
+
+    Attributes:
+        copies: ``[width]``, integers from 1.
+    """
+
+    copies: np.ndarray
+    name: ClassVar[str] = "split"
+
+    def is_identity(self) -> bool:
+        return bool(np.all(np.asarray(self.copies) == 1))
+
+    def check(self, group: ChannelGroup) -> None:
+        copies = np.asarray(self.copies)
+        if copies.shape != (group.width,) or copies.dtype.kind not in "iu" or np.any(copies < 1):
+            raise InputError(f"Expected {group.width} integers from 1 as numbers of copies, found {copies.shape}.")
+
+    @property
+    def sources(self) -> np.ndarray:
+        """The old channel of each new one."""
+        width = len(self.copies)
+        return np.concatenate([np.arange(width), np.repeat(np.arange(width), np.asarray(self.copies) - 1)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Merge(Action):
+    """One channel, the mean of the members, in place of each cluster. Changes the function, unless members are equal.
+
+    ``z'[c] = mean(z[i] for assignment[i] == c)``; consumers get the sum of the members' columns.
+
+    Attributes:
+        assignment: ``[width]``, clusters numbered from 0 without gaps.
+    """
+
+    assignment: np.ndarray
+    name: ClassVar[str] = "merge"
+
+    def is_identity(self) -> bool:
+        return bool(np.array_equal(self.assignment, np.arange(len(self.assignment))))
+
+    def check(self, group: ChannelGroup) -> None:
+        held = np.asarray(self.assignment)
+        if held.shape != (group.width,) or not np.array_equal(np.unique(held), np.arange(held.max() + 1)):
+            raise InputError(f"Expected a cluster for each of {group.width} channels, numbered from 0 without gaps.")
+
+
+def _vector(group: ChannelGroup, numbers: np.ndarray, what: str) -> np.ndarray:
+    vector = np.asarray(numbers, np.float64)
+    if vector.shape != (group.width,) or not np.all(np.isfinite(vector)):
+        raise InputError(f"Expected {group.width} finite {what} for group {group.id}, found shape {vector.shape}.")
+    return vector

@@ -146,7 +146,9 @@ class LowerDynamicLinear(Pass):
     All Linears on one x share one ``DynamicQuantizeLinear``, which the runtime's own ``quantize_dynamic`` also
     reaches; a ``DynamicQuantizeMatMul`` each would repeat it. Exact up to the rounding of the float scales.
 
-    Other formats are left to `LowerQuantizedWeights`, whose kernel quantizes activations itself, per block.
+    Other formats are left to `LowerQuantizedWeights`, whose kernel quantizes activations itself, per block. On x86
+    without VNNI the runtime adds pairs of u8 x s8 products in 16 bits, which saturate for the largest weights; such a
+    machine needs weights of 7 bits.
     """
 
     contract: ClassVar[Contract] = Exact(1e-4)

@@ -234,7 +234,10 @@ def _pad(trace: Trace, node: ir.Node, rule: Rule) -> None:
     rank = len(dims_of(node.inputs[0]))
     pads = integers(node.inputs[1])
     axes = integers(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else list(range(rank))
-    if pads is None or axes is None or (len(node.inputs) > 2 and node.inputs[2] is not None):
+    filler = node.inputs[2] if len(node.inputs) > 2 else None
+    zero = filler is None or (filler.const_value is not None and not filler.const_value.numpy().any())
+    plain = pads is not None and (not any(pads) or (zero and attribute(node, "mode", "constant") == "constant"))
+    if not plain or axes is None:
         trace.opaque(node)
         return
     if any(axes[i % len(axes)] % rank in view.axes and p for i, p in enumerate(pads)):

@@ -38,7 +38,10 @@ class Solution:
 
     def sheets_of(self, ids: np.ndarray) -> tuple[int, ...]:
         """The sheets that an array of channels touches."""
-        return tuple(np.unique(self.sheet[ids]).tolist())
+        sheets = self.sheet[ids].ravel()
+        if (sheets == sheets[0]).all():  # nearly always, and much cheaper to see
+            return (int(sheets[0]),)
+        return tuple(np.unique(sheets).tolist())
 
 
 class Factors:
@@ -200,6 +203,7 @@ def _factors(trace: Trace, solution: Solution, rank: Mapping[int, int], kind: st
             continue
         coefficients = [c for c, _ in equation.terms]
         sheets = np.stack([solution.sheet[ids].ravel() for _, ids in equation.terms])
-        for row in np.unique(sheets, axis=1).T.tolist():
+        rows = sheets[:, :1] if (sheets == sheets[:, :1]).all() else np.unique(sheets, axis=1)
+        for row in rows.T.tolist():
             factors.impose(zip(coefficients, row, strict=True))
     return factors

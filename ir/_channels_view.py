@@ -40,7 +40,11 @@ class View:
 
 def dims_of(value: ir.Value | None) -> Dims | None:
     """The shape of a value, or None if even its rank is unknown."""
-    if value is None or value.shape is None:
+    if value is None:
+        return None
+    if value.const_value is not None and not value.is_graph_input():
+        return tuple(int(d) for d in value.const_value.shape)  # an exporter may declare less than it stores
+    if value.shape is None:
         return None
     return tuple(d if isinstance(d, int) else (None if d.value is None else str(d.value)) for d in value.shape)
 

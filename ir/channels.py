@@ -235,6 +235,7 @@ class _Builder:
         self._family_of = np.zeros(count, int)
         self._family_of[solution.sheet] = solution.family
         self._sheets_of_ids: dict[int, tuple[int, ...]] = {}
+        self._support: dict[int, list[int]] = {}
         self._members = self._by_sheet((m, m.ids) for m in trace.members)
         self._limits = self._by_sheet((limit, limit.ids) for limit in trace.limits)
         self._cells = self._by_sheet((c, c.ids) for c in trace.cells)
@@ -249,12 +250,14 @@ class _Builder:
         by_family: dict[int, list[int]] = {}
         for sheet, family in enumerate(self._family_of.tolist()):
             by_family.setdefault(family, []).append(sheet)
+            for lead in {sheet, *self._scale[sheet], *self._sign[sheet]}:
+                self._support.setdefault(lead, []).append(sheet)
         families, groups = [], []
         for number in sorted(sheets):
             family = self._family(len(families), number, by_family[number])
             families.append(family)
             for lead, held in self._leads(sorted(sheets[number])):
-                groups.append(self._group(len(groups), family, lead, held, by_family[number]))
+                groups.append(self._group(len(groups), family, lead, held))
         return ChannelGroups(groups, families, list(self._inputs()))
 
     def _by_sheet(self, pairs: Iterable[tuple[object, np.ndarray]]) -> dict[int, list]:
@@ -371,13 +374,11 @@ class _Builder:
             centred.extend(n for n in norms if n is not None)
         return tuple(dict.fromkeys(centred)), None
 
-    def _group(
-        self, number: int, family: Family, lead: int, held: Sequence[int], sheets: Sequence[int]
-    ) -> ChannelGroup:
+    def _group(self, number: int, family: Family, lead: int, held: Sequence[int]) -> ChannelGroup:
         raw = int(self._family_of[lead])
         members = list({id(m): m for s in held for m in self._members.get(s, ())}.values())
         uses = tuple(u for m in members for u in self._shares(m, lead, held))
-        support = [s for s in sheets if lead in self._scale[s] or lead in self._sign[s] or s == lead]
+        support = self._support[lead]
         forbids = dict(family.forbids)
         for action, factors in (("scale", self._scale), ("sign", self._sign)):
             if lead not in factors[lead]:
@@ -470,11 +471,12 @@ def _forbidden(limit: Limit) -> Forbidden:
 
 def _joined(labels: np.ndarray, index: np.ndarray, cells: np.ndarray) -> np.ndarray:
     """Joins the labels of indices that lie in one cell."""
-    order = np.argsort(cells, kind="stable")
-    index, cells = index[order], cells[order]
-    pairs = [(a, b) for a, b, c, d in zip(index, index[1:], cells, cells[1:], strict=False) if c == d]
-    for a, b in pairs:
-        low, high = sorted((labels[a], labels[b]))
-        if low != high:
-            labels = np.where(labels == high, low, labels)
-    return labels
+    while True:
+        low = np.full(int(cells.max()) + 1, len(labels))
+        np.minimum.at(low, cells, labels[index])
+        joined = labels.copy()
+        np.minimum.at(joined, labels[index], low[cells])
+        joined = joined[labels]
+        if np.array_equal(joined, labels):
+            return labels
+        labels = joined

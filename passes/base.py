@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
+
 from qc.ir.store import Store
+from qc.passes.statistics import Request
 
 __all__ = ["Context", "Contract", "Exact", "Lossy", "Outcome", "Pass", "Result", "Site", "Structural", "site_name"]
 
@@ -88,6 +91,7 @@ class Context:
         store: Where new weights are written.
         seed: Seed of everything random in a pass; use ``numpy.random.default_rng([seed, ...])``.
         threads: Number of threads a pass may use.
+        statistics: What the manager collected because the pass asked for it (`Pass.needs`).
         exclude: Regular expressions of site names that lossy passes must leave as they are.
         tick: Called as ``tick(done, total, site)`` while a pass works, for progress displays.
     """
@@ -95,6 +99,7 @@ class Context:
     store: Store = dataclasses.field(default_factory=Store)
     seed: int = 0
     threads: int = 2
+    statistics: Mapping[Request, np.ndarray] = dataclasses.field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     tick: object = None
 
@@ -113,7 +118,7 @@ class Pass(ir.passes.InPlacePass):
     """Base of all passes. Subclass as a frozen dataclass; see docs/writing-a-pass.md.
 
     The name in pipelines is the class name in kebab case without a trailing ``Pass``. The first docstring line is its
-    help. A pass is stand-alone too: ``QuantizeWeights(bits=4)(model)`` runs it as any onnx_ir pass.
+    help. A pass is stand-alone too: ``QuantizeWeights(format="int4")(model)`` runs it as any onnx_ir pass.
     """
 
     contract: ClassVar[Contract] = Exact()
@@ -122,6 +127,10 @@ class Pass(ir.passes.InPlacePass):
     def spec_name(cls) -> str:
         """The pass's name in pipelines and recipes."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__.removesuffix("Pass")).lower()
+
+    def needs(self, model: ir.Model) -> Sequence[Request]:
+        """Statistics of activations that the manager shall collect just before the pass; none by default."""
+        return ()
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         """Transforms `model` in place.

@@ -16,6 +16,7 @@ from qc.ir.runtime import Session
 from qc.ir.verify import STAGES, Difference, Stage, check_structure, compare
 from qc.passes.base import Context, Exact, Lossy, Outcome, Pass, Result, Site
 from qc.passes.pipeline import Step
+from qc.passes.statistics import collect, synthetic_inputs
 
 __all__ = ["Observer", "PassManager", "PassReport"]
 
@@ -97,6 +98,7 @@ class PassManager:
         *,
         context: Context | None = None,
         probe: Sequence[Mapping[str, np.ndarray]] | None = None,
+        calibration: Sequence[Mapping[str, np.ndarray]] | None = None,
     ) -> tuple[Model, list[PassReport]]:
         """Runs all steps on `model`, in place.
 
@@ -104,6 +106,7 @@ class PassManager:
             model: The model to transform.
             context: What passes may use.
             probe: Batches to verify on; None makes some from the signature.
+            calibration: Batches to collect statistics on, for passes that need them; None makes synthetic ones.
 
         Returns:
             The model and one report per step.
@@ -119,8 +122,11 @@ class PassManager:
         dialect.sync_functions(model)
         before = _outputs(model, batches)
         reports = []
-        for step in self.steps:
-            step = step if isinstance(step, Step) else Step(step, optional=True)  # type: ignore[arg-type]
+        for item in self.steps:
+            step = item if isinstance(item, Step) else Step(item, optional=True)  # type: ignore[arg-type]
+            if isinstance(step.action, Pass) and (requests := step.action.needs(model)):
+                data = calibration if calibration is not None else synthetic_inputs(model, context.seed)
+                context = dataclasses.replace(context, statistics=collect(model, requests, data))
             model, before, report = self._run_step(step, model, context, batches, before)
             reports.append(report)
         return model, reports
@@ -153,7 +159,7 @@ class PassManager:
             before = after
         report = PassReport(
             name=name,
-            spec=str(step) if isinstance(action, Pass) else name,
+            spec=str(Step(action)) if isinstance(action, Pass) else name,
             contract=type(contract).__name__.lower(),
             modified=result.modified,
             seconds=seconds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -21,7 +21,6 @@ together less than a thousandth of a network, and a table that small would save 
 _REASONS = {
     "Conv": "convolution weights are not quantized yet",
     "ConvTranspose": "convolution weights are not quantized yet",
-    "RotaryEmbedding": "tables of cosines and sines are not weights",
     "LSTM": "recurrent weights are not quantized yet",
     "GRU": "recurrent weights are not quantized yet",
     "RNN": "recurrent weights are not quantized yet",
@@ -33,6 +32,7 @@ class Kind(enum.Enum):
 
     LINEAR = "linear"
     HEAD = "head"
+    VALUE = "value projection"
     EMBEDDING = "embedding"
     OTHER = "other"
 
@@ -67,24 +67,26 @@ def weight_uses(model: ir.Model) -> list[Use]:
 
     Nodes in subgraphs are listed with a reason; bodies of model-local functions hold no weights.
     """
-    heads = _heads(model)
+    kinds = _kinds(model)
     uses = []
     for node in model.graph.all_nodes():
-        found = _uses(node, heads)
+        found = _uses(node, kinds)
         if node.graph is not model.graph:
             found = (dataclasses.replace(u, reason=u.reason or "lies in a subgraph (If, Loop or Scan)") for u in found)
         uses.extend(found)
     return uses
 
 
-def _uses(node: ir.Node, heads: set[ir.Node]) -> Iterator[Use]:
+def _uses(node: ir.Node, kinds: Mapping[ir.Node, Kind]) -> Iterator[Use]:
     if dialect.is_op(node, "Linear"):
         weight = read_weight(node.inputs[1])
         reason = "" if weight is not None else "its weight is computed, or stored in a form that no format describes"
-        yield Use(node, 1, Kind.HEAD if node in heads else Kind.LINEAR, weight, reason)
+        yield Use(node, 1, kinds.get(node, Kind.LINEAR), weight, reason)
         return
     if node.op_type in ("Cast", "DequantizeLinear") and read_weight(node.outputs[0]) is not None:
         return  # a decode node: its consumer is the site
+    if node.op_type == "RotaryEmbedding":
+        return  # its tables of cosines and sines are no weights
     for slot, value in enumerate(node.inputs):
         weight = read_weight(value)
         if weight is None or _size(weight) < LARGE:
@@ -116,12 +118,22 @@ def _other_reason(node: ir.Node, weight: Weight) -> str:
     return _REASONS.get(node.op_type, f"{node.op_type} is neither a product with a weight nor an embedding look-up")
 
 
-def _heads(model: ir.Model) -> set[ir.Node]:
-    """The Linears from which an output of role logits is reached without another product in between."""
+def _kinds(model: ir.Model) -> dict[ir.Node, Kind]:
+    """The Linears that are heads, or that make the values of an attention and neither its queries nor its keys."""
+    heads = _products_before(v for v in model.graph.outputs if v.metadata_props.get("qc.role") == "logits")
+    operands: dict[int, list[ir.Value]] = {0: [], 1: [], 2: []}
+    for node in model.graph:
+        if node.op_type == "Attention" and node.domain == "":
+            for slot, found in operands.items():
+                found.extend(v for v in node.inputs[slot : slot + 1] if v is not None)
+    values = _products_before(operands[2]) - _products_before(operands[0]) - _products_before(operands[1])
+    return dict.fromkeys(values, Kind.VALUE) | dict.fromkeys(heads, Kind.HEAD)
+
+
+def _products_before(starts: Iterable[ir.Value]) -> set[ir.Node]:
+    """The Linears from which one of `starts` is reached without another product in between."""
     products = {"MatMul", "Gemm", "Conv", "Attention"}
-    pending = [v for v in model.graph.outputs if v.metadata_props.get("qc.role") == "logits"]
-    seen: set[ir.Value] = set()
-    heads = set()
+    pending, seen, found = list(starts), set(), set()
     while pending:
         value = pending.pop()
         node = value.producer()
@@ -129,10 +141,10 @@ def _heads(model: ir.Model) -> set[ir.Node]:
             continue
         seen.add(value)
         if dialect.is_op(node, "Linear"):
-            heads.add(node)
+            found.add(node)
         elif node.op_type not in products:
             pending.extend(v for v in node.inputs if v is not None)
-    return heads
+    return found
 
 
 def _size(weight: Weight) -> int:

@@ -15,6 +15,7 @@ from qc.ir.quant import Format, emit, named_formats, read_weight, require_opset
 from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result, Site
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, sqnr_db
+from qc.passes.statistics import Request, Statistic
 
 __all__ = ["QuantizeWeights"]
 
@@ -24,11 +25,12 @@ _SHORTEST_GROUP = 16
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Quantizes the weights of linear layers and embeddings by range search, without data.
+    """Quantizes the weights of linear layers and embeddings by range search.
 
     Each weight ``w`` of shape ``[N, K]`` becomes codes, scales and perhaps zero points behind a decode node such that
-    ``sum((w - decoded)^2)`` of every group is small (see `qc.passes.quantize.assign`). A weight that several consumers
-    read in the same format, such as a tied embedding and head, is quantized and stored once.
+    ``sum_k m_k (w_k - decoded_k)^2`` of every group is small (see `qc.passes.quantize.assign`), where ``m_k`` is the
+    second moment ``E[x_k^2]`` of the input channel, or one. A weight that several consumers read in the same format,
+    such as a tied embedding and head, is quantized and stored once.
 
     Every node that reads a large constant is a site; the ones that stay float say why. Scope: the main graph.
 
@@ -38,6 +40,9 @@ class QuantizeWeights(Pass):
         scale: Storage of the scales: f32 or f16.
         embedding: Format of embedding tables: same, float, or a full spelling such as uint4:g32.
         head: Format of the output projection, the Linear right before the logits: same, float, or a full spelling.
+        value: Format of the projections that make an attention's values: same, float, or a full spelling. They are
+            small and their error reaches the output undamped, so a few more bits here pay.
+        metric: What the error of a column counts: moment (``E[x_k^2]``, collected on calibration inputs) or none.
         exclude: Regular expressions of sites or weights to leave as they are.
     """
 
@@ -48,6 +53,8 @@ class QuantizeWeights(Pass):
     scale: str = "f32"
     embedding: str = "same"
     head: str = "same"
+    value: str = "same"
+    metric: str = "moment"
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -60,6 +67,8 @@ class QuantizeWeights(Pass):
             raise InputError(f"Expected a group of at least 1, or 0 for per channel; found {self.group}.")
         if self.scale not in ("f32", "f16"):
             raise InputError(f"Expected scales in f32 or f16, found {self.scale!r}.")
+        if self.metric not in ("moment", "none"):
+            raise InputError(f"Expected a metric of moment or none, found {self.metric!r}.")
         for pattern in self.exclude:
             try:
                 re.compile(pattern)
@@ -82,7 +91,11 @@ class QuantizeWeights(Pass):
                 return body
             return None if text == "float" else Format.parse(text)
 
-        return {Kind.LINEAR: body, Kind.HEAD: choice(self.head), Kind.EMBEDDING: choice(self.embedding)}
+        choices = {Kind.HEAD: self.head, Kind.EMBEDDING: self.embedding, Kind.VALUE: self.value}
+        return {Kind.LINEAR: body} | {kind: choice(text) for kind, text in choices.items()}
+
+    def needs(self, model: ir.Model) -> list[Request]:
+        return [r for r in map(_moment, weight_uses(model)) if r is not None] if self.metric == "moment" else []
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
@@ -136,6 +149,13 @@ def fitted(format: Format, columns: int) -> Format:
     return dataclasses.replace(format, group=min(groups, key=padded_bits))
 
 
+def _moment(use: Use) -> Request | None:
+    """The second moment of what the weight of a Linear is multiplied with."""
+    if use.reason or use.node.op_type != "Linear" or use.node.inputs[0] is None:
+        return None
+    return Request(Statistic.SECOND_MOMENT, use.node.inputs[0])
+
+
 class _Work:
     """Quantizes weights in a graph, each once per format."""
 
@@ -167,7 +187,9 @@ class _Work:
             self._rewire(use, decoded)
             return facts | {"shared_with": first, "bytes_after": 0}
         numbers = use.weight.raw()
-        tensor = assign(numbers, format, name=use.weight.name, threads=self.context.threads)
+        request = _moment(use)
+        metric = None if request is None else self.context.statistics.get(request)
+        tensor = assign(numbers, format, metric, name=use.weight.name, threads=self.context.threads)
         sqnr = sqnr_db(numbers, tensor, threads=self.context.threads)
         del numbers  # a view of the file
         use.weight.release()

@@ -28,8 +28,10 @@ def rotate(model: ir.Model, family: Family, matrix: np.ndarray, edits: Edits) ->
     gains = [u for u in family.uses if u.role == "gain"]
     groups = list(find_groups(model)) if gains else []
     centred = set(family.centred)
+    taken: set[int] = set()
     for gain in gains:
-        group = _group_of(groups, gain)
+        group = _group_of(groups, gain, taken)
+        taken.add(group.id)
         if gain.node in centred:
             _drop_bias(model, group, gain, edits)
         _absorb(group, gain, edits)
@@ -43,13 +45,15 @@ def rotate(model: ir.Model, family: Family, matrix: np.ndarray, edits: Edits) ->
         edits.finally_(lambda n=node: _to_rms(n))
 
 
-def _group_of(groups: list[ChannelGroup], gain: Use) -> ChannelGroup:
-    found = [g for g in groups for u in g.uses if u.node is gain.node and u.slot == gain.slot and u.power]
-    if not found:
-        raise UnsupportedError(
-            f"The gain {gain.name} cannot be moved into what reads it, so nothing here can be rotated."
-        )
-    return found[0]
+def _group_of(groups: list[ChannelGroup], gain: Use, taken: set[int]) -> ChannelGroup:
+    """The first group whose factors the gain follows, in the order in which the analysis promised them."""
+    for group in groups:
+        for use in group.uses:
+            if use.node is gain.node and use.slot == gain.slot and use.power and group.id not in taken:
+                return group
+    raise UnsupportedError(
+        f"The gain {gain.name} cannot be moved into what reads it, so nothing here can be rotated."
+    )
 
 
 def _drop_bias(model: ir.Model, group: ChannelGroup, gain: Use, edits: Edits) -> None:
@@ -69,6 +73,8 @@ def _drop_bias(model: ir.Model, group: ChannelGroup, gain: Use, edits: Edits) ->
 def _absorb(group: ChannelGroup, gain: Use, edits: Edits) -> None:
     """Sets a gain to one: what else follows the factors of its group takes it up."""
     numbers = read(gain.value).reshape(-1)
+    if len(numbers) != len(gain.index):
+        raise UnsupportedError(f"{gain.name} is a filter per channel, which no other weight takes up.")
     own = next(u for u in group.uses if u.node is gain.node and u.slot == gain.slot and u.power)
     by_channel = np.ones(group.width)
     by_channel[own.index[own.index >= 0]] = numbers[own.index >= 0]

@@ -191,3 +191,6 @@ def _resize(group: ChannelGroup, width: int) -> None:
         dims = list(value.shape.dims)
         dims[axes[0]] = width
         value.shape = ir.Shape(dims)
+    for use in group.family.uses:
+        if use.role == "gain" and use.node.op_type == "Conv":
+            use.node.attributes["group"] = ir.AttrInt64("group", width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qc.ir._channels_shapes import attribute
+from qc.ir._channels_shapes import attribute, numbers
 from qc.ir._channels_table import Rule
 from qc.ir._channels_trace import Cells, Trace, operator_name, register
 from qc.ir._channels_view import View, dims_of
@@ -29,11 +29,11 @@ def _unary(trace: Trace, node: ir.Node, key: str, degree: float) -> None:
 
 @register("power")
 def _power(trace: Trace, node: ir.Node, rule: Rule) -> None:
-    held = node.inputs[1].const_value
-    if node.inputs[0] not in trace.views or held is None or held.size != 1 or float(held.numpy().reshape(())) == 0.0:
+    held = numbers(node.inputs[1])
+    if node.inputs[0] not in trace.views or held is None or held.size != 1 or held[0] == 0:
         trace.opaque(node)
         return
-    _unary(trace, node, "Pow", float(held.numpy().reshape(())))
+    _unary(trace, node, "Pow", float(held[0]))
 
 
 class _Operands:
@@ -114,7 +114,8 @@ def _where(trace: Trace, node: ir.Node, rule: Rule) -> None:
     if condition in trace.views:
         trace.opaque(node)
         return
-    zero = [v.const_value is not None and v.const_value.size == 1 and not v.const_value.numpy().any() for v in branches]
+    held = [numbers(v) for v in branches]
+    zero = [array is not None and array.size == 1 and not array.any() for array in held]
     slots = [s for s, z in zip((1, 2), zero, strict=True) if not z]
     view = next(trace.views[v] for v in branches if v in trace.views)
     dims, out = dims_of(condition), dims_of(node.outputs[0])
@@ -200,6 +201,8 @@ def _matmul(trace: Trace, node: ir.Node, rule: Rule) -> None:
     read = ids if stacked else np.broadcast_to(ids, (dims[0], dims[1]))
     trace.member(node, 1, "consumer", (0, 1), read)
     out = trace.new((dims[0], dims[2]))
+    for part in (read, out):
+        trace.limit(part, "MatMul:stacked", node)
     trace.member(node, 1, "producer", (0, 2), out)
     _within(trace, node, out)
     trace.set(node.outputs[0], View.of((rank - 3, rank - 1), out))

@@ -11,7 +11,10 @@ from qc.ir._channels_table import Rule
 from qc.ir._channels_trace import Trace, register
 from qc.ir._channels_view import View, dims_of, reshape, transpose
 
-__all__ = ["attribute", "integers"]
+__all__ = ["attribute", "integers", "numbers"]
+
+_SMALL = 4096
+"""Elements; a constant that steers an operator (axes, sizes, an exponent) is never larger."""
 
 
 def attribute(node: ir.Node, name: str, default: object = None) -> object:
@@ -20,23 +23,23 @@ def attribute(node: ir.Node, name: str, default: object = None) -> object:
     return default if held is None else held.value
 
 
-def integers(value: ir.Value | None) -> list[int] | None:
-    """The entries of a constant of integers, else None."""
+def numbers(value: ir.Value | None) -> np.ndarray | None:
+    """The entries of a small constant, else None; no weight is read."""
     if value is None or value.is_graph_input():
         return None
-    tensor = value.const_value
-    node = value.producer()
+    tensor, node = value.const_value, value.producer()
     if tensor is None and node is not None and node.op_type == "Constant":
         held = next(iter(node.attributes.values()))
-        if held.type == ir.AttributeType.TENSOR:
-            tensor = held.as_tensor()
-        elif held.type == ir.AttributeType.INTS:
-            return list(held.as_ints())
-        elif held.type == ir.AttributeType.INT:
-            return [held.as_int()]
-    if tensor is None or not tensor.dtype.is_integer() or tensor.size > 4096:
-        return None
-    return [int(i) for i in tensor.numpy().reshape(-1)]
+        if held.type != ir.AttributeType.TENSOR:
+            return np.asarray(held.value).reshape(-1)
+        tensor = held.as_tensor()
+    return tensor.numpy().reshape(-1) if tensor is not None and tensor.size <= _SMALL else None
+
+
+def integers(value: ir.Value | None) -> list[int] | None:
+    """The entries of a small constant of integers, else None."""
+    held = numbers(value)
+    return [int(i) for i in held] if held is not None and held.dtype.kind in "iu" else None
 
 
 def _start(trace: Trace, node: ir.Node) -> View | None:
@@ -235,7 +238,8 @@ def _pad(trace: Trace, node: ir.Node, rule: Rule) -> None:
     pads = integers(node.inputs[1])
     axes = integers(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else list(range(rank))
     filler = node.inputs[2] if len(node.inputs) > 2 else None
-    zero = filler is None or (filler.const_value is not None and not filler.const_value.numpy().any())
+    held = numbers(filler)
+    zero = filler is None or (held is not None and not held.any())
     plain = pads is not None and (not any(pads) or (zero and attribute(node, "mode", "constant") == "constant"))
     if not plain or axes is None:
         trace.opaque(node)

@@ -94,6 +94,7 @@ OPERATORS: dict[str, Rule] = {
     # products with weights
     "qc::Linear": _rule("linear"),
     "MatMul": _rule("matmul"),
+    "MatMul:stacked": _rule("", "lift", "all experts keep one width"),
     "Gather": _rule("gather"),
     "Conv": _rule("conv"),
     "Conv:padded": _rule("", "shift", "it pads with zeros, which a shift does not reach"),

@@ -312,6 +312,10 @@ class _Builder:
         if obstacle is not None:
             forbids.setdefault("orthogonal", obstacle)
             forbids.setdefault("merge", obstacle)
+        gain = next((m for m in members if m.role == "gain"), None)
+        if gain is not None:
+            why = "its factors differ from channel to channel"
+            forbids.setdefault("merge", Forbidden(operator_name(gain.node), str(gain.node.name), why))
         values = {v: self._trace.views[v].axes for s in sheets for v in self._values.get(s, ())}
         state = tuple(dict.fromkeys(str(v.name) for s in sheets for v in self._states.get(s, ())))
         return Family(number, width, uses, blocks, forbids, centred, values, state)
@@ -350,14 +354,13 @@ class _Builder:
             for member in self._members.get(sheet, ()):
                 if member.role != "gain":
                     continue
-                free = self._scale[sheet]
-                lead = next(iter(free), None)
-                if len(free) != 1 or lead in taken or lead not in self._sign[sheet]:
+                free = [s for s in sorted(self._scale[sheet]) if s not in taken and s in self._sign[sheet]]
+                if not free:
                     fixed = self._scale.fixed.get(sheet)
                     because = f" ({OPERATORS[fixed.key].why})" if fixed is not None else ""
                     why = f"its gain cannot be moved into what reads it{because}"
-                    return (), Forbidden(member.node.op_type, str(member.node.name), why)
-                taken.add(lead)
+                    return (), Forbidden(operator_name(member.node), str(member.node.name), why)
+                taken.add(free[0])
         centred = []
         for sheet in sheets:
             here = self._limits.get(sheet, ())

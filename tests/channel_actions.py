@@ -79,5 +79,6 @@ def difference(before: list[Mapping[str, np.ndarray]], after: list[Mapping[str, 
     for old, new in zip(before, after, strict=True):
         for name, expected in old.items():
             scale = max(float(np.abs(expected).max()), 1e-30)
-            worst = max(worst, float(np.abs(new[name] - expected).max()) / scale)
+            deviation = float(np.abs(new[name] - expected).max()) / scale
+            worst = max(worst, float("inf") if np.isnan(deviation) else deviation)
     return worst

@@ -51,9 +51,7 @@ def _group_of(groups: list[ChannelGroup], gain: Use, taken: set[int]) -> Channel
         for use in group.uses:
             if use.node is gain.node and use.slot == gain.slot and use.power and group.id not in taken:
                 return group
-    raise UnsupportedError(
-        f"The gain {gain.name} cannot be moved into what reads it, so nothing here can be rotated."
-    )
+    raise UnsupportedError(f"The gain {gain.name} cannot be moved into what reads it, so nothing here can be rotated.")
 
 
 def _drop_bias(model: ir.Model, group: ChannelGroup, gain: Use, edits: Edits) -> None:

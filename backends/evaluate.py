@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qc.backends.decoding import context_limit
 from qc.backends.inputs import text_inputs
 from qc.backends.target import Runner
 from qc.ir.errors import InputError
@@ -63,7 +64,7 @@ def evaluate(
         reference: What it should have computed; needed for all figures but ``ppl``.
         text_tokens: Ids of a text, BOS first; for models with logits over a vocabulary at each position.
         inputs: Batches of all inputs by name; for any model, instead of `text_tokens`.
-        window: Tokens in a window.
+        window: Tokens in a window; fewer where the text, or the context that the model was made for, is shorter.
         windows: Largest number of windows.
 
     Returns:
@@ -124,7 +125,7 @@ def _text(runner: Runner, reference: Runner | None, tokens: Sequence[int], windo
         raise InputError(f"Expected windows of at least 2 tokens, and at least one; found {windows} of {window}.")
     if len(tokens) < 2:
         raise InputError(f"Expected a text of at least 2 tokens, found {len(tokens)}. Give a longer text.")
-    window = min(window, len(tokens))
+    window = min(window, len(tokens), context_limit(runner.provenance) or window)
     count = min(windows, len(tokens) // window)
     ids = np.asarray(tokens[: count * window], np.int64).reshape(count, window)
     nll, nll_reference, divergence, agreed = [], [], [], []

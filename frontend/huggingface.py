@@ -19,7 +19,14 @@ from qc.ir import errors
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import ASSET_NAMES, Model
 
-__all__ = ["LEFTOVERS", "export_huggingface", "is_huggingface", "load_huggingface", "transformer_directory"]
+__all__ = [
+    "LEFTOVERS",
+    "export_huggingface",
+    "is_huggingface",
+    "load_huggingface",
+    "read_export",
+    "transformer_directory",
+]
 
 LEFTOVERS = "leftovers.safetensors"
 """Name of the file, in the work directory, with tensors that the checkpoint does not hold as they are."""
@@ -59,14 +66,21 @@ def load_huggingface(directory: Path, work: Path | None = None) -> Model:
     temporary = _TemporaryDirectory() if work is None else None
     work = work if temporary is None else temporary.path
     export_huggingface(directory, work)
+    model = read_export(directory, work)
+    for tensor, _ in external_tensors(model):
+        if Path(tensor.path).name == LEFTOVERS:
+            tensor.meta["qc.work"] = temporary  # the file lives as long as the tensors in it, also in copies
+    return model
+
+
+def read_export(directory: Path, work: Path) -> Model:
+    """Reads what `export_huggingface` wrote: the graph in `work` over the weights in `directory`."""
+    directory, work = directory.absolute(), work.absolute()
     model = Model.of(
         ir.load(work / "model.onnx"),
         assets={name: directory / name for name in ASSET_NAMES if (directory / name).is_file()},
     )
     rebase(model, lambda location: (work if location == LEFTOVERS else directory) / location)
-    for tensor, _ in external_tensors(model):
-        if Path(tensor.path).name == LEFTOVERS:
-            tensor.meta["qc.work"] = temporary  # the file lives as long as the tensors in it, also in copies
     return model
 
 

@@ -45,6 +45,7 @@ class _Operands:
         self.ids: list[np.ndarray | None] = []
         """Channels of each operand over `axes`; None where it has one number for all channels."""
         self.constant: list[bool] = []
+        self.zero: list[bool] = []
         self.aligned = out is not None
         if out is None:
             return
@@ -60,8 +61,11 @@ class _Operands:
         value = node.inputs[slot]
         dims = dims_of(value)
         constant = value not in trace.views and trace.is_constant(value)
+        self.zero.append(role == "bias" and _is_zero(value))
         self.constant.append(constant)
         self.ids.append(None)
+        if self.zero[-1]:
+            return
         if dims is None:
             self.aligned = False
             return
@@ -80,6 +84,15 @@ class _Operands:
             return
         shape = [dims[a] if a in wide else 1 for a in own]
         self.ids[-1] = ids.reshape(shape)
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    """Whether all elements are known to be zero: a sum often starts so."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type in ("Expand", "Cast", "Reshape"):
+        return _is_zero(node.inputs[0])
+    held = numbers(value)
+    return held is not None and not held.any()
 
 
 @register("add")
@@ -103,7 +116,7 @@ def _sum_of(trace: Trace, node: ir.Node, slots: list[int], key: str) -> None:
     for other in present:
         trace.tie(ids, other)
     trace.limit(ids, key, node)
-    if any(p is None for p in operands.ids):
+    if any(p is None and not zero for p, zero in zip(operands.ids, operands.zero, strict=True)):
         trace.limit(ids, "Add:scalar", node)
     trace.set(node.outputs[0], View.of(operands.axes, ids))
 

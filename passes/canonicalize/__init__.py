@@ -15,7 +15,6 @@ def canonicalize_passes() -> list[Pass]:
     from qc.passes.canonicalize.linear import RecogniseLinear
     from qc.passes.canonicalize.norms import RecogniseNorms
     from qc.passes.canonicalize.rotary import RecogniseRotary
-    from qc.passes.canonicalize.stacks import SplitStacks
     from qc.passes.canonicalize.unstack import UnstackWeights
 
     return [

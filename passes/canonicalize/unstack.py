@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
@@ -14,7 +15,9 @@ from qc.passes.canonicalize._graph import (
     drop_unused,
     integers,
     lazily,
+    made_by,
     main_nodes,
+    replace,
     stored,
 )
 
@@ -23,28 +26,29 @@ __all__ = ["UnstackWeights"]
 
 @dataclasses.dataclass(frozen=True)
 class UnstackWeights(Pass):
-    """Rewrites ``Gather(stack[E, N, K], e)`` along the first axis, with a constant scalar ``e``, to a weight ``[N, K]``.
+    """Rewrites ``Gather(stack[E, N, K], e)`` on the first axis, with a constant scalar ``e``, to a weight ``[N, K]``.
 
-    Every reader of a stack must be such a slice, or it stays: it would be stored twice. Nothing is read or copied: a
-    slice is read from the stack each time it is used. Exact.
+    Where a ``Cast`` decodes the stack, each slice gets its own. Every reader of a stack must be such a slice, or it
+    stays: it would be stored twice. Nothing is read or copied: a slice is read from the stack each time it is used.
+    Exact.
     """
 
     contract: ClassVar[Contract] = Exact(0.0)
 
     def call(self, model: ir.Model, context: object = None) -> Result:
+        slices: dict[tuple[ir.Value, int], ir.Value] = {}
         sites = []
         for node in main_nodes(model, "Gather"):
-            stack, index = node.inputs
-            if not _is_stack(stack):
+            stack = _stack(node)
+            if stack is None:
                 continue
-            reason = next((r for r in (_obstacle(use.node) for use in stack.uses()) if r), "")
+            readers = {use.node for value in (stack, node.inputs[0]) for use in value.uses()}
+            readers.discard(made_by(node.inputs[0], "Cast"))
+            reason = next((r for r in map(_obstacle, sorted(readers, key=site_name)) if r), "")
             if reason:
                 sites.append(Site(site_name(node), Outcome.SKIPPED, reason))
                 continue
-            tensor, chosen = stored(stack), integers(index)[0]
-            slab = lazily(tensor, lambda array, e=chosen: array[e], tuple(tensor.shape.numpy())[1:])
-            value = add_constant(model.graph, f"{stack.name}.{chosen}", slab)
-            node.outputs[0].replace_all_uses_with(value)
+            _cut(node, stack, slices)
             sites.append(Site(site_name(node), Outcome.CHANGED))
         result = Result.of(model, sites)
         if result.modified:
@@ -52,9 +56,12 @@ class UnstackWeights(Pass):
         return result
 
 
-def _is_stack(value: ir.Value | None) -> bool:
+def _stack(node: ir.Node) -> ir.Value | None:
+    """The stored stack of matrices that the node looks up, itself or decoded; None if it looks up anything else."""
+    cast = made_by(node.inputs[0], "Cast")
+    value = cast.inputs[0] if cast is not None else node.inputs[0]
     tensor = stored(value)
-    return tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) == 3
+    return value if tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) == 3 else None
 
 
 def _obstacle(node: ir.Node) -> str:
@@ -65,3 +72,21 @@ def _obstacle(node: ir.Node) -> str:
     if index is None or len(index.shape) != 0:
         return "which slice is read is computed"
     return "it is an output of the graph" if node.outputs[0].is_graph_output() else ""
+
+
+def _cut(node: ir.Node, stack: ir.Value, slices: dict[tuple[ir.Value, int], ir.Value]) -> None:
+    tensor, out, cast = stored(stack), node.outputs[0], made_by(node.inputs[0], "Cast")
+    count, *shape = tensor.shape.numpy()
+    chosen = integers(node.inputs[1])[0] % count
+
+    def read(array: np.ndarray) -> np.ndarray:
+        return array[chosen]
+
+    if (stack, chosen) not in slices:
+        slices[stack, chosen] = add_constant(node.graph, f"{stack.name}.{chosen}", lazily(tensor, read, shape))
+    weight = slices[stack, chosen]
+    if cast is not None:
+        replace(out, [ir.node("Cast", [weight], {"to": int(attribute(cast, "to"))})], like=node)
+        return
+    out.replace_all_uses_with(weight)
+    node.graph.remove(node, safe=True)

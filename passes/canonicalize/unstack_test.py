@@ -26,9 +26,7 @@ def test_a_constant_slice_becomes_a_weight(build, keeps) -> None:
 
 
 def test_a_slice_chosen_at_run_time_stays(build) -> None:
-    model = build(
-        "g (float[5,4] x, int64 e, float[2,3,4] w) => (float[3,4] s) { s = Gather <axis=0> (w, e) }", w=STACK
-    )
+    model = build("g (float[5,4] x, int64 e, float[2,3,4] w) => (float[3,4] s) { s = Gather <axis=0> (w, e) }", w=STACK)
     result = UnstackWeights()(model)
     assert not result.modified
     assert result.sites[0].reason == "which slice is read is computed"
@@ -43,3 +41,25 @@ def test_a_stack_that_is_read_whole_too_stays(build) -> None:
     result = UnstackWeights()(model)
     assert not result.modified
     assert result.sites[0].reason == "Neg reads the stack too"
+
+
+def test_a_stack_in_half_precision_is_cut_before_it_is_decoded(build, keeps) -> None:
+    model = build(
+        "g (float[3,4] x, float16[2,3,4] h) => (float[3,4] y) { w = Cast <to = 1> (h)"
+        " first = Constant <value = int64 {0}> () last = Constant <value = int64 {-1}> ()"
+        " a = Gather <axis=0> (w, first) b = Gather <axis=0> (w, last) p = Mul (x, a) y = Add (p, b) }",
+        h=STACK.astype(np.float16),
+    )
+    keeps(UnstackWeights(), model, x=np.ones((3, 4), np.float32))
+    assert set(model.graph.initializers) == {"h.0", "h.1"}
+    assert [n.op_type for n in model.graph].count("Cast") == 2
+
+
+def test_one_slice_read_twice_is_stored_once(build, keeps) -> None:
+    model = build(
+        "g (float[3,4] x, float[2,3,4] w) => (float[3,4] y) { e = Constant <value = int64 {0}> ()"
+        " a = Gather <axis=0> (w, e) b = Gather <axis=0> (w, e) p = Add (x, a) y = Mul (p, b) }",
+        w=STACK,
+    )
+    keeps(UnstackWeights(), model, x=np.ones((3, 4), np.float32))
+    assert set(model.graph.initializers) == {"w.0"}

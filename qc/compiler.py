@@ -12,17 +12,16 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.artifact import Artifact, ArtifactWriter
-from qc.backends.evaluate import evaluate
 from qc.backends.manifest import Manifest, source_files
 from qc.backends.reference import ModelRunner
 from qc.backends.target import Coverage, Runner, backend_for
-from qc.backends.tokenizer import Tokenizer
 from qc.frontend import load
 from qc.ir.errors import ContractError, InputError
 from qc.ir.model import Model
 from qc.ir.probe import probe_inputs
 from qc.ir.store import Store
 from qc.ir.verify import STAGES, check_structure, compare
+from qc.measurement import measure, read_data
 from qc.passes.base import Context
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager, PassReport
@@ -34,10 +33,6 @@ from qc.report import build_report, write_report
 
 __all__ = ["CompileResult", "compile", "lower"]
 
-_EVALUATION_FLOPS = 2e12
-"""Work that measuring an artifact may cost in float: bounds the number of windows for large models."""
-
-_WINDOW = 256
 _LOWERING_SQNR = 10.0
 """Decibels that a lowered model must keep against the quantized one. Kernels that quantize activations at run time land
 between 25 and 45; a wrong lowering lands near 0."""
@@ -87,7 +82,8 @@ def compile(  # noqa: A001  the verb of the product
         target: Name of a target.
         recipe: Name or file of a recipe; ignored if `passes` is given.
         passes: A pipeline as a string, in place of a recipe.
-        calib: A text file to measure decoders on; else the model's own sample text, else random tokens.
+        calib: A text file for decoders: its end calibrates, its beginning measures. Else the model's own sample text,
+            else random tokens.
         memory: Bytes of anonymous memory that the compile may use.
         exclude: Regular expressions of sites to leave in float.
         settings: ``pass.option=value`` for passes of the recipe.
@@ -121,7 +117,7 @@ def compile(  # noqa: A001  the verb of the product
             plan.check(out, memory)
             if dry_run:
                 return CompileResult(None, plan, (), {}, clock.stop())
-            text = _evaluation_tokens(model, calib)
+            data = read_data(model, calib)
             probe = probe_inputs(model, seed)
             original = model.clone()
             reference = ModelRunner(original)
@@ -140,7 +136,7 @@ def compile(  # noqa: A001  the verb of the product
                     runner = ModelRunner(model)
                     before_lowering = [runner.run(batch) for batch in probe]
                 manager = PassManager(todo, stage=stage, verify=verify, observer=progress.pass_event)
-                model, done = manager.run(model, context=context, probe=probe)
+                model, done = manager.run(model, context=context, probe=probe, calibration=data.calibration)
                 reports += done
             check_structure(model, STAGES["lowered"], _foreign_domains(original))
             with writer:
@@ -149,7 +145,7 @@ def compile(  # noqa: A001  the verb of the product
                 clock.start("measure")
                 runner = backend.open(writer.directory)
                 _require_same(runner, probe, before_lowering)
-                accuracy = _measure(runner, reference, plan, text, probe)
+                accuracy = measure(runner, reference, plan, data, probe)
                 report = build_report(
                     plan=plan,
                     reports=reports,
@@ -272,40 +268,3 @@ def _require_same(
                     f"{difference.sqnr:.1f} dB on a random batch, expected at least {_LOWERING_SQNR:g} dB. "
                     "This is a defect of qc or of the runtime's kernels; nothing was written."
                 )
-
-
-def _evaluation_tokens(model: Model, calib: str | Path | None) -> tuple[str, list[int]] | None:
-    """The tokens to measure a decoder on, and where they came from; None for other models."""
-    if not model.signature.is_decoder:
-        return None
-    path = Path(calib) if calib is not None else model.assets.get("sample.txt")
-    if path is None:
-        bound = int(model.provenance.get("vocab_size", 0)) or 256
-        return "random tokens", np.random.default_rng(0).integers(0, bound, 4 * _WINDOW).tolist()
-    if not path.is_file():
-        raise InputError(f"Expected a text file at {path}, found none. Check --calib.")
-    tokenizer = model.assets.get("tokenizer.json")
-    if tokenizer is None:
-        raise InputError("Expected a tokenizer.json beside the model to read --calib text with, found none.")
-    return path.name, Tokenizer(tokenizer.parent).encode(path.read_text(encoding="utf-8"))
-
-
-def _measure(
-    runner: Runner,
-    reference: ModelRunner,
-    plan: Plan,
-    text: tuple[str, list[int]] | None,
-    probe: Sequence[Mapping[str, np.ndarray]],
-) -> dict[str, object]:
-    if text is None:
-        return {"measured_on": "random inputs", **_found(evaluate(runner, reference, inputs=probe))}
-    name, tokens = text
-    affordable = int(_EVALUATION_FLOPS / (2 * max(plan.parameters, 1) * _WINDOW))
-    windows = max(1, min(32, affordable))
-    found = evaluate(runner, reference, text_tokens=tokens, window=_WINDOW, windows=windows)
-    return {"measured_on": name, **_found(found)}
-
-
-def _found(evaluation: Mapping[str, object]) -> dict[str, object]:
-    """The figures that apply to this model."""
-    return {k: v for k, v in evaluation.items() if v is not None}

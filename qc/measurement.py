@@ -1,0 +1,102 @@
+"""The data of a compile: what statistics are collected on, and what the artifact is measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qc.backends.evaluate import WINDOW, evaluate
+from qc.backends.inputs import text_inputs
+from qc.backends.target import Runner
+from qc.backends.tokenizer import Tokenizer
+from qc.ir.errors import InputError
+from qc.ir.model import Model
+from qc.plan import Plan
+
+__all__ = ["Data", "measure", "read_data"]
+
+_CALIBRATION_WINDOWS = 4
+"""Windows of text for statistics: second moments of channels change little beyond a thousand tokens."""
+
+_EVALUATION_WINDOWS = 32
+_EVALUATION_FLOPS = 2e12
+"""Work that measuring an artifact may cost in float: bounds the number of windows for large models."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a compile calibrates and measures on.
+
+    Attributes:
+        name: Where it comes from, for the report.
+        tokens: Token ids of the part of a text to measure a decoder on; None for other models.
+        calibration: Batches to collect statistics on; None: synthetic ones.
+    """
+
+    name: str
+    tokens: Sequence[int] | None = None
+    calibration: Sequence[Mapping[str, np.ndarray]] | None = None
+
+
+def read_data(model: Model, calib: str | Path | None) -> Data:
+    """Finds the data for `model`: the end of a text calibrates, its beginning measures, and they do not overlap.
+
+    Args:
+        model: The model.
+        calib: A text file; None for the sample text that travels with the model, or random data.
+
+    Raises:
+        InputError: If the text is missing or cannot be tokenized, or the model takes no text.
+    """
+    if not model.signature.is_decoder:
+        if calib is not None:
+            raise InputError("Expected a text decoder for --calib, found another kind of model. Leave --calib out.")
+        return Data("random inputs")
+    path = Path(calib) if calib is not None else model.assets.get("sample.txt")
+    if path is None:
+        bound = int(model.provenance.get("vocab_size", 0)) or 256
+        return Data("random tokens", np.random.default_rng(0).integers(0, bound, 4 * WINDOW).tolist())
+    if not path.is_file():
+        raise InputError(f"Expected a text file at {path}, found none. Check --calib.")
+    tokenizer = model.assets.get("tokenizer.json")
+    if tokenizer is None:
+        raise InputError("Expected a tokenizer.json beside the model to read --calib text with, found none.")
+    try:
+        tokens = Tokenizer(tokenizer.parent).encode(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"Expected UTF-8 text in {path}, found other bytes ({error}).") from error
+    # A short text still gives each side something: half of its windows, down to windows of half the text.
+    window = min(WINDOW, len(tokens) // 2)
+    if window < 2:
+        raise InputError(f"Expected at least 4 tokens of text in {path}, found {len(tokens)}. Give a longer text.")
+    count = min(_CALIBRATION_WINDOWS, len(tokens) // window // 2)
+    rows = np.array(tokens[-count * window :], np.int64).reshape(count, 1, window)
+    batches = [text_inputs(model.signature, row) for row in rows]
+    return Data(path.name, tokens[: -count * window], batches)
+
+
+def measure(
+    runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, object]:
+    """Measures an artifact in its runtime against the float model.
+
+    Args:
+        runner: The artifact.
+        reference: The float model.
+        plan: Tells the size of the model; large ones are measured on fewer windows.
+        data: From `read_data`.
+        probe: Batches for models that are not measured on text.
+
+    Returns:
+        ``measured_on`` and those figures of `qc.backends.evaluate` that apply.
+    """
+    if data.tokens is None:
+        found = evaluate(runner, reference, inputs=probe)
+    else:
+        affordable = int(_EVALUATION_FLOPS / (2 * max(plan.parameters, 1) * WINDOW))
+        windows = max(1, min(_EVALUATION_WINDOWS, affordable))
+        found = evaluate(runner, reference, text_tokens=data.tokens, window=WINDOW, windows=windows)
+    return {"measured_on": data.name, **{k: v for k, v in found.items() if v is not None}}

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir.errors import InputError
-from qc.ir.model import Port, Signature
+from qc.ir.model import ANY_SHAPE, Port, Signature
 
 __all__ = ["check_inputs", "require_tokens", "text_batches", "text_inputs"]
 
@@ -16,13 +16,22 @@ __all__ = ["check_inputs", "require_tokens", "text_batches", "text_inputs"]
 def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns exactly the inputs that the signature names, after a check of type and shape.
 
+    A sequence is given as a list, or as its items under the names ``name[0]``, ``name[1]``...; an optional may be
+    left out.
+
     Raises:
         InputError: With every input that is missing, or of another type or shape; all of them at once.
     """
     found, problems = {}, []
     for port in signature.inputs:
+        if port.kind == "sequence":
+            found[port.name] = _items(port, inputs, problems)
+            continue
         if port.name not in inputs:
-            problems.append(f"{port.name}: expected {_spell(port)}, found nothing")
+            if port.kind == "optional":
+                found[port.name] = None
+            else:
+                problems.append(f"{port.name}: expected {_spell(port)}, found nothing")
             continue
         array = np.asarray(inputs[port.name])
         if not _matches(port, array):
@@ -33,6 +42,21 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> dict
             "These inputs do not fit the model:\n  " + "\n  ".join(problems) + "\n`qc inspect` lists what it takes."
         )
     return found
+
+
+def _items(port: Port, inputs: Mapping[str, np.ndarray], problems: list[str]) -> list[np.ndarray]:
+    """The items of a sequence; what does not fit is added to `problems`."""
+    given = inputs.get(port.name)
+    if given is None:
+        names = [n for n in (f"{port.name}[{i}]" for i in range(len(inputs))) if n in inputs]
+        given = [inputs[n] for n in names]
+    items = [np.asarray(item) for item in given]
+    if not items:
+        problems.append(f"{port.name}: expected {_spell(port)}, found nothing")
+    for i, item in enumerate(items):
+        if not _matches(port, item):
+            problems.append(f"{port.name}[{i}]: expected {_spell(port)}, found {item.dtype} {list(item.shape)}")
+    return items
 
 
 def require_tokens(signature: Signature) -> Port:
@@ -113,6 +137,8 @@ def cache_shape(port: Port, batch: int, length: int) -> tuple[int, ...]:
 def _matches(port: Port, array: np.ndarray) -> bool:
     text = port.dtype == ir.DataType.STRING
     same_type = array.dtype.kind in "USO" if text else array.dtype == port.dtype.numpy()
+    if port.shape == ANY_SHAPE:
+        return same_type
     same_rank = len(port.shape) == array.ndim
     return (
         same_type
@@ -126,4 +152,4 @@ def _matches(port: Port, array: np.ndarray) -> bool:
 
 def _spell(port: Port) -> str:
     dims = ", ".join("?" if d is None else str(d) for d in port.shape)
-    return f"{port.dtype.name.lower()} [{dims}]"
+    return ("" if port.kind == "tensor" else f"{port.kind} of ") + f"{port.dtype.name.lower()} [{dims}]"

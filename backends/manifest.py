@@ -262,8 +262,11 @@ def _parse(data: dict[str, Any]) -> Manifest:
 
 
 def _port(data: Mapping[str, Any]) -> Port:
-    port = Port(data["name"], ir.DataType[data["dtype"]], tuple(data["shape"]), data["role"], data["index"])
+    port = Port(
+        data["name"], ir.DataType[data["dtype"]], tuple(data["shape"]), data["role"], data["index"], data["kind"]
+    )
     legal = isinstance(port.name, str) and port.role in ROLES and isinstance(port.index, int | None)
+    legal = legal and port.kind in ("tensor", "sequence", "optional")
     if not legal or not all(d is None or isinstance(d, int | str) for d in port.shape):
         raise ValueError(f"port {data!r}")
     return port

@@ -8,6 +8,7 @@ import numpy as np
 
 from qc.backends.decoding import context_limit, greedy
 from qc.backends.inputs import check_inputs
+from qc.ir.errors import InternalError, UnsupportedError
 from qc.ir.model import Model
 from qc.ir.runtime import Session
 
@@ -29,11 +30,20 @@ class ModelRunner:
         Args:
             model: Any valid model.
             threads: Threads within an operator; 0 for one per core.
+
+        Raises:
+            UnsupportedError: If ONNX Runtime refuses the model.
         """
         self.model = model
         self.signature = model.signature
         self.provenance = model.provenance
-        self._session = Session(model, threads=threads)
+        try:
+            self._session = Session(model, threads=threads)
+        except InternalError as error:
+            raise UnsupportedError(
+                f"The model cannot be run: {str(error).removeprefix('Bug: ')}. qc compiles what ONNX Runtime runs; "
+                "check that the file runs there, or export it with other operators."
+            ) from error
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs once. Inputs that the model does not have are ignored.

@@ -1,4 +1,4 @@
-"""Clean-up of an imported graph: no-ops and duplicates out, names and shapes in. Nothing is optimized or folded.
+"""Clean-up of an imported graph: no-ops and duplicates out, names in. Nothing is optimized or folded.
 
 Equal initializers are deliberately *not* merged: two norm gains that happen to hold the same numbers belong to two
 layers, and a later pass that folds a scale into one of them must not change the other.
@@ -7,14 +7,13 @@ layers, and a later pass that folds a scale into one of them must not change the
 from __future__ import annotations
 
 import ast
-import contextlib
-import os
-from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-__all__ = ["SCOPE", "all_graphs", "clean", "compact_metadata", "infer_shapes"]
+from qc.ir.simplify import all_graphs, drop_identities, merge_equal
+
+__all__ = ["SCOPE", "clean", "compact_metadata"]
 
 SCOPE = "qc.scope"
 """Node metadata: path of the module that a node came from, e.g. ``model.layers.3.mlp.down_proj``."""
@@ -27,23 +26,10 @@ def clean(model: ir.Model) -> None:
 
     No tensor is read, so weights may still be placeholders.
     """
-    for step in (
-        common.IdentityEliminationPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-        common.TopologicalSortPass(),
-        common.NameFixPass(),
-    ):
+    drop_identities(model)
+    merge_equal(model)
+    for step in (common.RemoveUnusedNodesPass(), common.TopologicalSortPass(), common.NameFixPass()):
         step(model)
-
-
-def infer_shapes(model: ir.Model) -> None:
-    """Runs ONNX shape inference with the big tensors stripped; a graph it cannot handle keeps the shapes it has.
-
-    Small weights are read, so all must be bound.
-    """
-    with _quiet():
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
 def compact_metadata(model: ir.Model, prefix: str) -> None:
@@ -67,15 +53,6 @@ def compact_metadata(model: ir.Model, prefix: str) -> None:
                 _drop(value.metadata_props)
 
 
-def all_graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
-    """Yields the main graph, every function and every subgraph."""
-    yield model.graph
-    yield from model.graph.subgraphs()
-    for function in model.functions.values():
-        yield function
-        yield from function.subgraphs()
-
-
 def _scope(literal: str, prefix: str) -> str:
     # The list is the chain of modules from the root, each a full path, and last the name of the traced operation.
     try:
@@ -89,16 +66,3 @@ def _scope(literal: str, prefix: str) -> str:
 def _drop(properties: dict[str, str]) -> None:
     for key in [k for k in properties if k.startswith(_FOREIGN)]:
         del properties[key]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the warnings that native shape inference prints on file descriptor 2."""
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qc.frontend.cleanup import all_graphs
 from qc.ir.errors import InputError
+from qc.ir.simplify import all_graphs
 
 __all__ = ["check_external", "external_tensors", "rebase"]
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qc.frontend.cleanup import infer_shapes
 from qc.frontend.roles import assign_roles
 from qc.frontend.safetensors_file import open_checkpoint
 from qc.frontend.weights import bind
 from qc.ir.errors import InputError, QcError, UnsupportedError
 from qc.ir.model import Model
+from qc.ir.simplify import infer_shapes
 
 __all__ = ["export", "main"]
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
-from qc.frontend.cleanup import all_graphs, clean, infer_shapes
+from qc.frontend.cleanup import clean
 from qc.frontend.external import check_external
 from qc.frontend.roles import assign_roles
-from qc.ir.errors import InputError, InternalError
-from qc.ir.model import OPSET, Model
+from qc.ir.errors import InputError, InternalError, UnsupportedError
+from qc.ir.model import IR_VERSION, OPSET, Model
+from qc.ir.simplify import all_graphs, infer_shapes
 
 __all__ = ["load_onnx", "raise_opset"]
 
@@ -38,7 +40,12 @@ def load_onnx(path: Path) -> Model:
     check_external(model, path / "model.onnx" if path.is_dir() else path)
     if "source" in model.provenance:
         return model
+    _check_defined(model, path)
+    _drop_ours(model)
     model.record(source="onnx", source_opset=model.opset_imports.get("", 0))
+    model.graph.name = model.graph.name or "main"  # without one it is not valid ONNX
+    common.RemoveInitializersFromInputsPass()(model)
+    model.ir_version = max(model.ir_version, IR_VERSION)
     model = raise_opset(model)
     clean(model)
     infer_shapes(model)
@@ -69,6 +76,25 @@ def raise_opset(model: Model) -> Model:
     return model
 
 
+def _check_defined(model: Model, path: Path) -> None:
+    """Refuses a graph in which a value comes from nowhere."""
+    for graph in all_graphs(model):
+        used = (v for node in graph for v in node.inputs if v is not None)
+        for value in (*used, *graph.outputs):
+            made = value.producer() is not None or value.is_graph_input() or value.const_value is not None
+            if not made and value.name:
+                raise UnsupportedError(
+                    f"{path}: the value {value.name!r} is used, but no node, input or initializer of the graph makes "
+                    "it. Sparse initializers are not read: store them densely. Otherwise the file is damaged."
+                )
+
+
+def _drop_ours(model: Model) -> None:
+    """Removes metadata that looks like ours but was not written by us, so that nobody takes it for a fact."""
+    for key in [k for k in model.metadata_props if k.startswith("qc.")]:
+        del model.metadata_props[key]
+
+
 def _obstacle(model: ir.Model, opset: int) -> str | None:
     if model.functions:
         return "the converters would inline the model's functions"
@@ -96,7 +122,7 @@ def _convert(model: Model, opset: int) -> None:
 
 def _difference(before: Model, after: Model) -> str | None:
     """Says how two models differ in ONNX Runtime, or None if they agree."""
-    from qc.ir.probe import probe_inputs
+    from qc.ir.probe import find_inputs
     from qc.ir.runtime import Session
 
     if after.opset_imports.get("") != OPSET:
@@ -104,15 +130,13 @@ def _difference(before: Model, after: Model) -> str | None:
     if [v.name for v in before.graph.outputs] != [v.name for v in after.graph.outputs]:
         return "the conversion renames outputs"
     try:
-        probes = probe_inputs(before)
-        expected = [Session(before, threads=1).run(probe) for probe in probes]
-    except Exception as error:  # noqa: BLE001  an input that we cannot make up; nothing can be proven
-        return f"the original does not run on probe inputs: {error}".splitlines()[0]
-    try:
+        found = find_inputs(before, Session(before, threads=1).run)
         session = Session(after, threads=1)
     except InternalError as error:
-        return str(error).splitlines()[0]
-    for probe, reference in zip(probes, expected, strict=True):
+        return str(error).removeprefix("Bug: ")
+    if found.obstacle:
+        return f"nothing can be proven about the original: {found.obstacle}"
+    for probe, reference in zip(found.batches, found.outputs, strict=True):
         for name, value in session.run(probe).items():
             if not _same(reference[name], value):
                 return f"the converted model gives another {name!r}"

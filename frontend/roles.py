@@ -41,10 +41,12 @@ _OUTPUTS = (
 
 def assign_roles(model: ir.Model) -> None:
     """Sets ``qc.role`` on every graph input and output that has none yet."""
-    for values, table in ((model.graph.inputs, _INPUTS), (model.graph.outputs, _OUTPUTS)):
-        for value in values:
-            if "qc.role" not in value.metadata_props:
-                set_role(value, _role(value, table))
+    for value in model.graph.inputs:
+        if "qc.role" not in value.metadata_props:
+            set_role(value, _role(value, _INPUTS) if value.shape is not None else "other")
+    for value in model.graph.outputs:
+        if "qc.role" not in value.metadata_props:
+            set_role(value, _role(value, _OUTPUTS))
 
 
 def _role(value: ir.Value, table: tuple) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qc.frontend.cleanup import infer_shapes
 from qc.frontend.roles import assign_roles
 from qc.ir.errors import InputError
 from qc.ir.model import Model
+from qc.ir.simplify import infer_shapes
 
 if TYPE_CHECKING:
     import torch

@@ -17,12 +17,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
+
 from qc.ir.errors import InputError
 
-__all__ = ["ASSET_NAMES", "OPSET", "ROLES", "Model", "Port", "Signature", "port_of", "set_role"]
+__all__ = [
+    "ANY_SHAPE",
+    "ASSET_NAMES",
+    "IR_VERSION",
+    "OPSET",
+    "ROLES",
+    "Model",
+    "Port",
+    "Signature",
+    "port_of",
+    "set_role",
+]
 
 OPSET = 23
 """The default-domain opset that the frontends produce: the first with Attention, RMSNormalization, RotaryEmbedding."""
+
+IR_VERSION = 10
+"""The lowest IR version of a model: weights that are no inputs need 4, functions 8, 4-bit types 10."""
 
 ROLES = frozenset(
     {
@@ -65,6 +80,9 @@ ASSET_NAMES = (
 )
 """File names that travel, byte for byte, from a model directory into its artifacts."""
 
+ANY_SHAPE = ("...",)
+"""The shape of a port of unknown rank."""
+
 _ROLE = "qc.role"
 
 
@@ -76,8 +94,10 @@ class Port:
         name: Its name in the graph.
         dtype: Element type.
         shape: One entry per axis: an int, or the name (or expression) of a symbolic dimension, or None if unknown.
+            `ANY_SHAPE` if not even their number is known.
         role: What it means, one of `ROLES`.
         index: Layer index for the roles of a key-value cache, else None.
+        kind: ``tensor``, ``sequence`` (of tensors of that type and shape) or ``optional``.
     """
 
     name: str
@@ -85,6 +105,7 @@ class Port:
     shape: tuple[int | str | None, ...]
     role: str = "other"
     index: int | None = None
+    kind: str = "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +228,9 @@ class Model(ir.Model):
 def port_of(value: ir.Value) -> Port:
     """Describes a graph input or output."""
     role, _, index = value.metadata_props.get(_ROLE, "other").partition(".")
-    shape = tuple(_dim(d) for d in value.shape) if value.shape is not None else ()
-    return Port(value.name or "", value.dtype or ir.DataType.UNDEFINED, shape, role, int(index) if index else None)
+    shape = tuple(_dim(d) for d in value.shape) if value.shape is not None else ANY_SHAPE
+    dtype = value.dtype or ir.DataType.UNDEFINED
+    return Port(value.name or "", dtype, shape, role, int(index) if index else None, _kind(value.type))
 
 
 def set_role(values: Iterable[ir.Value] | ir.Value, role: str) -> None:
@@ -224,6 +246,12 @@ def set_role(values: Iterable[ir.Value] | ir.Value, role: str) -> None:
         return
     for i, value in enumerate(values):
         value.metadata_props[_ROLE] = f"{role}.{i}"
+
+
+def _kind(type_: ir.TypeProtocol | None) -> str:
+    if isinstance(type_, ir.SequenceType):
+        return "sequence"
+    return "optional" if isinstance(type_, ir.OptionalType) else "tensor"
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str | None:

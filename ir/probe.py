@@ -1,22 +1,80 @@
-"""Small inputs that a model accepts, made from its signature: what verification runs on when the user gives nothing."""
+"""Small inputs that a model accepts, made from its signature: what verification runs on when the user gives nothing.
+
+A signature does not say everything: an image size may be open and yet decide whether a matrix fits, an integer may be a
+shape. So inputs are tried (`find_inputs`), and a model for which none is found is not verified in numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from qc.ir.model import Model, Port
 
-__all__ = ["index_bound", "probe_inputs"]
+from qc.ir.model import ANY_SHAPE, Model, Port
+from qc.ir.simplify import RANDOM_OPS, all_graphs
+
+__all__ = ["Found", "find_inputs", "index_bound", "probe_inputs"]
+
+Batch = dict[str, np.ndarray]
 
 _SIZES = {"prefill": {"batch": 2, "seq": 7, "past": 0}, "decode": {"batch": 1, "seq": 1, "past": 5}}
-_OTHER_SIZE = 3
+_OTHER_SIZES = (3, 1, 2, 4, 8, 16, 32, 64, 224)
+"""Sizes to try for axes of no known meaning; the larger ones are those of images."""
+
+_PLAIN_DOMAINS = frozenset({"", "qc", "com.microsoft", "ai.onnx.ml"})
 _INDEX_OPS = frozenset({"Gather", "GatherBlockQuantized"})
 _TRANSPARENT = frozenset({"Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten"})
 
 
-def probe_inputs(model: Model, seed: int = 0, sizes: Mapping[str, int] | None = None) -> list[dict[str, np.ndarray]]:
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Inputs that a model runs on.
+
+    Attributes:
+        batches: The inputs; none if nothing that was tried runs.
+        outputs: What the model yields on each.
+        obstacle: Why there are none: a sentence without its period; empty if there are.
+    """
+
+    batches: Sequence[Batch] = ()
+    outputs: Sequence[Batch] = ()
+    obstacle: str = ""
+
+
+def find_inputs(
+    model: Model, run: Callable[[Batch], Batch], seed: int = 0, sizes: Mapping[str, int] | None = None
+) -> Found:
+    """Tries inputs until the model runs on them.
+
+    Args:
+        model: The model.
+        run: Runs it; raises where it does not.
+        seed: Seed of all random values.
+        sizes: As in `probe_inputs`; tried first.
+    """
+    obstacle = ""
+    for batches in _candidates(model, seed, sizes):
+        try:
+            outputs = [run(batch) for batch in batches]
+            if _draws(model) and not _equal(outputs, [run(batch) for batch in batches]):
+                return Found(obstacle="it draws random numbers, so that no two runs agree")
+        except Exception as error:  # noqa: BLE001  whatever the runtime raises, these inputs are none
+            obstacle = obstacle or f"it runs on no input that was tried ({str(error).splitlines()[0]})"
+            continue
+        return Found(batches, outputs)
+    return Found(obstacle=obstacle)
+
+
+def probe_inputs(
+    model: Model,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    other: int = _OTHER_SIZES[0],
+    ones: bool = False,
+) -> list[Batch]:
     """Makes probe batches: for a decoder a prefill of two rows and one decode step on a cache, else one batch.
 
     Token ids are uniform below the size of the table that they index; masks are all ones, except that an encoder's last
@@ -26,6 +84,8 @@ def probe_inputs(model: Model, seed: int = 0, sizes: Mapping[str, int] | None = 
         model: The model.
         seed: Seed of all random values.
         sizes: Sizes of symbolic dimensions by name; overrides the built-in ones.
+        other: Size of axes of no known meaning.
+        ones: Whether integers of no known meaning are all one, which as a shape fits nearly everything.
     """
     kinds = ("prefill", "decode") if model.signature.is_decoder else ("prefill",)
     batches = []
@@ -33,7 +93,8 @@ def probe_inputs(model: Model, seed: int = 0, sizes: Mapping[str, int] | None = 
         rng = np.random.default_rng([seed, number])
         dims = dict(_SIZES[kind]) | dict(sizes or {})
         dims.setdefault("total", dims["past"] + dims["seq"])
-        batches.append({p.name: _array(model, p, dims, rng) for p in model.signature.inputs})
+        dims[""] = other
+        batches.append({p.name: _value(model, p, dims, rng, ones) for p in model.signature.inputs})
     return batches
 
 
@@ -59,8 +120,46 @@ def index_bound(model: ir.Model, name: str) -> int | None:
     return bound
 
 
-def _array(model: Model, port: Port, dims: Mapping[str, int], rng: np.random.Generator) -> np.ndarray:
-    shape = tuple(d if isinstance(d, int) else dims.get(str(d), _OTHER_SIZE) for d in port.shape)
+def _candidates(model: Model, seed: int, sizes: Mapping[str, int] | None) -> Iterator[list[Batch]]:
+    open_axes = any(not isinstance(d, int) for p in model.signature.inputs for d in p.shape)
+    integers = any(p.role == "other" and p.dtype.is_integer() for p in model.signature.inputs)
+    if sizes is not None:
+        yield probe_inputs(model, seed, sizes)
+    for ones in (False, True) if integers else (False,):
+        for other in _OTHER_SIZES if open_axes else _OTHER_SIZES[:1]:
+            yield probe_inputs(model, seed, other=other, ones=ones)
+
+
+def _draws(model: Model) -> bool:
+    """Whether two runs may differ: random operators, or foreign ones, which may be random."""
+    nodes = (node for graph in all_graphs(model) for node in graph)
+    return any(
+        n.op_type in RANDOM_OPS or (n.domain not in _PLAIN_DOMAINS and n.op_identifier() not in model.functions)
+        for n in nodes
+    )
+
+
+def _equal(first: Sequence[Batch], second: Sequence[Batch]) -> bool:
+    return all(
+        np.array_equal(value, b[name], equal_nan=value.dtype.kind == "f")
+        for a, b in zip(first, second, strict=True)
+        for name, value in a.items()
+    )
+
+
+def _value(
+    model: Model, port: Port, dims: Mapping[str, int], rng: np.random.Generator, ones: bool
+) -> np.ndarray | list[np.ndarray]:
+    if port.kind == "sequence":
+        return [_array(model, port, dims, rng, ones) for _ in range(2)]
+    return _array(model, port, dims, rng, ones)
+
+
+def _array(model: Model, port: Port, dims: Mapping[str, int], rng: np.random.Generator, ones: bool) -> np.ndarray:
+    known = port.shape if port.shape != ANY_SHAPE else (None, None)  # most things are matrices
+    shape = tuple(d if isinstance(d, int) else dims.get(str(d), dims[""]) for d in known)
+    if port.dtype == ir.DataType.STRING:
+        return rng.choice(np.array(["a", "few", "Words"], object), shape)
     dtype = port.dtype.numpy()
     decoder = model.signature.is_decoder
     match port.role:
@@ -75,6 +174,8 @@ def _array(model: Model, port: Port, dims: Mapping[str, int], rng: np.random.Gen
             return np.zeros(shape, dtype)
     if dtype.kind in "iu":
         bound = index_bound(model, port.name)
+        if bound is None and ones:
+            return np.ones(shape, dtype)
         return rng.integers(0, bound if bound is not None else 2, shape).astype(dtype)
     if dtype.kind == "b":
         return np.ones(shape, dtype)

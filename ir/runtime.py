@@ -7,15 +7,17 @@ largest decoded weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from qc.ir.errors import InternalError
+
+from qc.ir.errors import InputError, InternalError
 from qc.ir.store import SMALL, Store
 
-__all__ = ["Session", "serialize"]
+__all__ = ["Session", "describe", "flatten", "serialize"]
 
 
 class Session:
@@ -55,14 +57,48 @@ class Session:
         try:
             self._session = ort.InferenceSession(serialize(model, self._spill), options, ["CPUExecutionProvider"])
         except Exception as error:
-            raise InternalError(f"ONNX Runtime refuses the model at this stage: {error}") from error
+            raise InternalError(f"ONNX Runtime refuses the model at this stage: {describe(error)}") from error
         self.outputs = [o.name for o in self._session.get_outputs()]
         self._inputs = {i.name for i in self._session.get_inputs()}
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs the model; inputs that it does not have are ignored."""
+        """Runs the model; inputs that it does not have are ignored.
+
+        Returns:
+            Arrays by output name; see `flatten` for sequences.
+
+        Raises:
+            InputError: If the runtime fails on these inputs.
+        """
         given = {k: v for k, v in inputs.items() if k in self._inputs}
-        return dict(zip(self.outputs, self._session.run(None, given), strict=True))
+        try:
+            return flatten(self.outputs, self._session.run(None, given))
+        except Exception as error:
+            raise InputError(f"{describe(error)}. Check the values and shapes of the inputs.") from error
+
+
+def flatten(names: Sequence[str], values: Sequence[object]) -> dict[str, np.ndarray]:
+    """Names what a runtime returned, as arrays only.
+
+    A sequence counts as its items, ``name[0]``, ``name[1]``..., a map as its keys and values, and an empty optional as
+    nothing.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, list):
+            found |= flatten([f"{name}[{i}]" for i in range(len(value))], value)
+        elif isinstance(value, dict):
+            found |= {f"{name}.keys": np.array(list(value)), f"{name}.values": np.array(list(value.values()))}
+        elif value is not None:
+            found[name] = np.asarray(value)
+    return found
+
+
+def describe(error: Exception) -> str:
+    """What ONNX Runtime says, on one line, without its own prefixes and source lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else repr(error)
+    return re.sub(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )+", "", text).rstrip(". ")
 
 
 def serialize(model: ir.Model, spill: Store) -> bytes:
@@ -72,10 +108,9 @@ def serialize(model: ir.Model, spill: Store) -> bytes:
         model: The model; unchanged on return.
         spill: Takes large weights that lie in memory.
     """
-    held = {}
-    for value in model.graph.initializers.values():
-        held[value] = value.const_value
-        value.const_value = _reference(value.const_value, spill)
+    held = {v: v.const_value for graph in model.graphs() for v in graph.initializers.values()}
+    for value, tensor in held.items():
+        value.const_value = _reference(tensor, spill)
     try:
         return ir.to_proto(model).SerializeToString()
     finally:

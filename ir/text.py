@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qc.ir.blocks import Blocks
 from qc.ir.dialect import DOMAIN, VERSION, sync_functions
 from qc.ir.errors import InputError
 from qc.ir.model import OPSET, Model, set_role
+from qc.ir.simplify import infer_shapes
 
 __all__ = ["diff", "parse", "to_text"]
 
@@ -93,7 +93,8 @@ def parse(
             raise InputError(f"Expected a role for one of {sorted(map(str, ports))}, found one for {name!r}.")
         set_role(ports[name], role)
     sync_functions(model)
-    return Model.of(common.ShapeInferencePass()(model).model)
+    infer_shapes(model)
+    return model
 
 
 class _Printer:

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from qc.ir import dialect
 from qc.ir.errors import ContractError
-from qc.ir.store import SMALL
+from qc.ir.proto import without_weights
 
 __all__ = ["STAGES", "Difference", "Stage", "check_structure", "compare", "sqnr"]
 
@@ -67,7 +67,7 @@ def check_structure(model: ir.Model, stage: Stage, foreign: frozenset[str] = fro
                     f"Value {value.name!r}, read by {node.name!r}, has no producer. The last pass lost it."
                 )
     try:
-        onnx.checker.check_model(_without_weights(model))
+        onnx.checker.check_model(without_weights(model))
     except onnx.checker.ValidationError as error:
         raise ContractError(f"The model is not valid ONNX at stage {stage.name}: {error}") from error
 
@@ -117,30 +117,3 @@ def _difference(name: str, reference: np.ndarray, found: np.ndarray) -> Differen
     scale = max(1.0, float(np.max(np.abs(a), where=np.isfinite(a), initial=0.0)))
     a, b = (np.where(np.isfinite(side), side, 0.0) for side in (a, b))
     return Difference(name, float(np.max(np.abs(a - b))), scale, sqnr(a, b))
-
-
-def _without_weights(model: ir.Model) -> onnx.ModelProto:
-    """The model as a proto in which weights are inputs, so that the checker needs none of their bytes."""
-    held = {value: value.const_value for value in model.graph.initializers.values()}
-    try:
-        for value, tensor in held.items():
-            if tensor is not None and (tensor.nbytes > SMALL or isinstance(tensor, ir.ExternalTensor)):
-                value.const_value = ir.ExternalTensor(
-                    "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name or ""
-                )
-        proto = ir.to_proto(model)
-    finally:
-        for value, tensor in held.items():
-            value.const_value = tensor
-    inputs = {i.name for i in proto.graph.input}
-    kept = []
-    for tensor in proto.graph.initializer:
-        if tensor.data_location != tensor.EXTERNAL:
-            kept.append(tensor)
-        elif tensor.name not in inputs:
-            info = proto.graph.input.add(name=tensor.name)
-            info.type.tensor_type.elem_type = tensor.data_type
-            info.type.tensor_type.shape.dim.extend(onnx.TensorShapeProto.Dimension(dim_value=d) for d in tensor.dims)
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    return proto

@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+
 from qc.ir import dialect
 from qc.ir.errors import ContractError, UnsupportedError
 from qc.ir.model import Model
-from qc.ir.probe import probe_inputs
+from qc.ir.probe import find_inputs
 from qc.ir.runtime import Session
 from qc.ir.verify import STAGES, Difference, Stage, check_structure, compare
 from qc.passes.base import Context, Exact, Lossy, Outcome, Pass, Result, Site
 from qc.passes.pipeline import Step
-from qc.passes.statistics import collect, synthetic_inputs
+from qc.passes.statistics import collect
 
 __all__ = ["Observer", "PassManager", "PassReport"]
 
@@ -105,7 +106,8 @@ class PassManager:
         Args:
             model: The model to transform.
             context: What passes may use.
-            probe: Batches to verify on; None makes some from the signature.
+            probe: Batches to verify on; None looks for some that the model runs on; without any, only structure is
+                checked.
             calibration: Batches to collect statistics on, for passes that need them; None makes synthetic ones.
 
         Returns:
@@ -117,16 +119,18 @@ class PassManager:
         """
         model = Model.of(model)
         context = context or Context()
-        batches = list(probe if probe is not None else probe_inputs(model, context.seed)) if self.verify else []
         self._foreign = frozenset(n.domain for n in model.graph.all_nodes()) - {dialect.DOMAIN}
         dialect.sync_functions(model)
+        batches = list(probe or ()) if self.verify else []
+        if self.verify and probe is None:
+            batches = list(find_inputs(model, Session(model).run, context.seed).batches)
         before = _outputs(model, batches)
         reports = []
         for item in self.steps:
             step = item if isinstance(item, Step) else Step(item, optional=True)  # type: ignore[arg-type]
             if isinstance(step.action, Pass) and (requests := step.action.needs(model)):
-                data = calibration if calibration is not None else synthetic_inputs(model, context.seed)
-                context = dataclasses.replace(context, statistics=collect(model, requests, data))
+                found = collect(model, requests, calibration, context.seed)
+                context = dataclasses.replace(context, statistics=found)
             model, before, report = self._run_step(step, model, context, batches, before)
             reports.append(report)
         return model, reports

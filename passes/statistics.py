@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir.model import Model
-from qc.ir.probe import probe_inputs
+from qc.ir.probe import find_inputs
 from qc.ir.runtime import Session
 
-__all__ = ["Request", "Statistic", "collect", "synthetic_inputs"]
+__all__ = ["Request", "Statistic", "collect"]
 
 _SYNTHETIC_SIZES = {"batch": 4, "seq": 64, "past": 0}
 
@@ -33,16 +33,11 @@ class Request:
     value: ir.Value
 
 
-def synthetic_inputs(model: Model, seed: int) -> list[dict[str, np.ndarray]]:
-    """Inputs to calibrate on when the user gives none: random tokens, or standard normal images.
-
-    They say little about the mean of an activation but much about which channels are large.
-    """
-    return probe_inputs(model, seed, _SYNTHETIC_SIZES)[:1]
-
-
 def collect(
-    model: Model, requests: Sequence[Request], batches: Sequence[Mapping[str, np.ndarray]]
+    model: Model,
+    requests: Sequence[Request],
+    batches: Sequence[Mapping[str, np.ndarray]] | None = None,
+    seed: int = 0,
 ) -> dict[Request, np.ndarray]:
     """Runs `model` on `batches` in the verifying runtime and returns what was asked for.
 
@@ -52,10 +47,15 @@ def collect(
     Args:
         model: The model as it stands.
         requests: What to collect.
-        batches: Inputs by name.
+        batches: Inputs by name; None makes random tokens, or standard normal images. They say little about the mean of
+            an activation but much about which channels are large.
+        seed: Seed of what is made.
+
+    Returns:
+        An array for each request; nothing if no inputs could be made that the model runs on.
     """
     probes = {r: _SecondMoment(r.value, f"qc.statistic.{i}") for i, r in enumerate(dict.fromkeys(requests))}
-    graph, outputs = model.graph, len(model.graph.outputs)
+    graph, count = model.graph, len(model.graph.outputs)
     for probe in probes.values():
         graph.register_initializer(probe.axes)
         graph.extend(probe.nodes)
@@ -63,15 +63,20 @@ def collect(
     try:
         session = Session(model)
     finally:
-        del graph.outputs[outputs:]
+        del graph.outputs[count:]
         for probe in probes.values():
             graph.remove(probe.nodes, safe=True)
             graph.initializers.pop(probe.axes.name or "")
-    for batch in batches:
-        results = session.run(batch)
+    if batches is None:
+        outputs = find_inputs(model, session.run, seed, _SYNTHETIC_SIZES).outputs[:1]
+    else:
+        outputs = map(session.run, batches)
+    seen = False
+    for results in outputs:
+        seen = True
         for probe in probes.values():
             probe.add(results)
-    return {request: probe.result() for request, probe in probes.items()}
+    return {request: probe.result() for request, probe in probes.items()} if seen else {}
 
 
 class _SecondMoment:

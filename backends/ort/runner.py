@@ -14,6 +14,7 @@ from qc.backends.ort.emit import MODEL
 from qc.backends.ort.genai import shares_buffer
 from qc.ir.errors import InputError
 from qc.ir.model import Model, Signature
+from qc.ir.runtime import describe, flatten
 
 __all__ = ["OrtRunner", "open_runner"]
 
@@ -58,8 +59,8 @@ class OrtRunner:
             self._session = ort.InferenceSession(str(directory / MODEL), options, ["CPUExecutionProvider"])
         except Exception as error:
             raise InputError(
-                f"ONNX Runtime {ort.__version__} cannot load {directory / MODEL}: {error}. If the file is as it was "
-                "compiled (`qc verify`), this runtime may be too old for it."
+                f"ONNX Runtime {ort.__version__} cannot load {directory / MODEL}: {describe(error)}. If the file is "
+                "as it was compiled (`qc verify`), this runtime may be too old for it."
             ) from error
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -71,7 +72,7 @@ class OrtRunner:
         checked = check_inputs(self.signature, inputs)
         names = [p.name for p in self.signature.outputs]
         try:
-            return dict(zip(names, self._session.run(names, checked), strict=True))
+            return flatten(names, self._session.run(names, checked))
         except Exception as error:
             raise _refused(checked, error) from error
 
@@ -152,8 +153,8 @@ def _logits_shape(signature: Signature, length: int) -> tuple[int, ...] | None:
 
 
 def _refused(inputs: Mapping[str, np.ndarray], error: Exception) -> InputError:
-    shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items())
-    return InputError(f"ONNX Runtime cannot run the model on {shapes}: {error}. Check the values and shapes.")
+    shapes = ", ".join(f"{k} {list(np.shape(v))}" for k, v in inputs.items() if not isinstance(v, list)) or "lists"
+    return InputError(f"ONNX Runtime cannot run the model on {shapes}: {describe(error)}. Check the values and shapes.")
 
 
 def _start_token(directory: Path) -> int | None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qc.ir.simplify import drop_identities, infer_shapes, merge_equal
 from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site
 from qc.passes.canonicalize._graph import (
     attribute,
@@ -51,13 +52,13 @@ class FoldConstants(Pass):
 
         before = sum(1 for _ in model.graph)
         if any(v.type is None or v.shape is None for n in model.graph for v in n.outputs):
-            common.ShapeInferencePass()(model)
+            infer_shapes(model)
         modified = common.LiftConstantsToInitializersPass()(model).modified
         for _ in range(_ROUNDS):
             changed = _drop_no_ops(model)
-            changed |= common.IdentityEliminationPass()(model).modified
+            changed |= drop_identities(model)
             changed |= _share_integers(model)
-            changed |= common.CommonSubexpressionEliminationPass()(model).modified
+            changed |= merge_equal(model)
             changed |= _fold(model)
             changed |= drop_unused(model)
             modified |= changed

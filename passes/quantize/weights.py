@@ -151,7 +151,7 @@ def fitted(format: Format, columns: int) -> Format:
 
 def _moment(use: Use) -> Request | None:
     """The second moment of what the weight of a Linear is multiplied with."""
-    if use.reason or use.node.op_type != "Linear" or use.node.inputs[0] is None:
+    if use.reason or use.node.op_type != "Linear" or use.node.inputs[0] is None or use.node.inputs[0].shape is None:
         return None
     return Request(Statistic.SECOND_MOMENT, use.node.inputs[0])
 

@@ -18,7 +18,10 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.core ## Install the core alone, compile the built-in model to int4, run and measure the result
-	$(BIN)/python -m qc.demo
+	$(BIN)/qc compile builtin:tiny-llama -o demo/float --recipe float --force
+	$(BIN)/qc compile builtin:tiny-llama -o demo/w4 --recipe w4 --force
+	$(BIN)/qc bench demo/w4 --vs demo/float
+	$(BIN)/qc run demo/w4 --prompt "It was a dark and stormy night, and" --max-tokens 60
 
 test: lint ## Install everything, then lint and run every test
 	$(PYTEST)

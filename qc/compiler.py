@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +22,7 @@ from qc.ir.model import Model
 from qc.ir.probe import probe_inputs
 from qc.ir.store import Store
 from qc.ir.verify import STAGES, check_structure, compare
-from qc.measurement import measure, read_data
+from qc.measurement import measure, read_data, speed
 from qc.passes.base import Context
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager, PassReport
@@ -47,13 +48,15 @@ class CompileResult:
         plan: What was estimated before the work.
         reports: One per pass, in order.
         report: The content of ``report.json``.
-        seconds: Wall time of each stage (never part of the artifact, which must not depend on the clock).
+        speed: A first impression of the artifact's speed here: ``decode_tok_s`` and ``prefill_ms``, or ``latency_ms``.
+        seconds: Wall time of each stage. Neither is part of the artifact, which must not depend on the clock.
     """
 
     artifact: Artifact | None
     plan: Plan
     reports: Sequence[PassReport]
-    report: Mapping[str, object]
+    report: Mapping[str, Any]
+    speed: Mapping[str, float]
     seconds: Mapping[str, float]
 
 
@@ -116,7 +119,7 @@ def compile(  # noqa: A001  the verb of the product
             progress.plan(plan)
             plan.check(out, memory)
             if dry_run:
-                return CompileResult(None, plan, (), {}, clock.stop())
+                return CompileResult(None, plan, (), {}, {}, clock.stop())
             data = read_data(model, calib)
             probe = probe_inputs(model, seed)
             original = model.clone()
@@ -146,6 +149,7 @@ def compile(  # noqa: A001  the verb of the product
                 runner = backend.open(writer.directory)
                 _require_same(runner, probe, before_lowering)
                 accuracy = measure(runner, reference, plan, data, probe)
+                figures = speed(runner, probe) if probe else {}
                 report = build_report(
                     plan=plan,
                     reports=reports,
@@ -169,7 +173,7 @@ def compile(  # noqa: A001  the verb of the product
                     )
                 )
             artifact = Artifact.open(out)
-            return CompileResult(artifact, plan, reports, report, clock.stop())
+            return CompileResult(artifact, plan, reports, report, figures, clock.stop())
     finally:
         progress.close()
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from qc.backends.bench import Protocol, take_turns
 from qc.backends.evaluate import WINDOW, evaluate
 from qc.backends.inputs import text_inputs
 from qc.backends.target import Runner
@@ -16,7 +19,7 @@ from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.plan import Plan
 
-__all__ = ["Data", "measure", "read_data"]
+__all__ = ["Data", "measure", "read_data", "speed"]
 
 _CALIBRATION_WINDOWS = 4
 """Windows of text for statistics: second moments of channels change little beyond a thousand tokens."""
@@ -100,3 +103,20 @@ def measure(
         windows = max(1, min(_EVALUATION_WINDOWS, affordable))
         found = evaluate(runner, reference, text_tokens=data.tokens, window=WINDOW, windows=windows)
     return {"measured_on": data.name, **{k: v for k, v in found.items() if v is not None}}
+
+
+def speed(runner: Runner, probe: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """A first impression of an artifact's speed; `qc.backends.bench` measures it properly.
+
+    Returns:
+        ``decode_tok_s`` and ``prefill_ms`` (64 tokens) of a decoder, else ``latency_ms`` on the first probe batch.
+    """
+    if runner.signature.is_decoder:
+        found = take_turns({"a": runner}, Protocol(rounds=2, tokens=32))["a"]
+        return {key: found[key] for key in ("decode_tok_s", "prefill_ms")}
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        runner.run(probe[0])
+        times.append(time.perf_counter() - started)
+    return {"latency_ms": 1e3 * statistics.median(times)}

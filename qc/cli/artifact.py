@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from qc.backends.artifact import Artifact
-from qc.cli.output import figure, mib, print_json, print_table
+from qc.cli.output import accuracy_rows, figure, mib, print_json, print_table
 from qc.ir.errors import ContractError
 from qc.ir.model import Model
 from qc.ir.probe import probe_inputs
@@ -23,7 +24,7 @@ def report(arguments: argparse.Namespace) -> int:
         return 0
     summary, accuracy, coverage = data["summary"], data["accuracy"], data["coverage"]
     rows = [("recipe", f"{summary['recipe']} on {summary['target']}"), ("size", mib(summary["artifact_bytes"]))]
-    print_table("Summary", ("", ""), rows + [(k, figure(v)) for k, v in accuracy.items()])
+    print_table("Summary", ("", ""), [*rows, *accuracy_rows(accuracy)])
     print_table(
         "\nPasses",
         ("pass", "contract", "changed", "skipped"),
@@ -39,7 +40,7 @@ def report(arguments: argparse.Namespace) -> int:
             ((s["site"], s["format"], figure(s["bits_per_weight"]), figure(s["sqnr_db"])) for s in weights[:12]),
             numeric=(2, 3),
         )
-        print(f"to leave the worst in float: --exclude '^{weights[0]['site']}$'")
+        print(f"to leave the worst in float: --exclude '^{re.escape(weights[0]['site'])}$'")
     left = [s for s in data["sites"] if s["outcome"] == "skipped" and s["pass"].startswith("quantize")]
     if left:
         print_table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qc.cli.output import figure, mib, print_json, print_table
+from qc.cli.output import accuracy_rows, mib, print_json, print_table
 from qc.cli.progress import choose_progress
 from qc.compiler import CompileResult, compile  # noqa: A004  the product verb
 from qc.plan import parse_bytes
@@ -52,23 +52,30 @@ def _data(result: CompileResult, output: str) -> dict[str, object]:
             "passes": [str(s) for s in plan.steps],
         },
         "report": dict(result.report),
+        "speed": dict(result.speed),
         "seconds": dict(result.seconds),
     }
 
 
 def _print(result: CompileResult, output: str) -> None:
-    summary, accuracy, coverage = (result.report[k] for k in ("summary", "accuracy", "coverage"))
-    left = [s for s in result.report["sites"] if s["outcome"] == "skipped" and s["pass"].startswith("quantize")]  # type: ignore[union-attr,index]
+    summary, coverage = result.report["summary"], result.report["coverage"]
+    left = [s for s in result.report["sites"] if s["outcome"] == "skipped" and s["pass"].startswith("quantize")]
     rows = [
         ("artifact", output),
-        ("size", f"{mib(summary['artifact_bytes'])} (weights before: {mib(summary['source_bytes'])})"),  # type: ignore[index]
-        *((key, figure(value)) for key, value in accuracy.items()),  # type: ignore[union-attr]
-        ("kernels", f"{coverage['on_target']} nodes on target, {coverage['off_target']} on a slow path"),  # type: ignore[index]
-        (
-            "left in float",
-            f"{len(left)} sites" + (f", the first: {left[0]['site']}: {left[0]['reason']}" if left else ""),
-        ),
+        ("size", f"{mib(summary['artifact_bytes'])} (source weights {mib(summary['source_bytes'])})"),
+        *accuracy_rows(result.report["accuracy"]),
+        ("speed here", ", ".join(_SPEED[key].format(value) for key, value in result.speed.items())),
+        ("kernels", f"{coverage['on_target']} nodes on target, {coverage['off_target']} on a slow path"),
+        ("left in float", f"{len(left)} weights" + (f"; {left[0]['site']}: {left[0]['reason']}" if left else "")),
         ("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())),
     ]
     print_table("", ("", ""), rows)
-    print(f"next: qc report {output} | qc bench {output} | qc run {output}")
+    use = f"qc run {output} --prompt TEXT" if "decode_tok_s" in result.speed else f"qc run {output} --input IN.npz"
+    print(f"\nnext: qc report {output}; {use}; qc bench {output}")
+
+
+_SPEED = {
+    "decode_tok_s": "decode {:.0f} tokens/s",
+    "prefill_ms": "prefill of 64 tokens {:.1f} ms",
+    "latency_ms": "{:.2f} ms on the probe batch",
+}

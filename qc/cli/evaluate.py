@@ -14,7 +14,7 @@ from qc.backends.inputs import text_batches
 from qc.backends.reference import ModelRunner
 from qc.backends.target import Runner
 from qc.backends.tokenizer import Tokenizer
-from qc.cli.output import figure, print_json, print_table
+from qc.cli.output import accuracy_rows, print_json, print_table
 from qc.frontend import load
 from qc.ir.errors import InputError
 
@@ -32,8 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(data)
     else:
-        shown = {k: v for k, v in data.items() if v is not None and k != "outputs"}
-        print_table("", ("", ""), ((k, figure(v)) for k, v in shown.items()))
+        print_table("", ("", ""), accuracy_rows(data))
     return 0
 
 

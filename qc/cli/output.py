@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["figure", "mib", "print_json", "print_table"]
+__all__ = ["accuracy_rows", "figure", "mib", "print_json", "print_table"]
 
 
 def print_json(data: object) -> None:
@@ -31,12 +31,42 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        show_header=any(columns),
+        header_style="bold",
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def accuracy_rows(accuracy: Mapping[str, object]) -> list[tuple[str, str]]:
+    """What was measured against the float model, as rows for a table; figures that do not apply are left out."""
+    known = {k: v for k, v in accuracy.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    rows = []
+    if "ppl" in known:
+        text = f"{known['ppl']:.2f}"
+        if "ppl_reference" in known:
+            text += f" (float {known['ppl_reference']:.2f}, {known['ppl'] / known['ppl_reference'] - 1:+.2%})"
+        rows.append(("perplexity", text))
+    if "kl" in known:
+        rows.append(("KL to float", f"{known['kl']:.4g} nats per token"))
+    if "top1" in known:
+        rows.append(("top-1 agreement", f"{known['top1']:.1%}"))
+    if "cosine" in known:
+        rows.append(("cosine to float", f"{known['cosine']:.4f} mean, {known['cosine_min']:.4f} smallest"))
+    if "sqnr_db" in known:
+        rows.append(("SQNR", f"{known['sqnr_db']:.1f} dB"))
+    where = str(accuracy.get("measured_on", ""))
+    if "windows" in known:
+        where += f"{', ' if where else ''}{known['windows']} windows of {known['window']} tokens"
+    return [*rows, ("measured on", where)] if where else rows
 
 
 def mib(count: float) -> str:

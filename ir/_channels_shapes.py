@@ -217,6 +217,25 @@ def _gather(trace: Trace, node: ir.Node, rule: Rule) -> None:
     trace.set(node.outputs[0], View(tuple(axes), view.ids))
 
 
+@register("gathernd")
+def _gathernd(trace: Trace, node: ir.Node, rule: Rule) -> None:
+    view, index = trace.views.get(node.inputs[0]), dims_of(node.inputs[1])
+    if view is None or index is None or not isinstance(index[-1], int) or attribute(node, "batch_dims", 0):
+        trace.opaque(node)
+        return
+    depth, moved = index[-1], len(index) - 1
+    axes, ids = [a - depth + moved for a in view.axes if a >= depth], view.ids
+    if view.axes[0] < depth:
+        chosen = integers(node.inputs[1])
+        if depth != 1 or chosen is None:
+            trace.opaque(node)
+            return
+        ids = np.take(ids, np.array(chosen).reshape(index[:-1]), axis=0)
+        axes = [*range(moved), *axes]
+        trace.limit(view.ids, "Slice", node)
+    trace.set(node.outputs[0], View.of(axes, ids))
+
+
 def _shifted(axes: Sequence[int], by: int) -> list[int]:
     return [a + by for a in axes]
 

@@ -143,6 +143,7 @@ OPERATORS: dict[str, Rule] = {
     "Concat": _rule("concat", "lift", "it fixes where the channels of each part begin"),
     "Split": _rule("split", "lift", "it holds the number of channels of each part as a constant"),
     "Slice": _rule("slice", "lift", "it holds the range of channels as a constant"),
+    "GatherND": _rule("gathernd", "lift", "it holds the range of channels as a constant"),
     "DepthToSpace": _rule("opaque", _EVERYTHING, "it moves channels into space"),
     # what only reads shapes
     "Shape": _rule("shape", "lift", "it reads the number of channels"),

@@ -87,7 +87,7 @@ def read(value: ir.Value) -> np.ndarray:
     """A weight in float64, writable."""
     weight = read_weight(value)
     if weight is not None:
-        return np.array(weight.numpy(), dtype=np.float64)
+        return np.array(weight.raw() if weight.format is None else weight.numpy(), dtype=np.float64)
     node = value.producer()
     if node is not None and node.op_type == "Constant":
         held = next(iter(node.attributes.values()))

@@ -15,6 +15,7 @@ from typing import final
 
 from qc.backends.manifest import MANIFEST, FileEntry, Manifest, digest, digest_tree
 from qc.backends.target import Runner, backend_for
+from qc.backends.workspace import HiddenDirectory, shielded, sweep
 from qc.ir.errors import InputError, InternalError, QcError, UnsupportedError
 from qc.ir.model import Signature
 
@@ -38,7 +39,7 @@ class ArtifactWriter:
     """
 
     def __init__(self, out: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Checks that `out` may be written, before any work is done.
+        """Checks that `out` may be written, before any work is done, and removes what killed compiles left there.
 
         Args:
             out: Where the artifact will stand. Missing parents are made.
@@ -50,6 +51,7 @@ class ArtifactWriter:
         self.out = Path(os.path.realpath(out))
         self._force = force
         self._manifest: Manifest | None = None
+        sweep(self.out)
         _check_replaceable(self.out, force)
 
     def __enter__(self) -> ArtifactWriter:
@@ -57,12 +59,13 @@ class ArtifactWriter:
         self._made = [p for p in (parent, *parent.parents) if not p.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self.directory = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.tmp-", dir=parent))
+            self._hidden = HiddenDirectory(parent, f".{self.out.name}.tmp-")
         except OSError as error:
             self._remove_made_parents()
             raise InputError(
                 f"Cannot write beside {self.out}: {error.strerror}. Choose another output directory."
             ) from error
+        self.directory = self._hidden.path
         return self
 
     def describe(self, manifest: Manifest) -> Manifest:
@@ -95,7 +98,7 @@ class ArtifactWriter:
                 )
             ) from failure
         finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            self._hidden.remove()
             self._remove_made_parents()
 
     def _commit(self) -> None:
@@ -106,19 +109,20 @@ class ArtifactWriter:
         for path in _all_paths(self.directory):
             _sync(path)
         _check_replaceable(self.out, self._force)  # again: the work may have taken hours
-        old = None
-        if self.out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent))
-            os.replace(self.out, old)
-        try:
-            os.rename(self.directory, self.out)
-        except BaseException:
+        with shielded():
+            old = None
+            if self.out.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent))
+                os.replace(self.out, old)
+            try:
+                os.rename(self.directory, self.out)
+            except BaseException:
+                if old is not None:
+                    os.rename(old, self.out)
+                raise
+            _sync(self.out.parent)
             if old is not None:
-                os.rename(old, self.out)
-            raise
-        _sync(self.out.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
 
     def _remove_made_parents(self) -> None:
         for parent in self._made:

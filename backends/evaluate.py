@@ -229,20 +229,21 @@ def _arrays(runner: Runner, reference: Runner, inputs: Sequence[Mapping[str, np.
         ours, theirs = runner.run(batch), reference.run(batch)
         mask = _mask(runner.signature, batch)
         pooled = _pooling(runner, mask)
-        for port in runner.signature.outputs:
-            if port.name not in theirs or port.role in _CACHE_ROLES or ours[port.name].dtype.kind not in "fV":
-                continue
-            a, b = theirs[port.name], ours[port.name]
+        roles = {p.name: p.role for p in runner.signature.outputs}
+        shared = [n for n in ours if n in theirs and roles.get(n) not in _CACHE_ROLES]
+        floats = [n for n in shared if ours[n].dtype.kind in "fV"]
+        for name in floats or [n for n in shared if ours[n].dtype.kind in "biu"]:
+            a, b = theirs[name], ours[name]
             if a.shape != b.shape:
                 raise InputError(
-                    f"Output {port.name!r} has shape {list(b.shape)}, and {list(a.shape)} in the reference. Compare an "
+                    f"Output {name!r} has shape {list(b.shape)}, and {list(a.shape)} in the reference. Compare an "
                     "artifact with the model that it was compiled from."
                 )
-            name = port.name
-            if port.role == "hidden" and pooled is not None and mask is not None and a.ndim == 3:
+            if roles.get(name) == "hidden" and pooled is not None and mask is not None and a.ndim == 3:
                 normalize = runner.provenance.get("normalize", "true") == "true"
                 a, b = (embedding(x, mask, pooled, normalize=normalize) for x in (a, b))
-                name = "embedding"
+                gaps.setdefault("embedding", _Gap()).add(_rows(a, mask), _rows(b, mask))
+                continue
             gaps.setdefault(name, _Gap()).add(_rows(a, mask), _rows(b, mask))
     judged = {name: gap.figures() for name, gap in gaps.items() if gap.rows}
     if not judged:

@@ -15,6 +15,9 @@ from qc.ir.runtime import Session
 
 __all__ = ["Request", "Statistic", "collect"]
 
+_AXES_ARE_INPUTS = 18
+"""The opset from which reductions take their axes as an input."""
+
 _SYNTHETIC_SIZES = {"batch": 4, "seq": 64, "past": 0}
 
 
@@ -54,7 +57,8 @@ def collect(
     Returns:
         An array for each request; nothing if no inputs could be made that the model runs on.
     """
-    probes = {r: _SecondMoment(r.value, f"qc.statistic.{i}") for i, r in enumerate(dict.fromkeys(requests))}
+    opset = model.opset_imports.get("", 1)
+    probes = {r: _SecondMoment(r.value, f"qc.statistic.{i}", opset) for i, r in enumerate(dict.fromkeys(requests))}
     graph, count = model.graph, len(model.graph.outputs)
     for probe in probes.values():
         graph.register_initializer(probe.axes)
@@ -82,7 +86,7 @@ def collect(
 class _SecondMoment:
     """Two nodes: the sum of squares over all axes but the last, and the number of elements."""
 
-    def __init__(self, value: ir.Value, name: str) -> None:
+    def __init__(self, value: ir.Value, name: str, opset: int) -> None:
         rank = value.shape.rank() if value.shape is not None else 0
         if rank < 1:
             raise ValueError(f"Pass developer: a statistic of {value.name!r} needs its rank; infer shapes first.")
@@ -91,8 +95,14 @@ class _SecondMoment:
             name=axes.name, const_value=axes, shape=ir.Shape([rank - 1]), type=ir.TensorType(ir.DataType.INT64)
         )
         # Without axes to reduce, the operator would by default reduce all of them.
-        attributes = {"keepdims": 0, "noop_with_empty_axes": 1}
-        self.nodes = [ir.node("ReduceSumSquare", [value, self.axes], attributes), ir.node("Size", [value])]
+        if opset >= _AXES_ARE_INPUTS:
+            attributes = {"keepdims": 0, "noop_with_empty_axes": 1}
+            squares = ir.node("ReduceSumSquare", [value, self.axes], attributes)
+        elif rank > 1:
+            squares = ir.node("ReduceSumSquare", [value], {"keepdims": 0, "axes": list(range(rank - 1))})
+        else:
+            squares = ir.node("Mul", [value, value])
+        self.nodes = [squares, ir.node("Size", [value])]
         self._names = [f"{name}.sum", f"{name}.size"]
         types = (ir.DataType.FLOAT, ir.DataType.INT64)
         for node, label, dtype in zip(self.nodes, self._names, types, strict=True):

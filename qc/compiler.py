@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,11 @@ from qc.backends.artifact import Artifact, ArtifactWriter
 from qc.backends.manifest import Manifest, source_files
 from qc.backends.reference import ModelRunner
 from qc.backends.target import Coverage, Runner, backend_for
+from qc.backends.workspace import work_directory
 from qc.frontend import load
 from qc.ir.errors import ContractError, InputError
 from qc.ir.model import Model
-from qc.ir.probe import probe_inputs
+from qc.ir.probe import Found, find_inputs
 from qc.ir.store import Store
 from qc.ir.verify import STAGES, check_structure, compare
 from qc.measurement import measure, read_data, speed
@@ -112,20 +112,21 @@ def compile(  # noqa: A001  the verb of the product
     out = Path(out)
     writer = ArtifactWriter(out, force=force)
     try:
-        with tempfile.TemporaryDirectory(prefix=".qc-work-", dir=_work_place(out)) as work:
+        with work_directory(out) as work:
             clock.start("import")
-            model = source if isinstance(source, Model) else load(source, work=Path(work) / "import")  # type: ignore[arg-type]
+            model = source if isinstance(source, Model) else load(source, work=work / "import")  # type: ignore[arg-type]
             plan = make_plan(model, steps)
             progress.plan(plan)
             plan.check(out, memory)
             if dry_run:
                 return CompileResult(None, plan, (), {}, {}, clock.stop())
             data = read_data(model, calib)
-            probe = probe_inputs(model, seed)
             original = model.clone()
             reference = ModelRunner(original)
-            _require_finite(original, reference, probe)
-            context = Context(store=Store(Path(work) / "store"), seed=seed, exclude=tuple(exclude), tick=progress.tick)
+            found = find_inputs(original, reference.run, seed)
+            probe = found.batches
+            _require_finite(original, found)
+            context = Context(store=Store(work / "store"), seed=seed, exclude=tuple(exclude), tick=progress.tick)
             phases = (
                 ("canonicalize", [Step(p, optional=True) for p in canonicalize_passes()], "float"),
                 ("recipe", steps, "float"),
@@ -148,7 +149,7 @@ def compile(  # noqa: A001  the verb of the product
                 clock.start("measure")
                 runner = backend.open(writer.directory)
                 _require_same(runner, probe, before_lowering)
-                accuracy = measure(runner, reference, plan, data, probe)
+                accuracy = measure(runner, reference, plan, data, found)
                 figures = speed(runner, probe) if probe else {}
                 report = build_report(
                     plan=plan,
@@ -220,11 +221,6 @@ def _recipe(name: str, passes: str | None) -> Recipe:
     return Recipe("custom", "A pipeline given as a string", "", entries)
 
 
-def _work_place(out: Path) -> Path:
-    """The nearest existing directory above `out`: the work must lie on the same disk as the artifact."""
-    return next(p for p in out.absolute().parents if p.is_dir())
-
-
 def _weight_files(model: Model) -> list[str]:
     """The files that the model's weights and assets lie in."""
     tensors = (v.const_value for v in model.graph.initializers.values())
@@ -237,26 +233,28 @@ def _foreign_domains(model: Model) -> frozenset[str]:
     return frozenset(n.domain for n in model.graph.all_nodes())
 
 
-def _require_finite(model: Model, reference: ModelRunner, probe: Sequence[Mapping[str, np.ndarray]]) -> None:
-    for batch in probe:
-        for name, value in reference.run(batch).items():
-            if value.dtype.kind == "f" and np.isnan(value).any():
-                raise InputError(
-                    f"The float model yields NaN in output {name!r} on a small random batch{_nan_weight(model)}. "
-                    "Expected finite weights; check the checkpoint."
-                )
+def _require_finite(model: Model, found: Found) -> None:
+    """Refuses a model whose weights hold NaN; a NaN that inputs alone bring about, as in ``Log(-1)``, is its own."""
+    bad = (n for outputs in found.outputs for n, v in outputs.items() if v.dtype.kind == "f" and np.isnan(v).any())
+    output = next(bad, None)
+    weight = _nan_weight(model) if output is not None else None
+    if weight is not None:
+        raise InputError(
+            f"Expected finite weights, found NaN in {weight!r}; output {output!r} is NaN because of it. "
+            "Check the checkpoint, or copy it again."
+        )
 
 
-def _nan_weight(model: Model) -> str:
+def _nan_weight(model: Model) -> str | None:
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if (
             tensor is not None
             and tensor.dtype.is_floating_point()
-            and np.isnan(np.sum(tensor.numpy(), dtype=np.float64))
+            and np.isnan(tensor.numpy().astype(np.float32)).any()
         ):
-            return f": weight {name!r} holds NaN"
-    return ""
+            return name
+    return None
 
 
 def _require_same(

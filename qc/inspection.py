@@ -9,8 +9,9 @@ import onnx_ir as ir
 
 from qc.ir import dialect
 from qc.ir.blocks import find_blocks
+from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model
-from qc.ir.probe import probe_inputs
+from qc.ir.probe import find_inputs
 from qc.ir.quant import read_weight
 from qc.ir.runtime import Session
 from qc.passes.base import site_name
@@ -92,9 +93,16 @@ def outliers(model: Model, batches: Sequence[Mapping[str, np.ndarray]] | None = 
     watched = list(dict.fromkeys(n.inputs[0] for n in products if n.inputs[0] not in returned))
     probe.graph.outputs.extend(watched)
     session = Session(probe)
+    if batches is None:
+        found = find_inputs(model, session.run)
+        if found.obstacle:
+            raise UnsupportedError(f"Cannot look for outliers in this model: {found.obstacle}.")
+        batches, outputs = found.batches, found.outputs
+    else:
+        outputs = list(map(session.run, batches))
     absmax: dict[str, np.ndarray] = {}
-    for batch in batches if batches is not None else probe_inputs(model):
-        results = session.run(batch) | dict(batch)
+    for batch, values in zip(batches, outputs, strict=True):
+        results = values | dict(batch)
         for node in products:
             name = _name(node.inputs[0])
             channels = np.abs(results[name]).reshape(-1, results[name].shape[-1]).max(axis=0)

@@ -17,6 +17,7 @@ from qc.backends.target import Runner
 from qc.backends.tokenizer import Tokenizer
 from qc.ir.errors import InputError
 from qc.ir.model import Model
+from qc.ir.probe import Found
 from qc.plan import Plan
 
 __all__ = ["Data", "measure", "read_data", "speed"]
@@ -81,9 +82,7 @@ def read_data(model: Model, calib: str | Path | None) -> Data:
     return Data(path.name, tokens[: -count * window], batches)
 
 
-def measure(
-    runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, object]:
+def measure(runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Found) -> dict[str, object]:
     """Measures an artifact in its runtime against the float model.
 
     Args:
@@ -91,13 +90,17 @@ def measure(
         reference: The float model.
         plan: Tells the size of the model; large ones are measured on fewer windows.
         data: From `read_data`.
-        probe: Batches for models that are not measured on text.
+        probe: Inputs, and what the float model yields, for models that are not measured on text.
 
     Returns:
         ``measured_on`` and those figures of `qc.backends.evaluate` that apply.
     """
     if data.tokens is None:
-        found = evaluate(runner, reference, inputs=probe)
+        if probe.obstacle:
+            return {"measured_on": f"nothing: {probe.obstacle}; only the structure was verified"}
+        if not any(v.size and v.dtype.kind in "fVbiu" for outputs in probe.outputs for v in outputs.values()):
+            return {"measured_on": "nothing: no output holds numbers; they are equal"}
+        found = evaluate(runner, reference, inputs=probe.batches)
     else:
         affordable = int(_EVALUATION_FLOPS / (2 * max(plan.parameters, 1) * WINDOW))
         windows = max(1, min(_EVALUATION_WINDOWS, affordable))

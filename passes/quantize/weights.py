@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from qc.ir.errors import InputError
@@ -151,9 +152,12 @@ def fitted(format: Format, columns: int) -> Format:
 
 def _moment(use: Use) -> Request | None:
     """The second moment of what the weight of a Linear is multiplied with."""
-    if use.reason or use.node.op_type != "Linear" or use.node.inputs[0] is None or use.node.inputs[0].shape is None:
+    if use.reason or use.node.op_type != "Linear":
         return None
-    return Request(Statistic.SECOND_MOMENT, use.node.inputs[0])
+    value = use.node.inputs[0]
+    if value is None or value.shape is None or value.dtype != ir.DataType.FLOAT:
+        return None
+    return Request(Statistic.SECOND_MOMENT, value)
 
 
 class _Work:
@@ -187,6 +191,13 @@ class _Work:
             self._rewire(use, decoded)
             return facts | {"shared_with": first, "bytes_after": 0}
         numbers = use.weight.raw()
+        with np.errstate(invalid="ignore"):
+            finite = np.isfinite(np.sum(numbers, dtype=np.float64))
+        if not finite:
+            raise InputError(
+                f"Expected finite weights, found NaN or infinity in {use.weight.name!r} ({use.name}). Check the "
+                "checkpoint, copy it again, or leave this weight in float with --exclude."
+            )
         request = _moment(use)
         metric = None if request is None else self.context.statistics.get(request)
         tensor = assign(numbers, format, metric, name=use.weight.name, threads=self.context.threads)

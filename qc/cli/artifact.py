@@ -8,9 +8,8 @@ from pathlib import Path
 
 from qc.backends.artifact import Artifact
 from qc.cli.output import accuracy_rows, figure, mib, print_json, print_table
-from qc.ir.errors import ContractError
 from qc.ir.model import Model
-from qc.ir.probe import probe_inputs
+from qc.ir.probe import Found, find_inputs
 from qc.report import read_report
 
 __all__ = ["report", "verify"]
@@ -64,14 +63,15 @@ def verify(arguments: argparse.Namespace) -> int:
     artifact.verify()
     runner = artifact.runner()
     graph = Model.load(artifact.directory) if (artifact.directory / "model.onnx").is_file() else None
-    outputs = {}
-    for batch in probe_inputs(graph) if graph is not None else []:
-        outputs = runner.run(batch)
-        for name, value in outputs.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise ContractError(f"Output {name!r} is not finite on a random batch. Compile the model again.")
+    found = find_inputs(graph, runner.run) if graph is not None else Found()
+    outputs = {name for batch in found.outputs for name in batch}
+    nan = {n for b in found.outputs for n, v in b.items() if v.dtype.kind == "f" and np.isnan(v).any()}
     if arguments.json:
-        print_json({"ok": True, "files": len(artifact.manifest.files), "outputs": sorted(outputs)})
-    else:
-        print(f"{len(artifact.manifest.files)} files as compiled; loads in its runtime; {len(outputs)} outputs finite")
+        data = {"ok": True, "files": len(artifact.manifest.files), "outputs": sorted(outputs), "nan": sorted(nan)}
+        print_json(data | {"not_run": found.obstacle or None})
+        return 0
+    ran = f"not run: {found.obstacle}" if found.obstacle else f"runs, {len(outputs)} outputs"
+    print(f"{len(artifact.manifest.files)} files as compiled; loads in its runtime; {ran}")
+    if nan:
+        print(f"NaN on random inputs in {', '.join(sorted(nan))}")
     return 0

@@ -1,0 +1,133 @@
+"""Hidden directories beside an artifact in which a compile works, and what happens to them when it is killed.
+
+Each is locked by the process that made it (``flock`` on the directory itself, so that the lock leaves no file and dies
+with its process). The next compile to the same place removes those that nobody holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["HiddenDirectory", "shielded", "sweep", "work_directory"]
+
+_WORK = ".qc-work-"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_YOUNG = 5.0  # seconds; a directory this new may be about to be locked
+
+
+class HiddenDirectory:
+    """A new hidden directory that this process holds.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self, parent: Path, prefix: str) -> None:
+        """Makes and locks it.
+
+        Raises:
+            OSError: If `parent` is not writable.
+        """
+        self._lock: int | None = None
+        with shielded():
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self._lock = _lock(self.path)
+
+    def remove(self) -> None:
+        """Removes it, if it has not been moved away, and lets go."""
+        with shielded():
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+
+@contextlib.contextmanager
+def work_directory(out: Path) -> Iterator[Path]:
+    """A directory for intermediate files on the disk where `out` will stand; removed at the end, come what may.
+
+    Raises:
+        OSError: If the nearest existing directory above `out` is not writable.
+    """
+    parent = next(p for p in out.absolute().parents if p.is_dir())
+    hidden = HiddenDirectory(parent, _WORK)
+    try:
+        yield hidden.path
+    finally:
+        hidden.remove()
+
+
+def sweep(out: Path) -> None:
+    """Removes what killed compiles left beside `out`.
+
+    An artifact that was about to be replaced, and whose successor never arrived, goes back to its place.
+    """
+    parent = next(p for p in out.absolute().parents if p.is_dir())
+    for prefix in (_WORK, f".{out.name}.tmp-"):
+        for path in parent.glob(f"{glob.escape(prefix)}*"):
+            if _abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(parent.glob(f"{glob.escape(f'.{out.name}.old-')}*")):
+        if not os.path.lexists(out) and any(path.iterdir()):
+            os.rename(path, out)
+        elif _abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Holds back Ctrl-C and SIGTERM while a few file operations run that must not stop halfway."""
+    if threading.current_thread() is not threading.main_thread():  # handlers only ever run in the main thread
+        yield
+        return
+    # A signal mask would not do: other threads of the process take the signal, and Python runs its handler all the same.
+    received: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: received.append(number)) for s in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in received:
+            signal.raise_signal(number)
+
+
+def _lock(directory: Path) -> int | None:
+    """Locks a directory; None where the system or the file system cannot, or somebody else holds it."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _abandoned(path: Path) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    if path.is_symlink() or not path.is_dir() or status.st_uid != os.getuid() or time.time() - status.st_mtime < _YOUNG:
+        return False
+    handle = _lock(path)
+    if handle is None:
+        return False
+    os.close(handle)
+    return True

@@ -52,7 +52,7 @@ class OrtRunner:
         self._directory = directory
         self._shared = shares_buffer(model)
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised, and said once
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         try:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
 
 from qc.backends.artifact import Artifact
 from qc.backends.evaluate import evaluate
@@ -14,6 +11,7 @@ from qc.backends.inputs import text_batches
 from qc.backends.reference import ModelRunner
 from qc.backends.target import Runner
 from qc.backends.tokenizer import Tokenizer
+from qc.cli.arrays import read_arrays
 from qc.cli.output import accuracy_rows, print_json, print_table
 from qc.frontend import load
 from qc.ir.errors import InputError
@@ -26,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     runner, directory = _open(arguments.model, arguments.threads)
     reference = None if arguments.reference is None else _open(arguments.reference, arguments.threads)[0]
     if arguments.input is not None:
-        data = evaluate(runner, reference, inputs=[_arrays(Path(arguments.input))])
+        data = evaluate(runner, reference, inputs=[read_arrays(Path(arguments.input))])
     else:
         data = _on_text(runner, reference, directory, arguments)
     if arguments.json:
@@ -57,10 +55,3 @@ def _open(source: str, threads: int) -> tuple[Runner, Path]:
     model = load(source)
     tokenizer = model.assets.get("tokenizer.json")
     return ModelRunner(model, threads=threads), tokenizer.parent if tokenizer is not None else Path(source)
-
-
-def _arrays(path: Path) -> Mapping[str, np.ndarray]:
-    if not path.is_file():
-        raise InputError(f"Expected an .npz file at {path}, found none.")
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)

@@ -10,7 +10,8 @@ __all__ = ["build_parser"]
 
 _MODEL = "a Hugging Face directory, an .onnx file, a .pt2 exported program, or builtin:NAME"
 _EXIT_CODES = (
-    "exit codes: 0 done, 2 bad usage or input, 3 unsupported by the target, 4 a contract was broken, 1 our bug"
+    "exit codes: 0 done, 2 bad usage or input, 3 unsupported by the target, 4 a contract was broken, 130 interrupted, "
+    "1 our bug"
 )
 
 
@@ -56,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PASS.OPTION=VALUE",
         help="change an option of the recipe (repeatable)",
     )
-    c.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    c.add_argument("--seed", type=_natural, default=0, help="seed of everything random (default: %(default)s)")
     c.add_argument("--force", action="store_true", help="replace an artifact that stands at DIR")
     c.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     c.add_argument(
@@ -70,8 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", metavar="TEXT", help="generate a continuation, greedily")
     what.add_argument("--input", metavar="IN.npz", help="arrays by input name")
     c.add_argument("--output", metavar="OUT.npz", help="where the outputs go, with --input")
-    c.add_argument("--max-tokens", type=int, default=64, metavar="N", help="with --prompt (default: %(default)s)")
-    c.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default)")
+    c.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="with --prompt (default: %(default)s)")
+    c.add_argument("--threads", type=_natural, default=0, metavar="N", help="0: one per core (default)")
 
     c = _command(commands, "eval", "measure accuracy against the float model", "evaluate:run")
     c.add_argument("model", metavar="DIR|MODEL", help="an artifact, or " + _MODEL)
@@ -83,16 +84,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="text: perplexity, KL and top-1 agreement; for sentence encoders one sentence per line",
     )
     data.add_argument("--input", metavar="FILE.npz", help="arrays by input name: cosine, SQNR")
-    c.add_argument("--window", type=int, default=256, metavar="N", help="tokens per window (default: %(default)s)")
-    c.add_argument("--windows", type=int, default=64, metavar="N", help="number of windows (default: %(default)s)")
-    c.add_argument("--threads", type=int, default=0, metavar="N", help="0: one per core (default)")
+    c.add_argument("--window", type=_positive, default=256, metavar="N", help="tokens in each (default: %(default)s)")
+    c.add_argument("--windows", type=_positive, default=64, metavar="N", help="how many (default: %(default)s)")
+    c.add_argument("--threads", type=_natural, default=0, metavar="N", help="0: one per core (default)")
     _json(c)
 
     c = _command(commands, "bench", "measure speed; two artifacts are alternated in one process", "bench:run")
     c.add_argument("artifact", metavar="DIR")
     c.add_argument("--vs", metavar="DIR2", help="compare with this artifact; ratios above 1: the first is faster")
     c.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="threads within an operator (default: %(default)s)"
+        "--threads", type=_natural, default=1, metavar="N", help="threads within an operator (default: %(default)s)"
     )
     _json(c)
 
@@ -120,6 +121,19 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         _json(_command(commands, name, about, f"listings:{name}"))
     return parser
+
+
+def _natural(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more; found {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    number = _natural(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("expected a whole number, 1 or more; found 0")
+    return number
 
 
 class _Version(argparse.Action):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qc.backends.artifact import Artifact
 from qc.backends.tokenizer import Tokenizer
+from qc.cli.arrays import read_arrays, write_arrays
 from qc.ir.errors import InputError
 
 __all__ = ["run"]
@@ -20,14 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
         return _generate(artifact, arguments)
     if arguments.output is None:
         raise InputError("Expected --output OUT.npz together with --input.")
-    import numpy as np
-
-    source = Path(arguments.input)
-    if not source.is_file():
-        raise InputError(f"Expected an .npz file at {source}, found none.")
-    with np.load(source, allow_pickle=False) as arrays:
-        outputs = artifact.runner(threads=arguments.threads).run(dict(arrays))
-    np.savez(arguments.output, **outputs)
+    arrays = read_arrays(Path(arguments.input))
+    outputs = artifact.runner(threads=arguments.threads).run(arrays)
+    write_arrays(Path(arguments.output), outputs)
     print("\n".join(f"{name}: {value.dtype} {list(value.shape)}" for name, value in outputs.items()))
     return 0
 

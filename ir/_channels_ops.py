@@ -75,10 +75,7 @@ class _Operands:
             if value in trace.views:
                 self.aligned = False
             return
-        if constant:
-            ids = trace.parameter(node, slot, role, wide)
-        else:
-            ids = trace.channels(value, wide, node)
+        ids = trace.parameter(node, slot, role, wide) if constant else trace.channels(value, wide, node)
         if ids is None:
             self.aligned = False
             return
@@ -140,7 +137,6 @@ def _where(trace: Trace, node: ir.Node, rule: Rule) -> None:
 
 @register("multiply")
 def _multiply(trace: Trace, node: ir.Node, rule: Rule) -> None:
-    a, b = node.inputs
     operands = _Operands(trace, node, [0, 1], "gain")
     if not operands.aligned:
         trace.opaque(node, "mixed axes")
@@ -351,7 +347,7 @@ def _rotary(trace: Trace, node: ir.Node, rule: Rule) -> None:
     half = rotated // 2
     pair = np.arange(rotated) // 2 if attribute(node, "interleaved", 0) else np.arange(rotated) % half
     labels = np.arange(len(ids))[:, None] * half + pair
-    trace.cells.append(Cells(turned, labels, True, node))
+    trace.cells += [Cells(turned, labels, uniform, node) for uniform in (True, False)]
     trace.set(node.outputs[0], view)
 
 

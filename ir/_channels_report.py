@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qc.ir._channels_types import ACTIONS, ChannelGroup, Input, Use
+
 if TYPE_CHECKING:
-    from qc.ir.channels import ChannelGroup, ChannelGroups, Use, _Input
+    from qc.ir.channels import ChannelGroups
 
 _LISTED = 6
 """Names that the drawing spells out per box."""
 
 
 def describe(groups: ChannelGroups) -> list[dict]:
-    """Rows of ``id, kind, width, family, structure, producers, consumers, parameters, interior, state, admits, forbids``."""
+    """One row per group; the keys below are a contract."""
     return [
         {
             "id": g.id,
@@ -29,7 +31,7 @@ def describe(groups: ChannelGroups) -> list[dict]:
             "parameters": [_use(u) for u in g.parameters],
             "interior": list(g.interior),
             "state": list(g.family.state),
-            "admits": [a for a in _order() if a in g.admits],
+            "admits": [a for a in ACTIONS if a in g.admits],
             "forbids": {a: {"operator": f.operator, "node": f.node, "why": f.why} for a, f in g.forbids.items()},
         }
         for g in groups
@@ -47,7 +49,7 @@ def structure(group: ChannelGroup) -> str:
     return "; ".join(parts)
 
 
-def coverage(inputs: Iterable[_Input]) -> dict:
+def coverage(inputs: Iterable[Input]) -> dict:
     """Weights of products by what happens to positive factors of their input channels.
 
     Returns:
@@ -90,13 +92,13 @@ def drawing(groups: ChannelGroups) -> str:
     lines = ["flowchart TD"]
     makers: dict[str, list[int]] = {}
     for g in groups:
-        admitted = ", ".join(a for a in _order() if a in g.admits) or "nothing"
+        admitted = ", ".join(a for a in ACTIONS if a in g.admits) or "nothing"
         lines.append(f'  g{g.id}["{g.id}: {g.kind} × {g.width}<br/>{admitted}"]')
-        for use in g.producers:
+        for use in g.producers if g.kind != "heads" else ():
             makers.setdefault(use.name, []).append(g.id)
     arrows: dict[tuple[int, int], list[str]] = {}
     for g in groups:
-        for use in g.consumers:
+        for use in g.consumers if g.kind != "heads" else ():
             for target in makers.get(use.name, ()):
                 arrows.setdefault((g.id, target), []).append(use.name)
     for (source, target), names in sorted(arrows.items()):
@@ -122,9 +124,3 @@ def _use(use: Use) -> dict:
     if inside.size < use.index.size:
         row["positions"] = [int(inside[0]), int(inside[-1]) + 1]
     return row
-
-
-def _order() -> tuple[str, ...]:
-    from qc.ir.channels import ACTIONS
-
-    return ACTIONS

@@ -78,7 +78,7 @@ def _transpose(trace: Trace, node: ir.Node, rule: Rule) -> None:
 
 @register("reshape")
 def _reshape(trace: Trace, node: ir.Node, rule: Rule) -> None:
-    view = trace.views[node.inputs[0]] if node.inputs[0] in trace.views else None
+    view = trace.views.get(node.inputs[0])
     if view is None:
         return
     before, after = dims_of(node.inputs[0]), dims_of(node.outputs[0])
@@ -205,9 +205,7 @@ def _gather(trace: Trace, node: ir.Node, rule: Rule) -> None:
         if chosen is None:
             trace.opaque(node)
             return
-        shape = [d for d in dims_of(index)]
-        along = view.axes.index(axis)
-        ids = np.take(view.ids, np.array(chosen).reshape(shape), axis=along)
+        ids = np.take(view.ids, np.array(chosen).reshape(dims_of(index)), axis=view.axes.index(axis))
         axes = _shifted([a for a in view.axes if a < axis], 0)
         axes += list(range(axis, axis + rank)) + _shifted([a for a in view.axes if a > axis], rank - 1)
         trace.limit(view.ids, "Slice", node)

@@ -1,7 +1,7 @@
 """From single channels to groups: which channels share an index, which share a factor, and which factors are free.
 
-Channels that must keep one index form a *class*. Two classes that met the same operators in the same roles are alike, so
-classes fall into *families*: index ``i`` of a family is one class. Within a class, channels that must share a factor
+Channels that must keep one index form a *class*. Two classes that met the same operators in the same roles are alike,
+so classes fall into *families*: index ``i`` of a family is one class. Within a class, channels that must share a factor
 form a *sheet* of the family: the residual stream and the output of a norm are two sheets of one family. The equations
 between sheets are solved by elimination, for positive factors and for signs; each factor that stays free is a group.
 """

@@ -1,7 +1,7 @@
 """What every operator lets through to its channels: the one table that channel groups are made from.
 
-A line names an operator, or one operand of it, how its channels travel (the name of a tracer in
-`qc.ir._channels_trace`) and which actions it forbids, with the reason. To teach the analysis an elementwise operator, add a line.
+A line names an operator, or one operand of it, how its channels travel (the name of a tracer) and which
+actions it forbids, with the reason. To teach the analysis an elementwise operator, add a line.
 
 The actions, on a tensor ``z`` whose channels are along one axis:
 
@@ -115,7 +115,7 @@ OPERATORS: dict[str, Rule] = {
     # attention
     "RotaryEmbedding": _rule("rotary"),
     "RotaryEmbedding:rotated": _rule(
-        "", "permute shift mix lift", "its table gives every pair of channels a frequency of its own"
+        "", "permute shift lift", "its table gives every pair of channels a frequency of its own"
     ),
     "Attention": _rule("attention"),
     "Attention:query": _rule("", "shift lift", "a shifted query adds a number per key to the scores"),

@@ -19,11 +19,13 @@ NAMES = ("permute", "scale", "sign", "shift", "orthogonal", "split")
 
 
 def rotation(blocks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random orthogonal matrix that does not mix blocks."""
+    """A random orthogonal matrix that does not mix blocks, and reflects none."""
     matrix = np.zeros((len(blocks), len(blocks)))
     for block in np.unique(blocks):
         inside = np.flatnonzero(blocks == block)
-        matrix[np.ix_(inside, inside)] = np.linalg.qr(rng.standard_normal((len(inside), len(inside))))[0]
+        turn = np.linalg.qr(rng.standard_normal((len(inside), len(inside))))[0]
+        turn[:, 0] *= np.sign(np.linalg.det(turn))
+        matrix[np.ix_(inside, inside)] = turn
     return matrix
 
 

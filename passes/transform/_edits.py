@@ -1,4 +1,4 @@
-"""Rewrites weights: all edits of one fold are collected, then each weight is read once, changed in float64, cast once."""
+"""Rewrites weights: the edits of one fold are collected, then each weight is read, changed in float64 and cast once."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def insert(
         whole = np.array_equal(np.sort(use.index), np.arange(group.width))
         if not dialect.is_op(use.node, "Linear") or not whole:
             raise UnsupportedError(
-                f"Group {group.id} does not admit {action.name!r}: {group.forbids.get(action.name)}; and {use.name} does "
-                "not read its channels alone over the last axis, so no operator can be inserted in front of it."
+                f"Group {group.id} does not admit {action.name!r}, and {use.name} does not read its channels alone "
+                "over the last axis, so no operator can be inserted in front of it."
             )
     edits, added = Edits(dtype), []
     for value in dict.fromkeys(u.node.inputs[0] for u in uses):
@@ -67,7 +67,7 @@ def _insert(
         graph.register_initializer(held)
         return held
 
-    def columns(key: object, change) -> None:  # noqa: ANN001
+    def columns(key: object, change) -> None:
         for use in uses:
             edits.add(use.node, use.slot, key, lambda w, u=use: on_channels(w, u, change))
 

@@ -127,6 +127,10 @@ class Orthogonal(Action):
         blocks = group.family.blocks
         if np.any(matrix[blocks[:, None] != blocks]):
             raise InputError(f"Group {group.id} has blocks; expected a block-diagonal matrix.")
+        if group.family.turns and any(_determinant(matrix, blocks == b) < 0 for b in np.unique(blocks)):
+            raise InputError(
+                f"Group {group.id} passes a rotary embedding; expected rotations of pairs, not reflections."
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,6 +179,10 @@ class Merge(Action):
         held = np.asarray(self.assignment)
         if held.shape != (group.width,) or not np.array_equal(np.unique(held), np.arange(held.max() + 1)):
             raise InputError(f"Expected a cluster for each of {group.width} channels, numbered from 0 without gaps.")
+
+
+def _determinant(matrix: np.ndarray, inside: np.ndarray) -> float:
+    return float(np.linalg.det(matrix[np.ix_(inside, inside)]))
 
 
 def _vector(group: ChannelGroup, numbers: np.ndarray, what: str) -> np.ndarray:

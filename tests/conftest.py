@@ -27,3 +27,10 @@ def qc(tmp_path: Path) -> Command:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def models(pytestconfig: pytest.Config) -> Path:
+    """Where `architectures` keeps its models, for all workers and for the next session."""
+    assert pytestconfig.cache is not None
+    return pytestconfig.cache.mkdir("architectures")

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qc.frontend import load
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.canonicalize.masks import describe_mask
 
 pytest.importorskip("torch", reason="the models are exported by torch")
 pytest.importorskip("transformers", reason="the models are those of transformers")
 
+from architectures import exported
 from test_frontend_architectures import example_feeds, open_session
-from tiny_models import ARCHITECTURES
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the warnings of torch are not ours
 
@@ -50,9 +49,8 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_everything_is_recognised_and_computes_the_same(name: str, tmp_path: Path) -> None:
-    ARCHITECTURES[name](tmp_path / "hf")
-    model = load(tmp_path / "hf", work=tmp_path / "work")
+def test_everything_is_recognised_and_computes_the_same(name: str, models: Path, tmp_path: Path) -> None:
+    _, model = exported(name, models)
     feeds = [example_feeds(model, batch, seq, past, seed=seq) for batch, seq, past in ((2, 5, 4), (1, 7, 0), (2, 1, 3))]
     session = open_session(model, tmp_path / "before")
     before = [session.run(None, f) for f in feeds]

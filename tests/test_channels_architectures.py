@@ -22,11 +22,6 @@ from qc.passes.transform.fold import fold
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the warnings of torch are not ours
 
 
-@pytest.fixture
-def models(pytestconfig: pytest.Config) -> Path:
-    return pytestconfig.cache.mkdir("architectures")
-
-
 def act_everywhere(model: Model, action: str, dtype: type[np.floating]) -> int:
     """Folds a random action of that name into every group that admits it, once per family where it acts on families."""
     rng = np.random.default_rng(NAMES.index(action))

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qc.frontend import load
 from qc.ir.model import Model
 
 torch = pytest.importorskip("torch", reason="the reference is torch")
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 
+from architectures import exported  # noqa: E402
 from tiny_models import ARCHITECTURES, VOCAB  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the warnings of torch are not ours
@@ -22,11 +22,10 @@ TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_imported_graph_agrees_with_torch(name: str, tmp_path: Path) -> None:
-    ARCHITECTURES[name](tmp_path / "hf")
-    model = load(tmp_path / "hf", work=tmp_path / "work")
+def test_imported_graph_agrees_with_torch(name: str, models: Path, tmp_path: Path) -> None:
+    directory, model = exported(name, models)
     session = open_session(model, tmp_path / "saved")
-    reference = reference_of(tmp_path / "hf")
+    reference = reference_of(directory)
     for batch, seq, past in ((2, 5, 4), (1, 7, 0)):
         feeds = example_feeds(model, batch, seq, past, seed=seq)
         actual = session.run(None, feeds)

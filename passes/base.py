@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qc.ir.errors import InputError
 from qc.ir.store import Store
 from qc.passes.statistics import Request
 
@@ -102,6 +103,13 @@ class Context:
     statistics: Mapping[Request, np.ndarray] = dataclasses.field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     tick: object = None
+
+    def __post_init__(self) -> None:
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"Expected a regular expression to exclude, found {pattern!r}: {error}.") from error
 
     def excluded(self, *names: str) -> str | None:
         """Returns the first exclusion pattern that matches one of `names` anywhere, or None."""

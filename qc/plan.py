@@ -96,9 +96,12 @@ def parse_bytes(text: str) -> int:
     if number and number[-1].upper() in _UNITS:
         number, unit = number[:-1], number[-1].upper()
     try:
-        return int(float(number) * _UNITS[unit])
-    except ValueError as error:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, OverflowError) as error:
         raise InputError(f"Expected a size such as 8G or 512M, found {text!r}.") from error
+    if size <= 0:
+        raise InputError(f"Expected a size above zero, such as 8G or 512M, found {text!r}.")
+    return size
 
 
 def _format(step: Step) -> Format | None:

@@ -83,15 +83,15 @@ def _interruptible() -> Iterator[None]:
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
     """Keeps the warnings and logs of libraries from the user: what matters, we say ourselves."""
-    root, silent = logging.getLogger(), logging.NullHandler()
-    root.addHandler(silent)
+    held = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
             yield
     finally:
-        root.removeHandler(silent)
+        logging.disable(held)
 
 
 def _interrupt(*_: object) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 __all__ = ["accuracy_rows", "figure", "mib", "print_json", "print_table"]
 
@@ -43,7 +44,9 @@ def print_table(
         table.add_column(column, justify="right" if i in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    console.on_broken_pipe = _broken_pipe  # rich's own would end the process with the code of a bug
+    console.print(table)
 
 
 def accuracy_rows(accuracy: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -91,3 +94,7 @@ def _finite(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return value
+
+
+def _broken_pipe() -> NoReturn:
+    raise BrokenPipeError

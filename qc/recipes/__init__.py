@@ -69,7 +69,10 @@ def load_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise InputError(f"Expected a recipe file at {path}, found none. `qc recipes` lists the named ones.")
-        text, title = path.read_text(encoding="utf-8"), path.stem
+        try:
+            text, title = path.read_text(encoding="utf-8"), path.stem
+        except UnicodeDecodeError as error:
+            raise InputError(f"Expected a recipe in UTF-8 at {path}, found other bytes ({error}).") from error
     elif name in recipe_names():
         text, title = resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name
     else:
@@ -79,7 +82,7 @@ def load_recipe(name: str) -> Recipe:
         )
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"Recipe {name} is not valid YAML: {error}") from error
     if not isinstance(data, dict) or not isinstance(data.get("passes"), list) or set(data) - _KEYS:
         raise InputError(f"Expected a recipe with the keys {', '.join(sorted(_KEYS))} in {name}, passes being a list.")

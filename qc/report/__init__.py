@@ -15,6 +15,8 @@ from qc.ir.errors import InputError
 from qc.passes.manager import PassReport
 from qc.plan import Plan
 
+_KEYS = ("accuracy", "coverage", "passes", "sites", "summary")
+
 __all__ = ["build_report", "read_report", "write_report"]
 
 
@@ -75,12 +77,19 @@ def read_report(directory: Path) -> dict[str, object]:
     """Reads the report of an artifact.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none, or it is damaged.
     """
     path = directory / "report.json"
     if not path.is_file():
         raise InputError(f"Expected an artifact with a report.json at {directory}, found none.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not a readable report ({error}). Compile the model again.") from error
+    missing = _KEYS if not isinstance(report, dict) else sorted(set(_KEYS) - set(report))
+    if missing:
+        raise InputError(f"Expected a report with {', '.join(missing)} in {path}, found none. Compile the model again.")
+    return report
 
 
 def _pass(report: PassReport) -> dict[str, object]:

@@ -87,6 +87,12 @@ def test_a_token_that_both_exclude_does_not_spoil_the_divergence():
     assert evaluate(Scripted(table), Scripted(table), text_tokens=[0, 1], window=2)["kl"] == 0
 
 
+def test_a_window_is_no_longer_than_the_context_of_the_model():
+    runner = Scripted(np.zeros((10, 10)))
+    runner.provenance["max_positions"] = "4"
+    assert evaluate(runner, text_tokens=range(9), window=256)["window"] == 4
+
+
 def test_a_short_text_is_one_short_window():
     found = evaluate(Scripted(np.zeros((4, 4))), text_tokens=[0, 1, 2])
     assert (found["window"], found["windows"], found["tokens"]) == (3, 1, 2)

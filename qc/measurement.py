@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from qc.backends.bench import Protocol, take_turns
+from qc.backends.decoding import context_limit
 from qc.backends.evaluate import WINDOW, evaluate
 from qc.backends.inputs import text_inputs
 from qc.backends.target import Runner
@@ -73,7 +74,7 @@ def read_data(model: Model, calib: str | Path | None) -> Data:
     except UnicodeDecodeError as error:
         raise InputError(f"Expected UTF-8 text in {path}, found other bytes ({error}).") from error
     # A short text still gives each side something: half of its windows, down to windows of half the text.
-    window = min(WINDOW, len(tokens) // 2)
+    window = min(WINDOW, len(tokens) // 2, context_limit(model.provenance) or WINDOW)
     if window < 2:
         raise InputError(f"Expected at least 4 tokens of text in {path}, found {len(tokens)}. Give a longer text.")
     count = min(_CALIBRATION_WINDOWS, len(tokens) // window // 2)

@@ -133,7 +133,7 @@ class ArtifactWriter:
 
     def _out_of_space(self, error: OSError) -> InputError:
         return InputError(
-            f"No space to write the artifact at {self.out} ({error.strerror}). Nothing was changed. Free some space "
+            f"No space to write the artifact at {self.out} ({error.strerror or error}). Nothing was changed. Free some space "
             "or choose another output directory."
         )
 
@@ -261,7 +261,8 @@ def _problem(file: Path, expected: FileEntry) -> str | None:
 def _no_space(error: BaseException | None) -> OSError | None:
     """The error that says that a disk is full, looked for behind everything that was raised because of it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        # numpy reports a write that was cut short without a number.
+        if isinstance(error, OSError) and (error.errno in _NO_SPACE or error.errno is None):
             return error
         error = error.__cause__ or error.__context__
     return None

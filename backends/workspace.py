@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from qc.ir.errors import InputError
+
 __all__ = ["HiddenDirectory", "shielded", "sweep", "work_directory"]
 
 _WORK = ".qc-work-"
@@ -56,10 +58,16 @@ def work_directory(out: Path) -> Iterator[Path]:
     """A directory for intermediate files on the disk where `out` will stand; removed at the end, come what may.
 
     Raises:
-        OSError: If the nearest existing directory above `out` is not writable.
+        InputError: If the nearest existing directory above `out` is not writable.
     """
     parent = next(p for p in out.absolute().parents if p.is_dir())
-    hidden = HiddenDirectory(parent, _WORK)
+    try:
+        hidden = HiddenDirectory(parent, _WORK)
+    except OSError as error:
+        raise InputError(
+            f"Expected a writable directory at {parent} to put {out} in, but cannot write there ({error.strerror}). "
+            "Choose another output directory."
+        ) from error
     try:
         yield hidden.path
     finally:
@@ -89,7 +97,7 @@ def shielded() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # handlers only ever run in the main thread
         yield
         return
-    # A signal mask would not do: other threads of the process take the signal, and Python runs its handler all the same.
+    # A signal mask would not do: other threads take the signal, and Python runs its handler all the same.
     received: list[int] = []
     handlers = {s: signal.signal(s, lambda number, _: received.append(number)) for s in _SIGNALS}
     try:

@@ -86,7 +86,7 @@ class Store:
         except OSError as error:
             raise InputError(
                 f"Could not write {length} bytes of {name!r} to {self._path}: {error.strerror or error}. "
-                "Free some space or choose another work directory (TMPDIR)."
+                "Free some space there, or put the output on another disk."
             ) from error
         held = ir.ExternalTensor(
             self._path.name,

@@ -134,13 +134,13 @@ TABLE: dict[str, tuple[str, int, list[str]]] = {
     "a truncated graph": ("compile {d}/truncated.onnx -o {d}/out", 2, ["truncated.onnx", "truncated; copy it again"]),
     "no graph at all": ("compile {d}/garbage.onnx -o {d}/out", 2, ["garbage.onnx", "copy it again"]),
     "an empty file": ("compile {d}/zero.onnx -o {d}/out", 2, ["zero.onnx", "copy it again"]),
-    "weights too short": ("compile {d}/external/model.onnx -o {d}/out", 2, ["weights.bin", "too short", "the file has 5"]),
+    "weights too short": ("compile {d}/external/model.onnx -o {d}/out", 2, ["weights.bin", "too short"]),
     "weights missing": ("compile {d}/lost/model.onnx -o {d}/out", 2, ["weights.bin", "no such file"]),
     "a damaged program": ("compile {d}/bad.pt2 -o {d}/out", 2, ["bad.pt2"]),
     "NaN in float": ("compile {d}/nan.onnx -o {d}/out --recipe float", 2, ["NaN", "'second'", "Check the checkpoint"]),
     "NaN quantized": ("compile {d}/nan.onnx -o {d}/out --recipe w8", 2, ["NaN", "'second'"]),
     "infinity quantized": ("compile {d}/inf.onnx -o {d}/out --recipe w8", 2, ["infinity", "'second'", "--exclude"]),
-    "output holds other files": ("compile {d}/model.onnx -o {d}/foreign", 2, ["foreign", "letter.txt", "another output"]),
+    "output holds other files": ("compile {d}/model.onnx -o {d}/foreign", 2, ["letter.txt", "another output"]),
     "not even with force": ("compile {d}/model.onnx -o {d}/foreign --force", 2, ["never removed", "letter.txt"]),
     "an artifact without force": ("compile {d}/model.onnx -o {d}/artifact", 2, ["already stands", "--force"]),
     "output is a file": ("compile {d}/model.onnx -o {d}/file", 2, ["directory or nothing", "found a file"]),
@@ -150,16 +150,16 @@ TABLE: dict[str, tuple[str, int, list[str]]] = {
     "no such recipe file": ("compile {d}/model.onnx -o {d}/out --recipe {d}/no.yaml", 2, ["no.yaml", "found none"]),
     "broken YAML": ("compile {d}/model.onnx -o {d}/out --recipe {d}/broken.yaml", 2, ["broken.yaml", "not valid YAML"]),
     "YAML of another shape": ("compile {d}/model.onnx -o {d}/out --recipe {d}/list.yaml", 2, ["passes", "list.yaml"]),
-    "a pass that is none": ("compile {d}/model.onnx -o {d}/out --recipe {d}/unknown.yaml", 2, ["'make-faster'", "qc passes"]),
+    "a pass that is none": ("compile {d}/model.onnx -o {d}/out --recipe {d}/unknown.yaml", 2, ["'make-faster'"]),
     "an option that is none": ("compile {d}/model.onnx -o {d}/out --recipe {d}/option.yaml", 2, ["'colour'", "format"]),
     "an unknown key": ("compile {d}/model.onnx -o {d}/out --recipe {d}/extra.yaml", 2, ["about, passes, source"]),
     "two passes in one entry": ("compile {d}/model.onnx -o {d}/out --recipe {d}/twice.yaml", 2, ["one pass per entry"]),
     "a recipe in bytes": ("compile {d}/model.onnx -o {d}/out --recipe {d}/bytes.yaml", 2, ["bytes.yaml"]),
     "an unknown pass": ("compile {d}/model.onnx -o {d}/out --passes faster", 2, ["'faster'", "quantize-weights"]),
-    "unbalanced braces": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{{", 2, ["braces"]),
-    "no value": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{{format}}", 2, ["option=value"]),
-    "a bad value": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{{group=many}}", 2, ["int", "'many'"]),
-    "a format that is none": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{{format=int5}}", 2, ["'int5'"]),
+    "unbalanced braces": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{", 2, ["braces"]),
+    "no value": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{format}", 2, ["option=value"]),
+    "a bad value": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{group=many}", 2, ["int", "'many'"]),
+    "a format that is none": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{format=int5}", 2, ["int5"]),
     "recipe and passes": ("compile {d}/model.onnx -o {d}/out --recipe w4 --passes x", 2, ["not allowed with"]),
     "no such target": ("compile {d}/model.onnx -o {d}/out --target toaster", 2, ["ort-cpu", "'toaster'", "qc targets"]),
     "a malformed setting": ("compile {d}/model.onnx -o {d}/out --set group", 2, ["pass.option=value", "'group'"]),
@@ -288,13 +288,11 @@ def test_an_artifact_with_files_of_the_user_is_never_replaced(
     assert digest(tmp_path / "artifact") == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_place_that_is_not_writable_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tmp_path.chmod(0o500)
-    try:
-        refused(["compile", place / "model.onnx", "-o", tmp_path / "out"], [str(tmp_path), "permission"], capsys)
-    finally:
-        tmp_path.chmod(0o700)
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a directory that even root cannot write")
+def test_a_place_that_is_not_writable_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(
+        ["compile", place / "model.onnx", "-o", "/proc/out"], ["writable directory at /proc", "another output"], capsys
+    )
 
 
 CHECKPOINT = {"a.weight": ("F32", [2, 2], bytes(16))}

@@ -1,0 +1,61 @@
+"""Hidden directories: removed by whoever made them, or by the next compile once nobody holds them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from qc.backends.workspace import HiddenDirectory, shielded, sweep, work_directory
+
+
+def _aged(path: Path) -> Path:
+    path.mkdir()
+    (path / "weights.bin").write_bytes(b"x")
+    os.utime(path, (time.time() - 60,) * 2)
+    return path
+
+
+def test_a_work_directory_goes_with_its_block(tmp_path):
+    with pytest.raises(KeyboardInterrupt), work_directory(tmp_path / "out") as work:
+        assert work.parent == tmp_path
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_holds_is_removed_and_what_somebody_holds_is_not(tmp_path):
+    dead = [_aged(tmp_path / name) for name in (".qc-work-a", ".out.tmp-b")]
+    other = _aged(tmp_path / ".another.tmp-c")
+    alive = HiddenDirectory(tmp_path, ".qc-work-")
+    os.utime(alive.path, (time.time() - 60,) * 2)
+    (tmp_path / ".qc-work-new").mkdir()
+    sweep(tmp_path / "out")
+    assert not any(p.exists() for p in dead)
+    assert other.exists()
+    assert alive.path.exists()
+    assert (tmp_path / ".qc-work-new").exists()
+    alive.remove()
+
+
+def test_an_artifact_whose_successor_never_came_returns(tmp_path):
+    _aged(tmp_path / ".out.old-x")
+    sweep(tmp_path / "out")
+    assert (tmp_path / "out" / "weights.bin").read_bytes() == b"x"
+
+
+def test_the_predecessor_of_a_finished_artifact_goes(tmp_path):
+    _aged(tmp_path / ".out.old-x")
+    (tmp_path / "out").mkdir()
+    sweep(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_waits_for_the_end_of_a_shield():
+    done = False
+    with pytest.raises(KeyboardInterrupt), shielded():
+        signal.raise_signal(signal.SIGINT)
+        done = True
+    assert done

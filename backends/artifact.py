@@ -133,8 +133,8 @@ class ArtifactWriter:
 
     def _out_of_space(self, error: OSError) -> InputError:
         return InputError(
-            f"No space to write the artifact at {self.out} ({error.strerror or error}). Nothing was changed. Free some space "
-            "or choose another output directory."
+            f"No space to write the artifact at {self.out} ({error.strerror or error}). Nothing was changed. Free "
+            "some space or choose another output directory."
         )
 
 

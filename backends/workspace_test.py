@@ -20,9 +20,13 @@ def _aged(path: Path) -> Path:
 
 
 def test_a_work_directory_goes_with_its_block(tmp_path):
-    with pytest.raises(KeyboardInterrupt), work_directory(tmp_path / "out") as work:
-        assert work.parent == tmp_path
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with work_directory(tmp_path / "out") as work:
+            assert work.parent == tmp_path
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -54,8 +58,13 @@ def test_the_predecessor_of_a_finished_artifact_goes(tmp_path):
 
 
 def test_an_interrupt_waits_for_the_end_of_a_shield():
-    done = False
-    with pytest.raises(KeyboardInterrupt), shielded():
-        signal.raise_signal(signal.SIGINT)
-        done = True
+    done = []
+
+    def interrupted() -> None:
+        with shielded():
+            signal.raise_signal(signal.SIGINT)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert done

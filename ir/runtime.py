@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from qc.ir import dialect
 from qc.ir.errors import InputError, InternalError
+from qc.ir.schedule import constants_first
 from qc.ir.store import SMALL, Store
 
 __all__ = ["Session", "describe", "flatten", "serialize"]
@@ -54,8 +56,9 @@ class Session:
         if not optimize:
             # Kernels that repack their weights copy them, and MatMulNBits then takes scales that a node makes for zero.
             options.add_session_config_entry("session.disable_prepacking", "1")
+        message = serialize(model, self._spill)
         try:
-            self._session = ort.InferenceSession(serialize(model, self._spill), options, ["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(message, options, ["CPUExecutionProvider"])
         except Exception as error:
             raise InternalError(f"ONNX Runtime refuses the model at this stage: {describe(error)}") from error
         self.outputs = [o.name for o in self._session.get_outputs()]
@@ -104,18 +107,22 @@ def describe(error: Exception) -> str:
 def serialize(model: ir.Model, spill: Store) -> bytes:
     """Serializes the graph with every large weight as a reference into the file that holds it.
 
+    Nodes are written in the order that takes least memory to run; for that, operators of the dialect are replaced by
+    their bodies here.
+
     Args:
         model: The model; unchanged on return.
         spill: Takes large weights that lie in memory.
     """
-    held = {v: v.const_value for graph in model.graphs() for v in graph.initializers.values()}
-    for value, tensor in held.items():
-        value.const_value = _reference(tensor, spill)
-    try:
-        return ir.to_proto(model).SerializeToString()
-    finally:
-        for value, tensor in held.items():
-            value.const_value = tensor
+    from onnx_ir.passes import common
+
+    written = model.clone()
+    common.InlinePass(lambda function: function.domain == dialect.DOMAIN)(written)
+    constants_first(written.graph)
+    for graph in written.graphs():
+        for value in graph.initializers.values():
+            value.const_value = _reference(value.const_value, spill)
+    return ir.to_proto(written).SerializeToString()
 
 
 def _reference(tensor: ir.TensorProtocol | None, spill: Store) -> ir.TensorProtocol | None:

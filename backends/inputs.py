@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qc.ir.errors import InputError
 from qc.ir.model import ANY_SHAPE, Port, Signature
 
-__all__ = ["check_inputs", "require_tokens", "text_batches", "text_inputs"]
+__all__ = ["cache_shape", "check_inputs", "require_tokens", "text_batches", "text_inputs"]
 
 
 def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

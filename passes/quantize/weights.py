@@ -18,7 +18,7 @@ from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, sqnr_db
 from qc.passes.statistics import Request, Statistic
 
-__all__ = ["QuantizeWeights"]
+__all__ = ["QuantizeWeights", "fitted"]
 
 _SHORTEST_GROUP = 16
 """The shortest group that blocked kernels take."""

@@ -13,7 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from qc.ir.errors import InputError
 from qc.passes.base import Pass
 
-__all__ = ["Step", "build_pass", "format_pipeline", "options_of", "parse_pipeline", "pass_class", "pass_names", "steps_of"]
+__all__ = [
+    "Step",
+    "build_pass",
+    "format_pipeline",
+    "options_of",
+    "parse_pipeline",
+    "pass_class",
+    "pass_names",
+    "steps_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)

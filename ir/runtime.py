@@ -7,7 +7,10 @@ largest decoded weight.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +23,9 @@ from qc.ir.schedule import constants_first
 from qc.ir.store import SMALL, Store
 
 __all__ = ["Session", "describe", "flatten", "serialize"]
+
+_MMAP_THRESHOLD = -3
+"""``M_MMAP_THRESHOLD`` of malloc.h."""
 
 
 class Session:
@@ -42,6 +48,7 @@ class Session:
         """
         import onnxruntime as ort
 
+        _return_freed_blocks()
         self._spill = Store()
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -78,6 +85,19 @@ class Session:
             return flatten(self.outputs, self._session.run(None, given))
         except Exception as error:
             raise InputError(f"{describe(error)}. Check the values and shapes of the inputs.") from error
+
+
+@functools.cache
+def _return_freed_blocks() -> None:
+    """Makes glibc give freed blocks of at least 1 MiB back to the system.
+
+    By default that limit grows to 32 MiB with what a program frees, and decoded weights below it then stay in the heap:
+    0.9 GiB after a model of 1.2 billion parameters.
+    """
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def flatten(names: Sequence[str], values: Sequence[object]) -> dict[str, np.ndarray]:

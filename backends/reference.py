@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import onnx_ir as ir
 
 from qc.backends.decoding import context_limit, greedy
 from qc.backends.inputs import check_inputs
+from qc.backends.target import Runner
 from qc.ir.errors import InternalError, UnsupportedError
 from qc.ir.model import Model
 from qc.ir.runtime import Session
+from qc.ir.store import Store
 
-__all__ = ["ModelRunner"]
+__all__ = ["ModelRunner", "Remembered"]
+
+_LARGE = 1 << 20  # bytes; smaller results stay in memory
 
 
 class ModelRunner:
@@ -61,3 +67,49 @@ class ModelRunner:
         """
         limit = context_limit(self.provenance)
         return greedy(self.run, self.signature, tokens, max_tokens, stop, limit=limit)
+
+
+class Remembered:
+    """A runner whose results are kept on disk, so that it need not be in memory together with what it is compared to.
+
+    Attributes:
+        signature: Its inputs and outputs with their roles.
+        provenance: Facts about its source.
+    """
+
+    def __init__(self, runner: Runner, store: Store) -> None:
+        """Wraps a runner.
+
+        Args:
+            runner: Runs once on each input.
+            store: Where large results are written.
+        """
+        self.signature = runner.signature
+        self.provenance = runner.provenance
+        self._runner = runner
+        self._store = store
+        self._known: dict[bytes, dict[str, np.ndarray | ir.TensorProtocol]] = {}
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs once, or returns what the same inputs yielded before."""
+        key = _digest(inputs)
+        if key not in self._known:
+            self._known[key] = {name: self._keep(name, value) for name, value in self._runner.run(inputs).items()}
+        return {k: v if isinstance(v, np.ndarray) else v.numpy() for k, v in self._known[key].items()}
+
+    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
+        """As the runner does; nothing is kept."""
+        return self._runner.generate(tokens, max_tokens, stop)
+
+    def _keep(self, name: str, value: np.ndarray) -> np.ndarray | ir.TensorProtocol:
+        large = value.nbytes >= _LARGE and value.dtype.kind not in "OUS"
+        return self._store.put(name, value) if large else value
+
+
+def _digest(inputs: Mapping[str, np.ndarray]) -> bytes:
+    found = hashlib.sha256()
+    for name, value in sorted(inputs.items()):
+        data = np.ascontiguousarray(value)
+        found.update(repr((name, data.dtype.str, data.shape)).encode())
+        found.update(repr(data.tolist()).encode() if data.dtype.kind in "OUS" else data.tobytes())
+    return found.digest()

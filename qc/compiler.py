@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qc.backends.artifact import Artifact, ArtifactWriter
 from qc.backends.manifest import Manifest, source_files
-from qc.backends.reference import ModelRunner
+from qc.backends.reference import ModelRunner, Remembered
 from qc.backends.target import Coverage, Runner, backend_for
 from qc.backends.workspace import work_directory
 from qc.frontend import load
@@ -22,7 +22,7 @@ from qc.ir.model import Model
 from qc.ir.probe import Found, find_inputs
 from qc.ir.store import Store
 from qc.ir.verify import STAGES, check_structure, compare
-from qc.measurement import measure, read_data, speed
+from qc.measurement import measure, read_data, rehearse, speed
 from qc.passes.base import Context
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager, PassReport
@@ -122,11 +122,12 @@ def compile(  # noqa: A001  the verb of the product
                 return CompileResult(None, plan, (), {}, {}, clock.stop())
             data = read_data(model, calib)
             original = model.clone()
-            reference = ModelRunner(original)
+            store = Store(work / "store")
+            reference = Remembered(ModelRunner(original), store)
             found = find_inputs(original, reference.run, seed)
             probe = found.batches
             _require_finite(original, found)
-            context = Context(store=Store(work / "store"), seed=seed, exclude=tuple(exclude), tick=progress.tick)
+            context = Context(store=store, seed=seed, exclude=tuple(exclude), tick=progress.tick)
             phases = (
                 ("canonicalize", [Step(p, optional=True) for p in canonicalize_passes()], "float"),
                 ("recipe", steps, "float"),
@@ -147,6 +148,7 @@ def compile(  # noqa: A001  the verb of the product
                 clock.start("write")
                 backend.emit(model, writer.directory)
                 clock.start("measure")
+                rehearse(reference, plan, data)  # the float model and the artifact take turns in memory
                 runner = backend.open(writer.directory)
                 _require_same(runner, probe, before_lowering)
                 accuracy = measure(runner, reference, plan, data, found)

@@ -21,7 +21,7 @@ from qc.ir.model import Model
 from qc.ir.probe import Found
 from qc.plan import Plan
 
-__all__ = ["Data", "measure", "read_data", "speed"]
+__all__ = ["Data", "measure", "read_data", "rehearse", "speed"]
 
 _CALIBRATION_WINDOWS = 4
 """Windows of text for statistics: second moments of channels change little beyond a thousand tokens."""
@@ -83,6 +83,12 @@ def read_data(model: Model, calib: str | Path | None) -> Data:
     return Data(path.name, tokens[: -count * window], batches)
 
 
+def rehearse(reference: Runner, plan: Plan, data: Data) -> None:
+    """Runs the float model on what `measure` will ask of it, while nothing else is in memory."""
+    if data.tokens is not None:
+        evaluate(reference, text_tokens=data.tokens, window=WINDOW, windows=_windows(plan))
+
+
 def measure(runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Found) -> dict[str, object]:
     """Measures an artifact in its runtime against the float model.
 
@@ -103,10 +109,13 @@ def measure(runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Fo
             return {"measured_on": "nothing: no output holds numbers; they are equal"}
         found = evaluate(runner, reference, inputs=probe.batches)
     else:
-        affordable = int(_EVALUATION_FLOPS / (2 * max(plan.parameters, 1) * WINDOW))
-        windows = max(1, min(_EVALUATION_WINDOWS, affordable))
-        found = evaluate(runner, reference, text_tokens=data.tokens, window=WINDOW, windows=windows)
+        found = evaluate(runner, reference, text_tokens=data.tokens, window=WINDOW, windows=_windows(plan))
     return {"measured_on": data.name, **{k: v for k, v in found.items() if v is not None}}
+
+
+def _windows(plan: Plan) -> int:
+    affordable = int(_EVALUATION_FLOPS / (2 * max(plan.parameters, 1) * WINDOW))
+    return max(1, min(_EVALUATION_WINDOWS, affordable))
 
 
 def speed(runner: Runner, probe: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:

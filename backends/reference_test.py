@@ -1,0 +1,43 @@
+"""A remembered runner yields what the runner did, and asks it once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from qc.backends.reference import Remembered
+from qc.ir.model import Signature
+from qc.ir.store import Store
+
+
+class _Counter:
+    def __init__(self, size: int) -> None:
+        self.signature, self.provenance = Signature((), ()), {}
+        self.calls, self._size = 0, size
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.calls += 1
+        return {"y": np.full(self._size, inputs["x"].sum(), np.float32), "text": np.array(["a"], object)}
+
+    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
+        return iter(tokens)
+
+
+def test_the_same_inputs_are_run_once_and_yield_the_same() -> None:
+    runner = _Counter(1 << 19)  # large enough to be written to the store
+    remembered = Remembered(runner, Store())
+    x = np.arange(4)
+    first, second = remembered.run({"x": x}), remembered.run({"x": x.copy()})
+    assert runner.calls == 1
+    for found in (first, second):
+        np.testing.assert_array_equal(found["y"], np.full(1 << 19, 6, np.float32))
+        assert found["text"].tolist() == ["a"]
+
+
+def test_other_values_types_or_shapes_are_other_inputs() -> None:
+    runner = _Counter(1)
+    remembered = Remembered(runner, Store())
+    for x in (np.zeros(4, np.int64), np.ones(4, np.int64), np.zeros((2, 2), np.int64), np.zeros(8, np.int32)):
+        remembered.run({"x": x})
+    assert runner.calls == 4

@@ -3,8 +3,8 @@
 A model that uses these operators carries their bodies as model-local functions, so any ONNX runtime executes it by
 inlining them. A backend that has a kernel replaces the node; nothing has to.
 
-To add an operator, write its body below and list it in `_BODIES`; a node that carries the overload name ``bias`` selects
-the body with that overload.
+To add an operator, write its body in `_bodies`; a node that carries the overload name ``bias`` selects the body with
+that overload.
 
 | operator | inputs | meaning |
 |---|---|---|
@@ -19,7 +19,7 @@ import functools
 
 import onnx_ir as ir
 
-__all__ = ["DOMAIN", "VERSION", "is_op", "linear", "functions_for", "swish", "sync_functions"]
+__all__ = ["DOMAIN", "VERSION", "functions_for", "is_op", "linear", "swish", "sync_functions"]
 
 DOMAIN = "qc"
 VERSION = 1

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 import onnx_ir as ir
+
 from qc.ir import dialect
 from qc.ir.errors import ContractError
 from qc.ir.proto import without_weights
@@ -53,8 +54,9 @@ def check_structure(model: ir.Model, stage: Stage, foreign: frozenset[str] = fro
     for node in model.graph.all_nodes():
         if node.domain not in legal:
             raise ContractError(
-                f"Expected only operators of {sorted(legal)} in a {stage.name} model, found {node.domain}::{node.op_type} "
-                f"at {node.name!r}. The pass that just ran must not produce it at this stage."
+                f"Expected only operators of {sorted(legal)} in a {stage.name} model, found "
+                f"{node.domain}::{node.op_type} at {node.name!r}. "
+                "The pass that just ran must not produce it at this stage."
             )
         for value in node.inputs:
             if (

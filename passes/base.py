@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass whose fields are its options, with a contract, that reports every site it looked at."""
+"""What a pass is: a frozen dataclass whose fields are its options, with a contract, that reports every site it saw."""
 
 from __future__ import annotations
 

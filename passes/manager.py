@@ -213,8 +213,9 @@ def _require_equal(
                 where = _first_difference(previous, model, batch, tol)
                 raise ContractError(
                     f"Pass {name} promises outputs equal to {tol:g} (relative to the largest value), but output "
-                    f"{difference.output!r} differs by {difference.max_abs:.3g} (largest value {difference.scale:.3g}). "
-                    f"{where} This is a defect of the pass: exclude it, and report the model's operators around that value."
+                    f"{difference.output!r} differs by {difference.max_abs:.3g} (largest value "
+                    f"{difference.scale:.3g}). {where} This is a defect of the pass: exclude it, and report the "
+                    "model's operators around that value."
                 )
     return _worst(before, after)
 

@@ -178,6 +178,11 @@ def _split(text: str) -> list[str]:
     return [p.strip() for p in parts if p.strip()]
 
 
+_BOOLS = {"true": True, "false": False}
+_WIDER = {float: (float, int)}
+"""Types that are taken for another; any other value must have its field's very type, or be a string that spells it."""
+
+
 def _convert(value: object, hint: object, where: str) -> object:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         kinds = typing.get_args(hint)
@@ -189,18 +194,13 @@ def _convert(value: object, hint: object, where: str) -> object:
         if not isinstance(items, Sequence):
             raise InputError(f"Expected a list for {where}, found {value!r}.")
         return tuple(_convert(i, typing.get_args(hint)[0], where) for i in items)
-    if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
     try:
-        if (
-            hint is bool
-            and not isinstance(value, bool)
-            or hint is not str
-            and isinstance(value, bool) is not (hint is bool)
-        ):
-            raise ValueError
+        if isinstance(value, str):
+            return _BOOLS[value.lower()] if hint is bool else hint(value)  # type: ignore[operator]
+        if type(value) not in _WIDER.get(hint, (hint,)):
+            raise TypeError
         return hint(value)  # type: ignore[operator]
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"Expected {getattr(hint, '__name__', hint)} for {where}, found {value!r}.") from error
 
 

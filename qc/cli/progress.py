@@ -16,7 +16,7 @@ __all__ = ["choose_progress"]
 
 def choose_progress() -> Progress:
     """A live table on a terminal, else plain lines."""
-    return LiveProgress() if sys.stderr.isatty() else PlainProgress()
+    return _LiveProgress() if sys.stderr.isatty() else _PlainProgress()
 
 
 def _plan_lines(plan: Plan) -> list[str]:
@@ -49,7 +49,7 @@ def _outcome(report: PassReport) -> str:
     return changed + error
 
 
-class PlainProgress(Progress):
+class _PlainProgress(Progress):
     """One line per event."""
 
     def plan(self, plan: Plan) -> None:
@@ -63,7 +63,7 @@ class PlainProgress(Progress):
 
     def pass_event(self, name: str, report: PassReport | None) -> None:
         """Prints what a pass did and how long it took."""
-        if report is not None and (report.modified or report.count(Outcome.SKIPPED)):
+        if report is not None and report.modified:
             self._say(
                 f"  {name}: {_outcome(report)} ({report.seconds:.1f} s, verified in {report.verify_seconds:.1f} s)"
             )
@@ -72,8 +72,8 @@ class PlainProgress(Progress):
         print(line, file=sys.stderr, flush=True)
 
 
-class LiveProgress(PlainProgress):
-    """The lines of `PlainProgress` scroll by above one live line: pass, site, rate, time left, memory."""
+class _LiveProgress(_PlainProgress):
+    """The lines of `_PlainProgress` scroll by above one live line: pass, site, rate, time left, memory."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from qc.ir import dialect
 from qc.ir.errors import InputError, InternalError
-from qc.ir.schedule import constants_first
+from qc.ir.schedule import order_for_memory
 from qc.ir.store import SMALL, Store
 
 __all__ = ["Session", "describe", "flatten", "serialize"]
@@ -138,7 +138,7 @@ def serialize(model: ir.Model, spill: Store) -> bytes:
 
     written = model.clone()
     common.InlinePass(lambda function: function.domain == dialect.DOMAIN)(written)
-    constants_first(written.graph)
+    order_for_memory(written.graph)
     for graph in written.graphs():
         for value in graph.initializers.values():
             value.const_value = _reference(value.const_value, spill)

@@ -1,10 +1,10 @@
-"""Nodes that compute constants go to the front, and decoded weights then take turns in memory."""
+"""Constants go to the front and observers to the end, where the runtime computes both as late as it can."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from qc.ir.schedule import constants_first
+from qc.ir.schedule import order_for_memory
 
 
 def _value(name: str) -> ir.Value:
@@ -26,8 +26,20 @@ def test_decode_nodes_move_to_the_front_in_their_order() -> None:
     second = ir.node("MatMul", [first.outputs[0], turn.outputs[0]], name="second")
     nodes = [first_decode, first, second_decode, turn, second]
     graph = ir.Graph([x], second.outputs, nodes=nodes, initializers=weights, opset_imports={"": 23})
-    constants_first(graph)
+    order_for_memory(graph)
     assert [n.name for n in graph] == ["decode a", "decode b", "turn b", "first", "second"]
+
+
+def test_nodes_that_nothing_reads_go_to_the_end_the_shallowest_last() -> None:
+    x = _value("x")
+    first = ir.node("Neg", [x], name="first")
+    second = ir.node("Neg", [first.outputs[0]], name="second")
+    output = ir.node("Neg", [second.outputs[0]], name="output")
+    observer = ir.node("Size", [first.outputs[0]], name="observer")
+    outputs = [*output.outputs, *observer.outputs]
+    graph = ir.Graph([x], outputs, nodes=[first, observer, second, output], opset_imports={"": 23})
+    order_for_memory(graph)
+    assert [n.name for n in graph] == ["first", "second", "output", "observer"]
 
 
 def test_a_node_with_a_subgraph_stays_behind_what_the_subgraph_reads() -> None:
@@ -40,5 +52,5 @@ def test_a_node_with_a_subgraph_stays_behind_what_the_subgraph_reads() -> None:
     attributes = {"then_branch": branches[0], "else_branch": branches[1]}
     choose = ir.node("If", [condition], attributes, name="choose")
     graph = ir.Graph([x], choose.outputs, nodes=[negate, choose], initializers=[condition], opset_imports={"": 23})
-    constants_first(graph)
+    order_for_memory(graph)
     assert [n.name for n in graph] == ["negate", "choose"]

@@ -8,6 +8,17 @@ import jinja2
 
 __all__ = ["render"]
 
+_FIGURES = (
+    ("ppl", "perplexity", "{:.2f}"),
+    ("ppl_reference", "perplexity in float", "{:.2f}"),
+    ("kl", "KL to float, nats per token", "{:.4f}"),
+    ("top1", "top-1 agreement with float", "{:.1%}"),
+    ("cosine", "cosine to float, mean", "{:.4f}"),
+    ("cosine_min", "cosine to float, smallest", "{:.4f}"),
+    ("sqnr_db", "SQNR", "{:.1f} dB"),
+)
+"""What is shown of the accuracy: key, label, spelling."""
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>qc report: {{ summary.recipe }} on {{ summary.target }}</title>
@@ -28,8 +39,8 @@ details summary { cursor: pointer; }
 <div class="cards">
 <div class="card"><b>{{ summary.artifact_bytes | mib }}</b><span>artifact (weights and graph)</span></div>
 <div class="card"><b>{{ summary.source_bytes | mib }}</b><span>source weights</span></div>
-{% for key, value in accuracy.items() if value is number -%}
-<div class="card"><b>{{ value | figure }}</b><span>{{ key }}</span></div>
+{% for label, value in figures -%}
+<div class="card"><b>{{ value }}</b><span>{{ label }}</span></div>
 {% endfor -%}
 <div class="card"><b>{{ coverage.on_target }} / {{ coverage.on_target + coverage.off_target }}</b>
 <span>nodes on the target's kernels</span></div>
@@ -74,8 +85,12 @@ def render(report: Mapping[str, object]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["mib"] = lambda count: f"{count / (1 << 20):,.1f} MiB"
     environment.filters["figure"] = lambda value: "" if value is None else f"{value:.4g}"
+    accuracy: Mapping = report["accuracy"]  # type: ignore[assignment]
+    figures = [
+        (label, spelling.format(accuracy[key])) for key, label, spelling in _FIGURES if accuracy.get(key) is not None
+    ]
     sites: list[dict] = list(report["sites"])  # type: ignore[call-overload]
     weights = [s for s in sites if s["outcome"] == "changed" and s.get("bits_per_weight") is not None]
     weights.sort(key=lambda s: (s.get("sqnr_db") is None, s.get("sqnr_db")))
     left = [s for s in sites if s["outcome"] == "skipped" and s["pass"].startswith("quantize")]
-    return environment.from_string(_PAGE).render(**report, weights=weights, left=left)
+    return environment.from_string(_PAGE).render(**report, figures=figures, weights=weights, left=left)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from qc.ir.quant import read_weight
+
 __all__ = ["ACTIONS", "ChannelGroup", "Family", "Forbidden", "Input", "Use"]
 
 ACTIONS = ("permute", "scale", "sign", "shift", "orthogonal", "split", "merge")
@@ -69,9 +71,10 @@ class Use:
 
     @property
     def name(self) -> str:
-        """Name of the weight, or of the reader if it is absent."""
+        """Name of the stored weight, of the value if it is computed, or of the reader if it is absent."""
         value = self.value
-        return str(value.name if value is not None else self.node.name)
+        weight = read_weight(value)
+        return weight.name if weight is not None else str(value.name if value is not None else self.node.name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

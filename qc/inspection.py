@@ -1,4 +1,4 @@
-"""What ``qc inspect`` knows about a model: where its bytes are, its blocks, its outlier channels."""
+"""What ``qc inspect`` knows about a model: where its bytes are, its blocks, its channel groups, its outliers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qc.ir import dialect
 from qc.ir.blocks import find_blocks
+from qc.ir.channels import find_groups
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model
 from qc.ir.probe import find_inputs
@@ -16,7 +17,7 @@ from qc.ir.quant import read_weight
 from qc.ir.runtime import Session
 from qc.passes.base import site_name
 
-__all__ = ["blocks", "outliers", "sizes"]
+__all__ = ["blocks", "groups", "outliers", "sizes"]
 
 
 def sizes(model: Model) -> dict[str, object]:
@@ -70,6 +71,17 @@ def blocks(model: Model) -> dict[str, object]:
             for s in found.segments
         ],
     }
+
+
+def groups(model: Model) -> dict[str, object]:
+    """Lists the channel groups of a canonical model: what may be done to the channels of which tensors.
+
+    Returns:
+        ``{"groups": [...], "coverage": {...}, "drawing": str}``: `qc.ir.channels.ChannelGroups.describe`, the share of
+        the weights whose input channels may be scaled and the operators that forbid the rest, and a Mermaid drawing.
+    """
+    found = find_groups(model)
+    return {"groups": found.describe(), "coverage": found.coverage(), "drawing": found.drawing()}
 
 
 def outliers(model: Model, batches: Sequence[Mapping[str, np.ndarray]] | None = None) -> dict[str, object]:

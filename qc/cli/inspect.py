@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.graph:
         print(to_text(model))
         return 0
-    wanted = [name for name in ("sizes", "blocks", "outliers") if getattr(arguments, name)] or ["sizes"]
+    wanted = [name for name in ("sizes", "blocks", "groups", "outliers") if getattr(arguments, name)] or ["sizes"]
     data: dict[str, object] = {}
     for name in wanted:
         data |= getattr(inspection, name)(model)
@@ -57,6 +57,46 @@ def _blocks(data: dict) -> None:
     )
 
 
+def _groups(data: dict) -> None:
+    print_table(
+        f"{len(data['groups'])} channel groups",
+        ("id", "kind", "width", "made by", "read by", "admits", "forbidden by"),
+        (
+            (
+                g["id"],
+                g["kind"],
+                g["width"],
+                _names(g["producers"]),
+                _names(g["consumers"]),
+                " ".join(g["admits"]),
+                _why(g),
+            )
+            for g in data["groups"]
+        ),
+        numeric=(0, 2),
+    )
+    coverage = data["coverage"]
+    reasons = ", ".join(
+        f"{operator} {count / coverage['weights']:.1%}" for operator, count in coverage["by_operator"].items()
+    )
+    print(f"\ninput channels may be scaled for {coverage['scalable']:.1%} of the weights", end="")
+    print(f"; the rest is forbidden by {reasons}" if reasons else "")
+    print(f"\n{data['drawing']}")
+
+
+def _names(members: list[dict]) -> str:
+    """The first members by name, and how many more there are."""
+    names = list(dict.fromkeys(m["name"] for m in members))
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _why(group: dict) -> str:
+    by_operator: dict[str, list[str]] = {}
+    for action, forbidden in group["forbids"].items():
+        by_operator.setdefault(forbidden["operator"], []).append(action)
+    return "; ".join(f"{operator}: {' '.join(actions)}" for operator, actions in by_operator.items())
+
+
 def _outliers(data: dict) -> None:
     print_table(
         "largest channel over the median channel, at the input of each matrix product (random inputs)",
@@ -76,4 +116,4 @@ def _outliers(data: dict) -> None:
     )
 
 
-_PRINTERS = {"sizes": _sizes, "blocks": _blocks, "outliers": _outliers}
+_PRINTERS = {"sizes": _sizes, "blocks": _blocks, "groups": _groups, "outliers": _outliers}

@@ -11,6 +11,9 @@ from typing import NoReturn
 __all__ = ["accuracy_rows", "figure", "mib", "print_json", "print_table"]
 
 
+_PIPE_WIDTH = 1000
+
+
 def print_json(data: object) -> None:
     """Prints one JSON document on standard output; what is not finite becomes null."""
     json.dump(_finite(data), sys.stdout, indent=1, sort_keys=True)
@@ -44,7 +47,8 @@ def print_table(
         table.add_column(column, justify="right" if i in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    # In a file or a pipe nothing is gained by wrapping.
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
     console.on_broken_pipe = _broken_pipe  # rich's own would end the process with the code of a bug
     console.print(table)
 

@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("model", metavar="MODEL|DIR", help=_MODEL + ", or an artifact")
     c.add_argument("--sizes", action="store_true", help="where the bytes are (default)")
     c.add_argument("--blocks", action="store_true", help="the repeated blocks, found from the graph")
+    c.add_argument("--groups", action="store_true", help="the channel groups: what may be done to which channels")
     c.add_argument("--outliers", action="store_true", help="channels of activations and weights that stand out")
     c.add_argument("--graph", action="store_true", help="the readable text form")
     _json(c)

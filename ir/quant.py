@@ -15,7 +15,6 @@ In a graph, a weight is initializers behind a *decode node*:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -24,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir.errors import InputError
-from qc.ir.store import Store
+from qc.ir.store import Store, release
 
 __all__ = [
     "Affine",
@@ -240,7 +239,7 @@ class Weight:
         They are mapped again when read again. A file of which somebody still holds a view stays mapped.
         """
         for value in (self.data, *self.params.values()):
-            _release(_tensor(value))
+            release(_tensor(value))
 
     def numpy(self) -> np.ndarray:
         """Reads and decodes the weight: a new float32 array, or a read-only view of the file if stored in float32."""
@@ -375,12 +374,6 @@ def named_formats() -> dict[str, Format]:
 
 def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and not value.is_graph_input()
-
-
-def _release(tensor: ir.TensorProtocol) -> None:
-    if isinstance(tensor, ir.ExternalTensor):
-        with contextlib.suppress(BufferError):  # a view of it is in use
-            tensor.release()
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

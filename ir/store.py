@@ -6,6 +6,7 @@ in hand, whatever the size of the model.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ import onnx_ir as ir
 
 from qc.ir.errors import InputError
 
-__all__ = ["SMALL", "Store"]
+__all__ = ["SMALL", "Store", "release"]
 
 SMALL = 1024
 """Tensors of at most this many bytes stay in memory: a file reference would cost more than they do."""
@@ -99,3 +100,13 @@ class Store:
         )
         held.meta["qc.store"] = self
         return held
+
+
+def release(tensor: ir.TensorProtocol) -> None:
+    """Forgets what reading a tensor from its file left in memory: the map, and of 2 and 4-bit types a byte per element.
+
+    It is read again when asked for again. A file of which somebody still holds a view stays mapped.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):
+            tensor.release()

@@ -12,6 +12,7 @@ from qc.backends.ort.packing import pack_codes, pack_tensor
 from qc.ir import dialect
 from qc.ir.errors import UnsupportedError
 from qc.ir.quant import Affine, Format, Weight
+from qc.ir.store import release
 from qc.passes.canonicalize._graph import add_constant
 
 __all__ = ["Held", "PackedWeights", "consumes_weight", "float_scale", "kernel_block"]
@@ -153,6 +154,7 @@ class PackedWeights:
             if tensor is None:
                 return ir.tensor(np.zeros(shape, np.uint8), name=name)
             codes = _repeated(tensor.numpy().astype(np.uint8).reshape(rows, -1), groups)
+            release(tensor)
             return ir.tensor(pack_codes(codes, values.bits), name=name)
 
         return add_constant(

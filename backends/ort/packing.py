@@ -10,10 +10,13 @@ sign only, ``q - low = q XOR 2^(b-1)``, so packing is one pass over the bytes an
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import onnx_ir as ir
 
 from qc.ir.quant import Affine
+from qc.ir.store import release
 
 __all__ = ["pack_codes", "pack_tensor", "unpack_codes"]
 
@@ -64,11 +67,15 @@ def pack_tensor(tensor: ir.TensorProtocol, values: Affine, width: int) -> np.nda
     """
     rows, columns = (int(d) for d in tensor.shape)
     if width == columns:
-        raw = np.frombuffer(tensor.tobytes(), np.uint8).reshape(rows, -1)
+        stream = io.BytesIO()
+        tensor.tofile(stream)  # type: ignore[attr-defined]  # `tobytes` of a file unpacks it first
+        raw = np.frombuffer(stream.getbuffer(), np.uint8).reshape(rows, -1)
         return raw ^ np.uint8(_SIGN_BITS[values.bits]) if values.symmetric else raw
     codes = tensor.numpy()
     packed = np.empty((rows, width * values.bits // 8), np.uint8)
     for start in range(0, rows, _CHUNK_ROWS):
         chunk = codes[start : start + _CHUNK_ROWS].astype(np.int16) - values.low
         packed[start : start + _CHUNK_ROWS] = pack_codes(chunk, values.bits, width)
+    del codes
+    release(tensor)
     return packed

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qc.backends.artifact import Artifact, ArtifactWriter
 from qc.backends.manifest import Manifest, source_files
 from qc.backends.reference import ModelRunner, Remembered
-from qc.backends.target import Coverage, Runner, backend_for
+from qc.backends.target import Backend, Coverage, Runner, backend_for
 from qc.backends.workspace import work_directory
 from qc.frontend import load
 from qc.ir.errors import ContractError, InputError
@@ -125,23 +125,17 @@ def compile(  # noqa: A001  the verb of the product
             store = Store(work / "store")
             reference = Remembered(ModelRunner(original), store)
             found = find_inputs(original, reference.run, seed)
-            probe = found.batches
             _require_finite(original, found)
             context = Context(store=store, seed=seed, exclude=tuple(exclude), tick=progress.tick)
-            phases = (
-                ("canonicalize", [Step(p, optional=True) for p in canonicalize_passes()], "float"),
-                ("recipe", steps, "float"),
-                ("lower", list(backend.lowering()), "lowering"),
-            )
+            phases = _phases(steps, backend)
             reports: list[PassReport] = []
-            before_lowering: list[Mapping[str, np.ndarray]] = []
-            for phase, todo, stage in phases:
+            for phase, todo in phases.items():
                 clock.start(phase)
                 if phase == "lower":
-                    runner = ModelRunner(model)
-                    before_lowering = [runner.run(batch) for batch in probe]
+                    unlowered = _outputs(model, found.batches)
+                stage = "lowering" if phase == "lower" else "float"
                 manager = PassManager(todo, stage=stage, verify=verify, observer=progress.pass_event)
-                model, done = manager.run(model, context=context, probe=probe, calibration=data.calibration)
+                model, done = manager.run(model, context=context, probe=found.batches, calibration=data.calibration)
                 reports += done
             check_structure(model, STAGES["lowered"], _foreign_domains(original))
             with writer:
@@ -150,9 +144,9 @@ def compile(  # noqa: A001  the verb of the product
                 clock.start("measure")
                 rehearse(reference, plan, data)  # the float model and the artifact take turns in memory
                 runner = backend.open(writer.directory)
-                _require_same(runner, probe, before_lowering)
+                _require_same(runner, found.batches, unlowered)
                 accuracy = measure(runner, reference, plan, data, found)
-                figures = speed(runner, probe) if probe else {}
+                figures = speed(runner, found.batches) if found.batches else {}
                 report = build_report(
                     plan=plan,
                     reports=reports,
@@ -163,18 +157,17 @@ def compile(  # noqa: A001  the verb of the product
                     target=target,
                 )
                 write_report(report, writer.directory)
-                writer.describe(
-                    Manifest.of(
-                        model,
-                        backend.target,
-                        recipe=chosen.name,
-                        steps=steps,
-                        lowering=[*phases[0][1], *phases[2][1]],
-                        seed=seed,
-                        source=source_files(_weight_files(original)),
-                        accuracy=accuracy,
-                    )
+                manifest = Manifest.of(
+                    model,
+                    backend.target,
+                    recipe=chosen.name,
+                    steps=steps,
+                    lowering=[*phases["canonicalize"], *phases["lower"]],
+                    seed=seed,
+                    source=source_files(_weight_files(original)),
+                    accuracy=accuracy,
                 )
+                writer.describe(manifest)
             artifact = Artifact.open(out)
             return CompileResult(artifact, plan, reports, report, figures, clock.stop())
     finally:
@@ -191,6 +184,20 @@ def lower(model: Model, target: str = "ort-cpu", *, verify: bool = True) -> tupl
     manager = PassManager(list(backend.lowering()), stage="lowering", verify=verify)
     lowered, _ = manager.run(model)
     return lowered, backend.coverage(lowered)
+
+
+def _phases(steps: Sequence[Step], backend: Backend) -> dict[str, list[Step]]:
+    """The passes of each phase of a compile, in order."""
+    return {
+        "canonicalize": [Step(p, optional=True) for p in canonicalize_passes()],
+        "recipe": list(steps),
+        "lower": list(backend.lowering()),
+    }
+
+
+def _outputs(model: Model, batches: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    runner = ModelRunner(model)
+    return [runner.run(batch) for batch in batches]
 
 
 class _Clock:

@@ -70,6 +70,11 @@ class PassManager:
     `Lossy` pass the error is measured.
 
     Accepts passes of ours and any ``onnx_ir`` pass (taken as exact).
+
+    Attributes:
+        steps: What runs.
+        verify: Whether outputs are compared.
+        outputs: After a run, what the model yields on the probe batches; empty if outputs are not compared.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class PassManager:
         """
         self.steps = list(steps)
         self.verify = verify
+        self.outputs: Outputs = []
         self._stage: Stage = STAGES[stage]
         self._observer = observer or (lambda name, report: None)
 
@@ -100,6 +106,7 @@ class PassManager:
         context: Context | None = None,
         probe: Sequence[Mapping[str, np.ndarray]] | None = None,
         calibration: Sequence[Mapping[str, np.ndarray]] | None = None,
+        outputs: Sequence[Mapping[str, np.ndarray]] = (),
     ) -> tuple[Model, list[PassReport]]:
         """Runs all steps on `model`, in place.
 
@@ -109,6 +116,7 @@ class PassManager:
             probe: Batches to verify on; None looks for some that the model runs on; without any, only structure is
                 checked.
             calibration: Batches to collect statistics on, for passes that need them; None makes synthetic ones.
+            outputs: What `model` yields on `probe`, if known: a forward pass of a large model takes its time.
 
         Returns:
             The model and one report per step.
@@ -124,7 +132,7 @@ class PassManager:
         batches = list(probe or ()) if self.verify else []
         if self.verify and probe is None:
             batches = list(find_inputs(model, Session(model).run, context.seed).batches)
-        before = _outputs(model, batches)
+        before = [dict(o) for o in outputs] if batches and outputs else _outputs(model, batches)
         reports = []
         for item in self.steps:
             step = item if isinstance(item, Step) else Step(item, optional=True)  # type: ignore[arg-type]
@@ -133,6 +141,7 @@ class PassManager:
                 context = dataclasses.replace(context, statistics=found)
             model, before, report = self._run_step(step, model, context, batches, before)
             reports.append(report)
+        self.outputs = before
         return model, reports
 
     def _run_step(

@@ -129,14 +129,17 @@ def compile(  # noqa: A001  the verb of the product
             context = Context(store=store, seed=seed, exclude=tuple(exclude), tick=progress.tick)
             phases = _phases(steps, backend)
             reports: list[PassReport] = []
+            known = found.outputs
             for phase, todo in phases.items():
                 clock.start(phase)
                 if phase == "lower":
-                    unlowered = _outputs(model, found.batches)
+                    unlowered = known or _outputs(model, found.batches)
                 stage = "lowering" if phase == "lower" else "float"
                 manager = PassManager(todo, stage=stage, verify=verify, observer=progress.pass_event)
-                model, done = manager.run(model, context=context, probe=found.batches, calibration=data.calibration)
-                reports += done
+                model, done = manager.run(
+                    model, context=context, probe=found.batches, calibration=data.calibration, outputs=known
+                )
+                reports, known = reports + done, manager.outputs
             check_structure(model, STAGES["lowered"], _foreign_domains(original))
             with writer:
                 clock.start("write")

@@ -39,7 +39,9 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> dict
         found[port.name] = array
     if problems:
         raise InputError(
-            "These inputs do not fit the model:\n  " + "\n  ".join(problems) + "\n`qc inspect` lists what it takes."
+            "These inputs do not fit the model:\n  "
+            + "\n  ".join(problems)
+            + "\nGive an array of that type and shape under each name."
         )
     return found
 

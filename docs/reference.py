@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +14,19 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"qc": "qc", "ir": "qc.ir", "passes": "qc.passes", "frontend": "qc.frontend", "backends": "qc.backends"}
 
+_INCLUDED = re.compile(r'^--8<-- "(\w+\.md)"$', re.MULTILINE)
+
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Adds the API pages to the navigation, one group per folder."""
     api = [{package: [{m: f"api/{m}.md"} for m in _modules(folder)]} for folder, package in FOLDERS.items()]
     config.nav = [*(config.nav or []), {"API": api}]
     return config
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Includes a page that stands at the top of the checkout, with its links made right within the site."""
+    return _INCLUDED.sub(lambda m: (ROOT / m[1]).read_text("utf-8").replace("](docs/", "]("), markdown)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

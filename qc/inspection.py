@@ -24,7 +24,7 @@ def sizes(model: Model) -> dict[str, object]:
     """Lists the stored tensors, the largest first.
 
     Returns:
-        ``{"total_bytes", "parameters", "tensors": [{"name", "dtype", "shape", "bytes", "share", "used_by"}]}``.
+        ``{"total_bytes", "tensors": [{"name", "dtype", "shape", "bytes", "share", "used_by"}]}``.
     """
     rows = []
     for name, value in model.graph.initializers.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -69,3 +71,55 @@ def with_examples() -> list[str]:
 @pytest.mark.parametrize("module", with_examples())
 def test_the_examples_in_docstrings_are_true(module: str) -> None:
     assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def snippets(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_in_the_repository_leads_to_a_file(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing
+
+
+def test_the_page_on_json_names_every_command_and_every_figure_of_an_evaluation() -> None:
+    from qc.backends.evaluate import KEYS
+    from qc.cli.parser import build_parser
+
+    page = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    commands = next(a.choices for a in build_parser()._actions if isinstance(a.choices, dict))
+    assert [name for name in commands if f"`qc {name}`" not in page] == []
+    assert [key for key in KEYS if f"`{key}`" not in page] == []
+
+
+def test_the_page_on_artifacts_names_every_key_of_a_manifest() -> None:
+    from qc.backends.manifest import Manifest
+
+    page = (ROOT / "docs" / "artifacts.md").read_text(encoding="utf-8")
+    assert [f.name for f in dataclasses.fields(Manifest) if f"`{f.name}`" not in page] == []
+
+
+@pytest.mark.parametrize("name", ["quantize-weights", "quantize-activations"])
+def test_the_page_on_recipes_names_every_option(name: str) -> None:
+    from qc.passes.pipeline import options_of, pass_class
+
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [option for option in options_of(pass_class(name)) if f"`{option}`" not in page] == []
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_and_of_the_page_on_artifacts_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for text in (*snippets("README.md"), *snippets("docs/artifacts.md")):
+        if "onnxruntime_genai" in text and importlib.util.find_spec("onnxruntime_genai") is None:
+            continue
+        exec(text, names)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from qc.backends.artifact import Artifact
-from qc.cli.output import accuracy_rows, figure, mib, print_json, print_table
+from qc.cli.output import accuracy_rows, byte_size, figure, print_json, print_table
 from qc.ir.model import Model
 from qc.ir.probe import Found, find_inputs
 from qc.report import read_report
@@ -22,7 +22,10 @@ def report(arguments: argparse.Namespace) -> int:
         print_json(data)
         return 0
     summary, accuracy, coverage = data["summary"], data["accuracy"], data["coverage"]
-    rows = [("recipe", f"{summary['recipe']} on {summary['target']}"), ("size", mib(summary["artifact_bytes"]))]
+    rows = [
+        ("recipe", f"{summary['recipe']} on {summary['target']}"),
+        ("size", f"{byte_size(summary['artifact_bytes'])} (source weights {byte_size(summary['source_bytes'])})"),
+    ]
     print_table("Summary", ("", ""), [*rows, *accuracy_rows(accuracy)])
     print_table(
         "\nPasses",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qc.cli.output import accuracy_rows, mib, print_json, print_table
+from qc.cli.output import accuracy_rows, byte_size, print_json, print_table
 from qc.cli.progress import choose_progress
 from qc.compiler import CompileResult, compile  # noqa: A004  the product verb
 from qc.plan import parse_bytes
@@ -62,7 +62,7 @@ def _print(result: CompileResult, output: str) -> None:
     left = [s for s in result.report["sites"] if s["outcome"] == "skipped" and s["pass"].startswith("quantize")]
     rows = [
         ("artifact", output),
-        ("size", f"{mib(summary['artifact_bytes'])} (source weights {mib(summary['source_bytes'])})"),
+        ("size", f"{byte_size(summary['artifact_bytes'])} (source weights {byte_size(summary['source_bytes'])})"),
         *accuracy_rows(result.report["accuracy"]),
         ("speed here", ", ".join(_SPEED[key].format(value) for key, value in result.speed.items())),
         ("kernels", f"{coverage['on_target']} nodes on target, {coverage['off_target']} on a slow path"),

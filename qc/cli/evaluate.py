@@ -31,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(data)
     else:
         print_table("", ("", ""), accuracy_rows(data))
+        if reference is None:
+            print("\nnext: --reference MODEL measures the distance to the model that it was made from")
     return 0
 
 

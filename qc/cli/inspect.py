@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from qc import inspection
-from qc.cli.output import figure, mib, print_json, print_table
+from qc.cli.output import byte_size, figure, print_json, print_table
 from qc.frontend import load
 from qc.ir.text import to_text
 from qc.passes.canonicalize import canonicalize_passes
@@ -40,9 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _sizes(data: dict) -> None:
     rows = data["tensors"]
     print_table(
-        f"{mib(data['total_bytes'])} in {len(rows)} tensors" + (f", the largest {_ROWS}" if len(rows) > _ROWS else ""),
+        f"{byte_size(data['total_bytes'])} in {len(rows)} tensors"
+        + (f", the largest {_ROWS}" if len(rows) > _ROWS else ""),
         ("tensor", "type", "shape", "size", "share", "used by"),
-        ((r["name"], r["dtype"], r["shape"], mib(r["bytes"]), f"{r['share']:.1%}", r["used_by"]) for r in rows[:_ROWS]),
+        (
+            (r["name"], r["dtype"], r["shape"], byte_size(r["bytes"]), f"{r['share']:.1%}", r["used_by"])
+            for r in rows[:_ROWS]
+        ),
         numeric=(3, 4),
     )
 
@@ -52,7 +56,10 @@ def _blocks(data: dict) -> None:
     print_table(
         f"blocks: {runs}",
         ("segment", "nodes", "weights", "inputs", "outputs"),
-        ((b["label"], b["nodes"], mib(b["weight_bytes"]), len(b["inputs"]), len(b["outputs"])) for b in data["blocks"]),
+        (
+            (b["label"], b["nodes"], byte_size(b["weight_bytes"]), len(b["inputs"]), len(b["outputs"]))
+            for b in data["blocks"]
+        ),
         numeric=(1, 2, 3, 4),
     )
 
@@ -98,6 +105,9 @@ def _why(group: dict) -> str:
 
 
 def _outliers(data: dict) -> None:
+    if not data["sites"]:
+        print("Found no matrix product in canonical form: give the float model, not an artifact.")
+        return
     print_table(
         "largest channel over the median channel, at the input of each matrix product (random inputs)",
         ("site", "channels", "absmax", "ratio", "worst channels", "weight ratio"),

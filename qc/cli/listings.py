@@ -71,7 +71,7 @@ def targets(arguments: argparse.Namespace) -> int:
 
 
 def formats(arguments: argparse.Namespace) -> int:
-    """Lists the weight formats with their stored bits."""
+    """Lists the weight formats with the bits that they store per weight."""
     from qc.ir.quant import Format, named_formats
 
     data = []
@@ -79,13 +79,14 @@ def formats(arguments: argparse.Namespace) -> int:
         bits = {f"g{g}": Format(format.values, g).stored_bits((4096, 4096)) / 4096**2 for g in (32, 128)}
         kind = "symmetric" if format.values.symmetric else "asymmetric, integer zero point"
         data.append({"name": name, "about": f"affine, {format.values.bits} bits, {kind}", **bits})
-    return _show(
-        arguments,
-        "formats",
-        data,
-        ("name", "about", "g32", "g128"),
-        headers=("name", "about", "bits/weight g32", "g128"),
-    )
+    if arguments.json:
+        print_json({"formats": data})
+        return 0
+    rows = ((d["name"], d["about"], d["g32"], d["g128"]) for d in data)
+    print_table("", ("name", "about", "bits/weight :g32", ":g128"), rows, numeric=(2, 3))
+    print("\nA full spelling adds the group and, for half-precision scales, f16: uint4:g32, int8:g128:f16.")
+    print("Without a group, a row has one scale.")
+    return 0
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -107,13 +108,11 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show(
-    arguments: argparse.Namespace, key: str, data: list[dict], columns: tuple[str, ...], headers: tuple[str, ...] = ()
-) -> int:
+def _show(arguments: argparse.Namespace, key: str, data: list[dict], columns: tuple[str, ...]) -> int:
     if arguments.json:
         print_json({key: data})
     else:
-        print_table("", headers or columns, ((d[c] for c in columns) for d in data))
+        print_table("", columns, ((d[c] for c in columns) for d in data))
     return 0
 
 

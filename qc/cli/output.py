@@ -6,9 +6,8 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
 
-__all__ = ["accuracy_rows", "figure", "mib", "print_json", "print_table"]
+__all__ = ["accuracy_rows", "byte_size", "figure", "print_json", "print_table"]
 
 
 _PIPE_WIDTH = 1000
@@ -26,7 +25,7 @@ def print_table(
     """Prints a table on standard output.
 
     Args:
-        title: Printed above it; empty for none.
+        title: A line above it; empty for none.
         columns: Headers.
         rows: Cells; anything with a ``str``.
         numeric: Indices of columns to align to the right.
@@ -35,22 +34,18 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        show_header=any(columns),
-        header_style="bold",
-    )
+    table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     # In a file or a pipe nothing is gained by wrapping.
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
-    console.on_broken_pipe = _broken_pipe  # rich's own would end the process with the code of a bug
-    console.print(table)
+    with console.capture() as lines:
+        console.print(table)
+    if title:
+        print(title)
+    print("\n".join(line.rstrip() for line in lines.get().splitlines()))
 
 
 def accuracy_rows(accuracy: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -76,9 +71,9 @@ def accuracy_rows(accuracy: Mapping[str, object]) -> list[tuple[str, str]]:
     return [*rows, ("measured on", where)] if where else rows
 
 
-def mib(count: float) -> str:
-    """Bytes as mebibytes."""
-    return f"{count / (1 << 20):,.1f} MiB"
+def byte_size(count: float) -> str:
+    """Bytes in mebibytes, or in kibibytes below one of them."""
+    return f"{count / (1 << 20):,.1f} MiB" if count >= 1 << 20 else f"{count / (1 << 10):,.1f} KiB"
 
 
 def figure(value: object) -> str:
@@ -98,7 +93,3 @@ def _finite(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return value
-
-
-def _broken_pipe() -> NoReturn:
-    raise BrokenPipeError

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 __all__ = ["build_parser"]
 
-_MODEL = "a Hugging Face directory, an .onnx file, a .pt2 exported program, or builtin:NAME"
+_MODEL = "a Hugging Face directory, an .onnx file, a .pt2 exported program, or builtin:tiny-llama"
+_ARTIFACT = "an artifact: a directory that `qc compile -o` wrote"
 _EXIT_CODES = (
     "exit codes: 0 done, 2 bad usage or input, 3 unsupported by the target, 4 a contract was broken, 130 interrupted, "
     "1 our bug"
@@ -20,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qc",
         description="A quantizing model compiler: model in, small, fast, measured artifact out.",
-        epilog=_EXIT_CODES,
+        epilog="start with: qc compile builtin:tiny-llama -o out. " + _EXIT_CODES,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -43,11 +44,16 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--calib",
         metavar="FILE",
-        help="text to measure a decoder on; default: the model's own sample, else random tokens",
+        help="UTF-8 text that calibrates a decoder and that it is measured on; default: sample.txt beside the model, "
+        "else random tokens",
     )
     c.add_argument("--memory", metavar="SIZE", help="refuse to start if more memory is needed, such as 8G")
     c.add_argument(
-        "--exclude", action="append", default=[], metavar="REGEX", help="leave matching weights in float (repeatable)"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="leave weights in float whose name in `qc report` matches anywhere (repeatable)",
     )
     c.add_argument(
         "--set",
@@ -55,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         dest="settings",
         metavar="PASS.OPTION=VALUE",
-        help="change an option of the recipe (repeatable)",
+        help="change an option of the recipe, such as quantize-weights.group=64 (repeatable)",
     )
     c.add_argument("--seed", type=_natural, default=0, help="seed of everything random (default: %(default)s)")
     c.add_argument("--force", action="store_true", help="replace an artifact that stands at DIR")
@@ -66,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _json(c)
 
     c = _command(commands, "run", "run an artifact: generate text, or map an .npz to an .npz", "run:run")
-    c.add_argument("artifact", metavar="DIR")
+    c.add_argument("artifact", metavar="DIR", help=_ARTIFACT)
     what = c.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="generate a continuation, greedily")
     what.add_argument("--input", metavar="IN.npz", help="arrays by input name")
@@ -81,16 +87,25 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--text",
         metavar="FILE",
-        help="text: perplexity, KL and top-1 agreement; for sentence encoders one sentence per line",
+        help="text: perplexity, KL and top-1 agreement; for sentence encoders one sentence per line; default: "
+        "sample.txt beside the model",
     )
     data.add_argument("--input", metavar="FILE.npz", help="arrays by input name: cosine, SQNR")
-    c.add_argument("--window", type=_positive, default=256, metavar="N", help="tokens in each (default: %(default)s)")
-    c.add_argument("--windows", type=_positive, default=64, metavar="N", help="how many (default: %(default)s)")
+    c.add_argument(
+        "--window",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="tokens in a window of the text (default: %(default)s)",
+    )
+    c.add_argument(
+        "--windows", type=_positive, default=64, metavar="N", help="at most so many windows (default: %(default)s)"
+    )
     c.add_argument("--threads", type=_natural, default=0, metavar="N", help="0: one per core (default)")
     _json(c)
 
     c = _command(commands, "bench", "measure speed; two artifacts are alternated in one process", "bench:run")
-    c.add_argument("artifact", metavar="DIR")
+    c.add_argument("artifact", metavar="DIR", help=_ARTIFACT)
     c.add_argument("--vs", metavar="DIR2", help="compare with this artifact; ratios above 1: the first is faster")
     c.add_argument(
         "--threads", type=_natural, default=1, metavar="N", help="threads within an operator (default: %(default)s)"
@@ -111,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("verify", "check every file of an artifact against its manifest, load it and run it"),
     ):
         c = _command(commands, name, about, f"artifact:{name}")
-        c.add_argument("artifact", metavar="DIR")
+        c.add_argument("artifact", metavar="DIR", help=_ARTIFACT)
         _json(c)
     for name, about in (
         ("recipes", "list the recipes"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from qc.cli.output import mib
+from qc.cli.output import byte_size
 from qc.passes.base import Outcome
 from qc.passes.manager import PassReport
 from qc.plan import Plan
@@ -21,10 +21,10 @@ def choose_progress() -> Progress:
 
 def _plan_lines(plan: Plan) -> list[str]:
     return [
-        f"plan: {plan.parameters / 1e6:,.1f} M parameters, {mib(plan.source_bytes)} of weights",
+        f"plan: {plan.parameters / 1e6:,.1f} M parameters, {byte_size(plan.source_bytes)} of weights",
         (
-            f"      artifact about {mib(plan.artifact_bytes)}, peak memory about {mib(plan.memory_bytes)}, "
-            f"disk while working {mib(plan.disk_bytes)}"
+            f"      artifact about {byte_size(plan.artifact_bytes)}, peak memory about {byte_size(plan.memory_bytes)}, "
+            f"disk while working {byte_size(plan.disk_bytes)}"
         ),
         f"      passes: {', '.join(str(s) for s in plan.steps) or 'none'}",
     ]
@@ -111,7 +111,7 @@ class _LiveProgress(_PlainProgress):
     def _show(self, detail: str) -> None:
         from rich.spinner import Spinner
 
-        text = " · ".join(part for part in (self._stage, self._pass, detail.strip(), mib(_memory())) if part)
+        text = " · ".join(part for part in (self._stage, self._pass, detail.strip(), byte_size(_memory())) if part)
         self._live.update(Spinner("dots", text=text))
 
     def _say(self, line: str) -> None:

@@ -15,7 +15,19 @@ from qc.ir.errors import InputError
 from qc.ir.store import Store
 from qc.passes.statistics import Request
 
-__all__ = ["Context", "Contract", "Exact", "Lossy", "Outcome", "Pass", "Result", "Site", "Structural", "site_name"]
+__all__ = [
+    "Context",
+    "Contract",
+    "Exact",
+    "Lossy",
+    "Outcome",
+    "Pass",
+    "Result",
+    "Site",
+    "Structural",
+    "check_patterns",
+    "site_name",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +117,7 @@ class Context:
     tick: object = None
 
     def __post_init__(self) -> None:
-        for pattern in self.exclude:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"Expected a regular expression to exclude, found {pattern!r}: {error}.") from error
+        check_patterns(self.exclude)
 
     def excluded(self, *names: str) -> str | None:
         """Returns the first exclusion pattern that matches one of `names` anywhere, or None."""
@@ -148,6 +156,15 @@ class Pass(ir.passes.InPlacePass):
             context: Store, seed, exclusions; a default one when the pass runs alone.
         """
         raise TypeError(f"Pass developer: {type(self).__name__} does not define call(model, context).")
+
+
+def check_patterns(patterns: Sequence[str]) -> None:
+    """Raises InputError unless all `patterns` are regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"Expected a regular expression to exclude, found {pattern!r}: {error}.") from error
 
 
 def site_name(node: ir.Node) -> str:

@@ -59,9 +59,23 @@ def _quantize_activations() -> type[Pass]:
     return QuantizeActivations
 
 
+def _smooth() -> type[Pass]:
+    from qc.passes.transform.smooth import Smooth
+
+    return Smooth
+
+
+def _awq() -> type[Pass]:
+    from qc.passes.transform.awq import Awq
+
+    return Awq
+
+
 _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "quantize-weights": _quantize_weights,
     "quantize-activations": _quantize_activations,
+    "smooth": _smooth,
+    "awq": _awq,
 }
 """The passes that a recipe may name; values import on call, so listing the names imports no pass."""
 

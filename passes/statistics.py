@@ -26,6 +26,10 @@ class Statistic(enum.Enum):
 
     SECOND_MOMENT = "second moment"
     """``E[x_k^2]`` of each channel k of the last axis, float64 ``[K]``."""
+    MEAN_ABS = "mean magnitude"
+    """``E|x_k|``, likewise."""
+    ABS_MAX = "largest magnitude"
+    """``max |x_k|``, likewise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +62,12 @@ def collect(
         An array for each request; nothing if no inputs could be made that the model runs on.
     """
     opset = model.opset_imports.get("", 1)
-    probes = {r: _SecondMoment(r.value, f"qc.statistic.{i}", opset) for i, r in enumerate(dict.fromkeys(requests))}
+    probes = {r: _Probe(r, f"qc.statistic.{i}", opset) for i, r in enumerate(dict.fromkeys(requests))}
     graph, count = model.graph, len(model.graph.outputs)
     for probe in probes.values():
         graph.register_initializer(probe.axes)
         graph.extend(probe.nodes)
-        graph.outputs.extend(node.outputs[0] for node in probe.nodes)
+        graph.outputs.extend(probe.outputs)
     try:
         session = Session(model)
     finally:
@@ -83,10 +87,37 @@ def collect(
     return {request: probe.result() for request, probe in probes.items()} if seen else {}
 
 
-class _SecondMoment:
-    """Two nodes: the sum of squares over all axes but the last, and the number of elements."""
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    """How a statistic is computed.
 
-    def __init__(self, value: ir.Value, name: str, opset: int) -> None:
+    Attributes:
+        each: What is done to each element, as an operator and how often it reads the element.
+        reduce: The reduction over all axes but the last.
+        fused: Whether the reduction does to each element what `each` does.
+        join: Joins the results of two batches.
+        mean: Whether the joined result is divided by the number of elements of a channel.
+    """
+
+    each: tuple[str, int]
+    reduce: str
+    fused: bool
+    join: np.ufunc
+    mean: bool
+
+
+_METHODS = {
+    Statistic.SECOND_MOMENT: _Method(("Mul", 2), "ReduceSumSquare", fused=True, join=np.add, mean=True),
+    Statistic.MEAN_ABS: _Method(("Abs", 1), "ReduceL1", fused=True, join=np.add, mean=True),
+    Statistic.ABS_MAX: _Method(("Abs", 1), "ReduceMax", fused=False, join=np.maximum, mean=False),
+}
+
+
+class _Probe:
+    """Nodes that compute one statistic of a batch: its reduction over all axes but the last, and its size."""
+
+    def __init__(self, request: Request, name: str, opset: int) -> None:
+        value, self._method = request.value, _METHODS[request.statistic]
         rank = value.shape.rank() if value.shape is not None else 0
         if rank < 1:
             raise ValueError(f"Pass developer: a statistic of {value.name!r} needs its rank; infer shapes first.")
@@ -94,29 +125,35 @@ class _SecondMoment:
         self.axes = ir.Value(
             name=axes.name, const_value=axes, shape=ir.Shape([rank - 1]), type=ir.TensorType(ir.DataType.INT64)
         )
-        # Without axes to reduce, the operator would by default reduce all of them.
-        if opset >= _AXES_ARE_INPUTS:
-            attributes = {"keepdims": 0, "noop_with_empty_axes": 1}
-            squares = ir.node("ReduceSumSquare", [value, self.axes], attributes)
-        elif rank > 1:
-            squares = ir.node("ReduceSumSquare", [value], {"keepdims": 0, "axes": list(range(rank - 1))})
-        else:
-            squares = ir.node("Mul", [value, value])
-        self.nodes = [squares, ir.node("Size", [value])]
-        self._names = [f"{name}.sum", f"{name}.size"]
+        self.nodes = [*self._reduction(value, rank, opset), ir.node("Size", [value])]
+        self.outputs = [node.outputs[0] for node in self.nodes[-2:]]
+        self._names = [f"{name}.reduced", f"{name}.size"]
         types = (ir.DataType.FLOAT, ir.DataType.INT64)
-        for node, label, dtype in zip(self.nodes, self._names, types, strict=True):
-            node.outputs[0].name, node.outputs[0].type = label, ir.TensorType(dtype)
-        self._sum: np.ndarray | float = 0.0
+        for output, label, dtype in zip(self.outputs, self._names, types, strict=True):
+            output.name, output.type = label, ir.TensorType(dtype)
+        self._joined: np.ndarray | None = None
         self._size = 0
+
+    def _reduction(self, value: ir.Value, rank: int, opset: int) -> list[ir.Node]:
+        operator, times = self._method.each
+        nodes = []
+        if rank == 1 or not self._method.fused:
+            nodes = [ir.node(operator, [value] * times)]
+        if rank == 1:  # without axes to reduce, the operator would reduce all
+            return nodes
+        source = nodes[0].outputs[0] if nodes else value
+        if opset >= _AXES_ARE_INPUTS:
+            return [*nodes, ir.node(self._method.reduce, [source, self.axes], {"keepdims": 0})]
+        return [*nodes, ir.node(self._method.reduce, [source], {"keepdims": 0, "axes": list(range(rank - 1))})]
 
     def add(self, results: Mapping[str, np.ndarray]) -> None:
         """Adds a batch."""
-        total, size = (results[name] for name in self._names)
-        self._sum = self._sum + total.astype(np.float64)
+        reduced, size = (results[name] for name in self._names)
+        reduced = reduced.astype(np.float64)
+        self._joined = reduced if self._joined is None else self._method.join(self._joined, reduced)
         self._size += int(size)
 
     def result(self) -> np.ndarray:
-        """The mean over all batches, ``[K]``."""
-        channels = np.asarray(self._sum)
-        return channels * channels.size / max(self._size, 1)
+        """The statistic over all batches, ``[K]``."""
+        channels = np.asarray(self._joined)
+        return channels * channels.size / max(self._size, 1) if self._method.mean else channels

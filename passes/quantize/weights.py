@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ import onnx_ir as ir
 
 from qc.ir.errors import InputError
 from qc.ir.quant import Format, emit, named_formats, read_weight, require_opset
-from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result, Site
+from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result, Site, check_patterns
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, sqnr_db
 from qc.passes.statistics import Request, Statistic
@@ -70,11 +69,7 @@ class QuantizeWeights(Pass):
             raise InputError(f"Expected scales in f32 or f16, found {self.scale!r}.")
         if self.metric not in ("moment", "none"):
             raise InputError(f"Expected a metric of moment or none, found {self.metric!r}.")
-        for pattern in self.exclude:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"Expected a regular expression to exclude, found {pattern!r}: {error}.") from error
+        check_patterns(self.exclude)
         self._formats()
 
     @property

@@ -1,0 +1,196 @@
+"""Where factors can be moved between the input of matrix products and their weights, and the loop that moves them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.ir import dialect
+from qc.ir.channels import ChannelGroup, Use, find_groups
+from qc.ir.quant import read_weight
+from qc.ir.store import Store
+from qc.passes.base import Context, Outcome, Result, Site
+from qc.passes.statistics import Request, Statistic
+from qc.passes.transform.actions import Scale
+from qc.passes.transform.fold import fold
+
+__all__ = ["Columns", "Inputs", "centred", "requests", "scale_inputs"]
+
+_STRONGEST = 1e4
+"""Largest factor, and the inverse of the smallest: between them float32 keeps all its digits after a fold."""
+
+Columns = Mapping[Statistic, Sequence[np.ndarray]]
+"""Statistics of the inputs of products: for each product an array over the columns of its weight."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """A channel group, seen from the matrix products that read it.
+
+    Attributes:
+        group: The channels.
+        products: The weights ``[N, K]`` of linear layers that read them.
+        obstacle: Why no factors can be moved; empty if they can.
+    """
+
+    group: ChannelGroup
+    products: tuple[Use, ...]
+    obstacle: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The products by the names that users know: module paths, else names of weights."""
+        return [use.node.metadata_props.get("qc.scope") or use.name for use in self.products]
+
+    def largest(self, columns: Sequence[np.ndarray]) -> np.ndarray:
+        """The maximum over everything that must share a factor: products, repeated columns, cells of the group.
+
+        Args:
+            columns: Non-negative numbers, for each product ``[K]``.
+
+        Returns:
+            ``[width of the group]``.
+        """
+        found = np.zeros(self.group.width)
+        for use, numbers in zip(self.products, columns, strict=True):
+            index = _index(use)
+            np.maximum.at(found, index[index >= 0], numbers[index >= 0])
+        cells = np.zeros(self.group.width)
+        np.maximum.at(cells, self.group.cells, found)
+        return cells[self.group.cells]
+
+    def spread(self, factors: np.ndarray, use: Use) -> np.ndarray:
+        """The factor of each column of a product, ``[K]``; 1 at columns of other groups."""
+        index = _index(use)
+        return np.where(index >= 0, factors[index], 1.0)
+
+
+Choice = Callable[[Inputs, Columns], tuple[np.ndarray, dict[str, object]]]
+"""Returns the factor of each channel, for the weights, and facts for the report."""
+
+
+def requests(model: ir.Model, statistics: Sequence[Statistic]) -> list[Request]:
+    """What to collect so that `scale_inputs` knows these statistics."""
+    found = [i for i in _inputs(model) if not i.obstacle]
+    return [_request(use, s) for inputs in found for use in inputs.products for s in statistics]
+
+
+def scale_inputs(
+    model: ir.Model, context: Context, exclude: Sequence[str], statistics: Sequence[Statistic], choose: Choice
+) -> Result:
+    """Divides the input channels of matrix products by factors and multiplies the weights by them.
+
+    Every channel group that a linear layer reads is a site. Left alone, with the reason: groups that do not admit
+    factors, whose channels a cache holds, or whose weights are quantized already or shared with another group.
+
+    Args:
+        model: Changed in place; computes the same function.
+        context: Statistics and store.
+        exclude: Regular expressions of products whose group is left alone.
+        statistics: What `choose` needs, of the input of each product.
+        choose: Says by which factors.
+    """
+    sites: list[Site] = []
+    scaled: dict[ir.Node, np.ndarray] = {}
+    exclusion = dataclasses.replace(context, exclude=tuple(exclude))
+    found = _inputs(model)
+    for done, inputs in enumerate(found):
+        context.progress(done, len(found), inputs.names[0])
+        columns = _columns(inputs, context, statistics)
+        pattern = exclusion.excluded(*inputs.names, *(use.name for use in inputs.products))
+        reason = inputs.obstacle
+        if not reason and pattern is not None:
+            reason = f"excluded by {pattern!r}"
+        if not reason and columns is None:
+            reason = "no statistics of its input: no calibration inputs could be made that the model runs on"
+        if not reason and any(np.any(scaled.get(u.node, False) & (_index(u) >= 0)) for u in inputs.products):
+            reason = "its products were already scaled together with the other factor of their input"
+        facts: dict[str, object] = {"group": inputs.group.id, "kind": inputs.group.kind, "products": inputs.names}
+        if reason or columns is None:
+            sites.append(Site(inputs.names[0], Outcome.SKIPPED, reason, facts))
+            continue
+        factors, chosen = choose(inputs, columns)
+        site = _fold(model, inputs, factors, context.store, facts | chosen)
+        if site.outcome is Outcome.CHANGED:
+            for use in inputs.products:
+                scaled[use.node] = scaled.get(use.node, False) | (_index(use) >= 0)
+        sites.append(site)
+    return Result.of(model, sites)
+
+
+def centred(factors: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Factors such that the largest is the inverse of the smallest, bounded; 1 for channels that are not used.
+
+    A common factor of all channels changes no code of any quantizer.
+    """
+    result = np.ones(len(factors))
+    if used.any():
+        chosen = factors[used]
+        result[used] = np.clip(chosen / np.sqrt(chosen.max() * chosen.min()), 1 / _STRONGEST, _STRONGEST)
+    return result
+
+
+def _fold(model: ir.Model, inputs: Inputs, factors: np.ndarray, store: Store, facts: dict[str, object]) -> Site:
+    power = inputs.products[0].power
+    folded = fold(model, inputs.group, Scale(factors ** (1 / power)), store)
+    if not folded.modified:
+        return Site(inputs.names[0], Outcome.MATCHED, "no factors are better than those it has", facts)
+    reach = {"smallest": float(factors.min()), "largest": float(factors.max())}
+    return Site(inputs.names[0], Outcome.CHANGED, "", facts | reach)
+
+
+def _inputs(model: ir.Model) -> list[Inputs]:
+    found = []
+    for group in find_groups(model):
+        products = tuple(u for u in group.consumers if dialect.is_op(u.node, "Linear") and 0 not in u.axes)
+        if products and group.kind != "heads":
+            found.append(Inputs(group, products, _obstacle(group, products)))
+    return found
+
+
+def _obstacle(group: ChannelGroup, products: Sequence[Use]) -> str:
+    if "scale" not in group.admits:
+        return str(group.forbids["scale"])
+    if group.family.state:
+        return f"the cache {group.family.state[0]} holds these channels"
+    if any(use.node.inputs[0].dtype != ir.DataType.FLOAT or use.node.inputs[0].shape is None for use in products):
+        return "its input is not a FLOAT tensor of known rank"
+    if len({use.power for use in products}) != 1 or products[0].power == 0:
+        return "its products see different powers of the channels"
+    members = {(use.node, use.slot) for use in group.uses}
+    for use in (*group.producers, *group.consumers):
+        weight = read_weight(use.value)
+        if weight is None:
+            continue
+        if weight.format is not None:
+            return f"{use.name} is quantized: put transforms in front of quantization"
+        # Through another decode node or directly: whoever else reads the numbers.
+        direct = [pair for pair in weight.data.uses() if pair[0] is not weight.value.producer()]
+        if any(tuple(pair) not in members for pair in (*weight.value.uses(), *direct)):
+            return f"{use.name} is also read elsewhere, and would have to be stored twice"
+    return ""
+
+
+def _index(use: Use) -> np.ndarray:
+    """The channel of each column of a product's weight, ``[K]``; -1 at columns of other groups."""
+    shape = use.shape[1:]
+    spread = [size if axis in use.axes else 1 for axis, size in enumerate(shape, 1)]
+    return np.broadcast_to(use.index.reshape(spread), shape).reshape(-1)
+
+
+def _request(use: Use, statistic: Statistic) -> Request:
+    return Request(statistic, use.node.inputs[0])
+
+
+def _columns(inputs: Inputs, context: Context, statistics: Sequence[Statistic]) -> Columns | None:
+    found: dict[Statistic, list[np.ndarray]] = {s: [] for s in statistics}
+    for statistic, arrays in found.items():
+        for use in inputs.products:
+            array = context.statistics.get(_request(use, statistic))
+            if array is None:
+                return None
+            arrays.append(array)
+    return found

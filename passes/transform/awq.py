@@ -44,8 +44,10 @@ class Awq(Pass):
     Left alone, with the reason: channels whose factors something on the way does not let through, or a cache holds, and
     weights that are shared with other layers.
 
-    Source: AWQ, arXiv 2306.00978, section 3.2. There the error is measured on the outputs of whole attention and MLP
-    layers, on every group of channels of the same width; the search of clipping ranges is part of our quantizer.
+    All rows of a weight share the factors, so the search looks at a sample of evenly spaced ones.
+
+    Source: AWQ, arXiv 2306.00978, section 3.2. There the error is that of whole attention and MLP layers; its search of
+    clipping ranges is part of our quantizer.
 
     Attributes:
         format: Values of the codes that the weights will be stored in.

@@ -124,6 +124,27 @@ def test_in_a_gated_layer_the_factors_go_into_the_linear_side() -> None:
     assert [s.details["products"] for s in report.sites if s.outcome is Outcome.CHANGED] == [["down"]]
 
 
+GROUPED = """g (float[n,t,6] x) => (float[n,t,5] y) {
+  q0 = qc.Linear (x, wq)  k0 = qc.Linear (x, wk)  v0 = qc.Linear (x, wv)
+  q1 = Reshape (q0, to_q)  k1 = Reshape (k0, to_k)  v1 = Reshape (v0, to_k)
+  q = Transpose <perm=[0,2,1,3]> (q1)  k = Transpose <perm=[0,2,1,3]> (k1)  v = Transpose <perm=[0,2,1,3]> (v1)
+  a = Attention (q, k, v)  m = Transpose <perm=[0,2,1,3]> (a)  h = Reshape (m, to_o)  y = qc.Linear (h, wo)
+}"""
+
+
+def test_query_heads_on_one_value_head_share_its_factors() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"wq": (16, 6), "wk": (8, 6), "wv": (8, 6), "wo": (5, 16)}
+    weights = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    shape_inputs = {"to_q": np.array([0, 0, 4, 4]), "to_k": np.array([0, 0, 2, 4]), "to_o": np.array([0, 0, 16])}
+    model, report = smoothed(GROUPED, weights | shape_inputs, rng.standard_normal((2, 7, 6)).astype(np.float32))
+    (site,) = (s for s in report.sites if s.outcome is Outcome.CHANGED)
+    assert (site.details["kind"], site.details["products"]) == ("value", ["wo"])
+    value = (weights["wv"] / weight(model, "wv"))[:, 0].reshape(2, 1, 4)
+    factors = (weight(model, "wo") / weights["wo"])[0].reshape(2, 2, 4)
+    np.testing.assert_allclose(factors, np.broadcast_to(value, (2, 2, 4)), rtol=1e-5)
+
+
 def test_two_factors_of_one_product_are_not_both_scaled() -> None:
     text = """g (float[n,2] x) => (float[n,2] y) {
       p = qc.Linear (x, w1)  u = qc.Linear (x, w3)  z = Mul (p, u)  y = qc.Linear (z, w2) }"""

@@ -44,7 +44,7 @@ KEYS = (
 )
 """Keys of every evaluation; None where a figure does not apply."""
 
-_CHUNK_BYTES = 1 << 25  # of float64 logits at a time: a vocabulary of 128k and a window of 256 would be 256 MiB
+_CHUNK_BYTES = 1 << 22  # of float64 logits at a time, of which six copies live; a whole window can have 256 MiB
 _CACHE_ROLES = frozenset({"present_key", "present_value"})
 
 
@@ -148,6 +148,7 @@ def _text(runner: Runner, reference: Runner | None, tokens: Sequence[int], windo
             with np.errstate(invalid="ignore"):  # a token that both exclude: 0 * (-inf + inf) counts nothing
                 divergence.append(np.where(p > -np.inf, np.exp(p) * (p - q), 0.0).sum())
             agreed.append(int(np.count_nonzero(p.argmax(1) == q.argmax(1))))
+        del own, other  # so that the next ones can take their place
     scored = count * (window - 1)
     found = {"ppl": _exp(sum(nll) / scored), "tokens": scored, "window": window, "windows": count}
     if reference is not None:

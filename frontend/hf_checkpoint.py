@@ -54,7 +54,7 @@ def write_leftovers(
     tensors = dict(computed)
     if names:
         model, info = model_type.from_pretrained(
-            directory, dtype="auto", local_files_only=True, output_loading_info=True
+            directory, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
         lost = sorted(set(names) & set(info["missing_keys"]))
         if lost:

@@ -66,12 +66,16 @@ def _print(result: CompileResult, output: str) -> None:
         *accuracy_rows(result.report["accuracy"]),
         ("speed here", ", ".join(_SPEED[key].format(value) for key, value in result.speed.items())),
         ("kernels", f"{coverage['on_target']} nodes on target, {coverage['off_target']} on a slow path"),
-        ("left in float", f"{len(left)} weights" + (f"; {left[0]['site']}: {left[0]['reason']}" if left else "")),
+        ("left in float", " ".join([f"{s['site']} ({s['reason']})" for s in left[:1]] + _more(left)) or "none"),
         ("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())),
     ]
     print_table("", ("", ""), rows)
     use = f"qc run {output} --prompt TEXT" if "decode_tok_s" in result.speed else f"qc run {output} --input IN.npz"
     print(f"\nnext: qc report {output}; {use}; qc bench {output}")
+
+
+def _more(left: list[dict]) -> list[str]:
+    return [f"and {len(left) - 1} more"] if len(left) > 1 else []
 
 
 _SPEED = {

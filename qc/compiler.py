@@ -115,7 +115,7 @@ def compile(  # noqa: A001  the verb of the product
         with work_directory(out) as work:
             clock.start("import")
             model = source if isinstance(source, Model) else load(source, work=work / "import")  # type: ignore[arg-type]
-            plan = make_plan(model, steps)
+            plan = make_plan(model, steps, exported=(work / "import").is_dir())
             progress.plan(plan)
             plan.check(out, memory)
             if dry_run:

@@ -19,16 +19,12 @@ from qc.backends.tokenizer import Tokenizer
 from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.probe import Found
-from qc.plan import Plan
+from qc.plan import Plan, evaluation_windows
 
 __all__ = ["Data", "measure", "read_data", "rehearse", "speed"]
 
 _CALIBRATION_WINDOWS = 4
 """Windows of text for statistics: second moments of channels change little beyond a thousand tokens."""
-
-_EVALUATION_WINDOWS = 32
-_EVALUATION_FLOPS = 2e12
-"""Work that measuring an artifact may cost in float: bounds the number of windows for large models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +82,7 @@ def read_data(model: Model, calib: str | Path | None) -> Data:
 def rehearse(reference: Runner, plan: Plan, data: Data) -> None:
     """Runs the float model on what `measure` will ask of it, while nothing else is in memory."""
     if data.tokens is not None:
-        evaluate(reference, text_tokens=data.tokens, window=WINDOW, windows=_windows(plan))
+        evaluate(reference, text_tokens=data.tokens, window=WINDOW, windows=evaluation_windows(plan.parameters))
 
 
 def measure(runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Found) -> dict[str, object]:
@@ -109,13 +105,10 @@ def measure(runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Fo
             return {"measured_on": "nothing: no output holds numbers; they are equal"}
         found = evaluate(runner, reference, inputs=probe.batches)
     else:
-        found = evaluate(runner, reference, text_tokens=data.tokens, window=WINDOW, windows=_windows(plan))
+        found = evaluate(
+            runner, reference, text_tokens=data.tokens, window=WINDOW, windows=evaluation_windows(plan.parameters)
+        )
     return {"measured_on": data.name, **{k: v for k, v in found.items() if v is not None}}
-
-
-def _windows(plan: Plan) -> int:
-    affordable = int(_EVALUATION_FLOPS / (2 * max(plan.parameters, 1) * WINDOW))
-    return max(1, min(_EVALUATION_WINDOWS, affordable))
 
 
 def speed(runner: Runner, probe: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,13 +14,34 @@ from qc.ir.model import Model
 from qc.ir.quant import Format
 from qc.passes.pipeline import Step
 
-__all__ = ["Plan", "make_plan", "parse_bytes"]
+__all__ = ["Plan", "evaluation_windows", "make_plan", "parse_bytes"]
 
-_BASE_MEMORY = 220 << 20
-"""Interpreter, numpy, ONNX Runtime and the graph itself; measured on a 20-layer decoder."""
+_BASE_MEMORY = 210 << 20
+"""Interpreter, numpy, ONNX Runtime, and some copies of the graph: 170 to 200 MiB for 8 to 32 layers."""
 
-_DECODED_COPIES = 3
-"""Float32 copies of the largest weight alive at once while a stage is verified: decoded, transposed, one to spare."""
+_EXPORT_MEMORY, _EXPORT_NODE = 410 << 20, 84 << 10
+"""The process that exports a model of the hub: torch and transformers, and what a node takes; 2 to 32 layers."""
+
+_DECODED_COPIES = 2
+"""Float32 copies of a weight that the verifying runtime holds at once: decoded, and transposed."""
+
+_REPACKED = 1.1
+"""Memory of weights that a runtime has repacked for its kernels, relative to their files."""
+
+_LOGITS_COPIES = 3
+"""Float32 copies of the widest activation of a window of text: computed, returned, and those around them."""
+
+_WINDOW = 256
+_MEASURING_FLOPS = 2e12
+"""Work that measuring an artifact may cost in float: bounds the number of windows for large models."""
+
+_MOST_WINDOWS = 32
+
+_STORED_COPIES = 3
+"""What the work on quantized weights takes on disk: as quantized, as packed projections, and in the artifact."""
+
+_SMALLEST_MATRIX = 4096
+"""Elements; smaller ones stay in float."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -31,7 +54,8 @@ class Plan:
         parameters: Number of elements of all floating point weights.
         source_bytes: Size of the weights as they are stored now.
         artifact_bytes: Expected size of the artifact's weights.
-        memory_bytes: Expected peak of anonymous memory (weights are memory-mapped and do not count).
+        memory_bytes: Expected peak of anonymous memory of all processes (mapped weights do not count). Either the
+            import decides, or the largest weight in float32, or the artifact, which is loaded to be measured.
         disk_bytes: Space needed beside the artifact's place while working, the artifact included.
         steps: The pipeline.
     """
@@ -52,7 +76,7 @@ class Plan:
         if memory is not None and self.memory_bytes > memory:
             raise InputError(
                 f"This compile needs about {_mib(self.memory_bytes)} of memory, more than --memory allows "
-                f"({_mib(memory)}). Raise the limit; the largest weight decides, not the size of the model."
+                f"({_mib(memory)}). Raise the limit; what decides is the largest weight in float32, or the artifact."
             )
         free = shutil.disk_usage(_existing(directory)).free
         if self.disk_bytes > free:
@@ -62,28 +86,50 @@ class Plan:
             )
 
 
-def make_plan(model: Model, steps: Sequence[Step]) -> Plan:
+def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) -> Plan:
     """Estimates what compiling `model` through `steps` needs. Reads no weight.
 
-    Matrices count at the format that a ``quantize-weights`` step gives them, everything else at 32 bits.
+    Matrices count at the format that a ``quantize-weights`` step gives them, everything else as it is stored.
+
+    Args:
+        model: As imported.
+        steps: The pipeline.
+        exported: Whether the import ran an exporter in a process of its own.
     """
     format = next((f for f in map(_format, steps) if f is not None), None)
-    parameters = source = artifact = largest = 0
+    shapes: Counter[tuple[int, ...]] = Counter()
+    parameters = source = artifact = loaded = 0
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is None:
             continue
         source += tensor.nbytes
-        if not tensor.dtype.is_floating_point():
-            artifact += tensor.nbytes
-            continue
-        shape = tuple(int(d) for d in tensor.shape)
-        parameters += tensor.size
-        largest = max(largest, 4 * tensor.size)
-        is_matrix = len(shape) == 2 and tensor.size >= 4096
-        artifact += format.stored_bits(shape) // 8 if format is not None and is_matrix else 4 * tensor.size  # type: ignore[arg-type]
-    memory = _BASE_MEMORY + max(_DECODED_COPIES * largest, artifact)
-    return Plan(parameters, source, artifact, memory, 2 * artifact + (64 << 20), steps)
+        size = read = tensor.nbytes
+        if tensor.dtype.is_floating_point():
+            shape = tuple(int(d) for d in tensor.shape)
+            parameters += tensor.size
+            shapes[shape] += 1
+            is_matrix = len(shape) == 2 and tensor.size >= _SMALLEST_MATRIX
+            size = read = format.stored_bits(shape) // 8 if format is not None and is_matrix else tensor.nbytes
+            if format is None or not is_matrix:
+                read = 4 * tensor.size
+        artifact += size
+        loaded += read
+    decoded = max((4 * math.prod(shape) * _together(shape, count) for shape, count in shapes.items()), default=0)
+    widest = max((shape[0] * _together(shape, count) for shape, count in shapes.items() if len(shape) == 2), default=0)
+    window = 4 * _WINDOW * widest if model.signature.is_decoder else 0
+    working = _BASE_MEMORY + _LOGITS_COPIES * window + max(_DECODED_COPIES * decoded, int(_REPACKED * loaded))
+    # The import is over by now, but counts for what the machine must have.
+    export = _EXPORT_MEMORY + _EXPORT_NODE * sum(1 for _ in model.graph.all_nodes()) if exported else 0
+    memory = max(working, export)
+    disk = _STORED_COPIES * artifact + evaluation_windows(parameters) * window + (64 << 20)
+    return Plan(parameters, source, artifact, memory, disk, steps)
+
+
+def evaluation_windows(parameters: int) -> int:
+    """Windows of text that a decoder of that size is measured on."""
+    affordable = int(_MEASURING_FLOPS / (2 * max(parameters, 1) * _WINDOW))
+    return max(1, min(_MOST_WINDOWS, affordable))
 
 
 def parse_bytes(text: str) -> int:
@@ -102,6 +148,11 @@ def parse_bytes(text: str) -> int:
     if size <= 0:
         raise InputError(f"Expected a size above zero, such as 8G or 512M, found {text!r}.")
     return size
+
+
+def _together(shape: tuple[int, ...], count: int) -> int:
+    """How many weights of a shape may be packed into one: gate and up, which alone are alike in every layer."""
+    return 2 if len(shape) == 2 and count > 2 else 1
 
 
 def _format(step: Step) -> Format | None:

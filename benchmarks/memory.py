@@ -1,6 +1,6 @@
 """Peak memory of a whole compile, of every process it starts, against what its plan said.
 
-    python benchmarks/memory.py [--shape 150M|1.2B|7B] [--sparse] [--recipe w4] [--work DIR] [--json] [-- OPTIONS]
+    python benchmarks/memory.py [--shape 1.2B] [--sparse] [--recipe w4] [--work DIR] [--json] [-- OPTIONS]
 
 Writes a decoder of that shape with random weights as bf16 safetensors, compiles it with ``qc compile`` in a process of
 its own, and samples the memory of that process and its descendants. What counts is *anonymous* memory: mapped weights
@@ -48,6 +48,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(2, 64, 128, 4, 2, 512),
+    "200M": Shape(8, 1536, 4096, 12, 4, 2048),
     "150M": Shape(16, 768, 2048, 12, 4, 30522),
     "1.2B": Shape(20, 2048, 5632, 32, 8, 32000),
     "7B": Shape(32, 4096, 11008, 32, 32, 32000),

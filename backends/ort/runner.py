@@ -54,6 +54,8 @@ class OrtRunner:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised, and said once
         options.intra_op_num_threads = threads
+        # The arena keeps twice what a run needs, and measured no faster than malloc, in prefill nor in decoding.
+        options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         try:
             self._session = ort.InferenceSession(str(directory / MODEL), options, ["CPUExecutionProvider"])

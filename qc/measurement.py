@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -82,7 +84,9 @@ def read_data(model: Model, calib: str | Path | None) -> Data:
 def rehearse(reference: Runner, plan: Plan, data: Data) -> None:
     """Runs the float model on what `measure` will ask of it, while nothing else is in memory."""
     if data.tokens is not None:
-        evaluate(reference, text_tokens=data.tokens, window=WINDOW, windows=evaluation_windows(plan.parameters))
+        window, windows = evaluation_windows(plan.parameters)
+        evaluate(reference, text_tokens=data.tokens, window=window, windows=windows)
+    _return_freed_memory()
 
 
 def measure(runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Found) -> dict[str, object]:
@@ -105,9 +109,8 @@ def measure(runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Fo
             return {"measured_on": "nothing: no output holds numbers; they are equal"}
         found = evaluate(runner, reference, inputs=probe.batches)
     else:
-        found = evaluate(
-            runner, reference, text_tokens=data.tokens, window=WINDOW, windows=evaluation_windows(plan.parameters)
-        )
+        window, windows = evaluation_windows(plan.parameters)
+        found = evaluate(runner, reference, text_tokens=data.tokens, window=window, windows=windows)
     return {"measured_on": data.name, **{k: v for k, v in found.items() if v is not None}}
 
 
@@ -126,3 +129,10 @@ def speed(runner: Runner, probe: Sequence[Mapping[str, np.ndarray]]) -> dict[str
         runner.run(probe[0])
         times.append(time.perf_counter() - started)
     return {"latency_ms": 1e3 * statistics.median(times)}
+
+
+def _return_freed_memory() -> None:
+    """Hands freed memory back to the system, where the C library keeps it: the artifact is about to need as much."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -31,7 +31,10 @@ _REPACKED = 1.1
 _LOGITS_COPIES = 3
 """Float32 copies of the widest activation of a window of text: computed, returned, and those around them."""
 
-_WINDOW = 256
+_WINDOW, _SHORT_WINDOW = 256, 64
+_LARGE = 500_000_000
+"""Parameters from which on short windows measure: the logits of a long one would be a tenth of all memory."""
+
 _MEASURING_FLOPS = 2e12
 """Work that measuring an artifact may cost in float: bounds the number of windows for large models."""
 
@@ -117,19 +120,21 @@ def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) ->
         loaded += read
     decoded = max((4 * math.prod(shape) * _together(shape, count) for shape, count in shapes.items()), default=0)
     widest = max((shape[0] * _together(shape, count) for shape, count in shapes.items() if len(shape) == 2), default=0)
-    window = 4 * _WINDOW * widest if model.signature.is_decoder else 0
+    length, count = evaluation_windows(parameters)
+    window = 4 * length * widest if model.signature.is_decoder else 0
     working = _BASE_MEMORY + _LOGITS_COPIES * window + max(_DECODED_COPIES * decoded, int(_REPACKED * loaded))
     # The import is over by now, but counts for what the machine must have.
     export = _EXPORT_MEMORY + _EXPORT_NODE * sum(1 for _ in model.graph.all_nodes()) if exported else 0
     memory = max(working, export)
-    disk = _STORED_COPIES * artifact + evaluation_windows(parameters) * window + (64 << 20)
+    disk = _STORED_COPIES * artifact + count * window + (64 << 20)
     return Plan(parameters, source, artifact, memory, disk, steps)
 
 
-def evaluation_windows(parameters: int) -> int:
-    """Windows of text that a decoder of that size is measured on."""
-    affordable = int(_MEASURING_FLOPS / (2 * max(parameters, 1) * _WINDOW))
-    return max(1, min(_MOST_WINDOWS, affordable))
+def evaluation_windows(parameters: int) -> tuple[int, int]:
+    """Tokens of a window, and number of windows of text, that a decoder of that size is measured on."""
+    window = _WINDOW if parameters < _LARGE else _SHORT_WINDOW
+    affordable = int(_MEASURING_FLOPS / (2 * max(parameters, 1) * window))
+    return window, max(1, min(_MOST_WINDOWS, affordable))
 
 
 def parse_bytes(text: str) -> int:

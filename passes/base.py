@@ -106,6 +106,7 @@ class Context:
         threads: Number of threads a pass may use.
         statistics: What the manager collected because the pass asked for it (`Pass.needs`).
         exclude: Regular expressions of site names that lossy passes must leave as they are.
+        used_patterns: Those of `exclude` that have matched something so far.
         tick: Called as ``tick(done, total, site)`` while a pass works, for progress displays.
     """
 
@@ -114,14 +115,18 @@ class Context:
     threads: int = 2
     statistics: Mapping[Request, np.ndarray] = dataclasses.field(default_factory=dict)
     exclude: tuple[str, ...] = ()
+    used_patterns: set[str] = dataclasses.field(default_factory=set)
     tick: object = None
 
     def __post_init__(self) -> None:
         check_patterns(self.exclude)
 
     def excluded(self, *names: str) -> str | None:
-        """Returns the first exclusion pattern that matches one of `names` anywhere, or None."""
-        return next((p for p in self.exclude if any(re.search(p, n) for n in names)), None)
+        """Returns the first exclusion pattern that matches one of `names` anywhere, or None; remembers it as used."""
+        found = next((p for p in self.exclude if any(re.search(p, n) for n in names)), None)
+        if found is not None:
+            self.used_patterns.add(found)
+        return found
 
     def progress(self, done: int, total: int, site: str) -> None:
         """Reports progress, if anybody listens."""

@@ -140,6 +140,8 @@ def compile(  # noqa: A001  the verb of the product
                     model, context=context, probe=found.batches, calibration=data.calibration, outputs=known
                 )
                 reports, known = reports + done, manager.outputs
+                if phase == "recipe":
+                    _require_used(context)
             check_structure(model, STAGES["lowered"], _foreign_domains(original))
             with writer:
                 clock.start("write")
@@ -267,6 +269,15 @@ def _nan_weight(model: Model) -> str | None:
         ):
             return name
     return None
+
+
+def _require_used(context: Context) -> None:
+    unused = sorted(set(context.exclude) - context.used_patterns)
+    if unused:
+        raise InputError(
+            f"Expected --exclude to match a weight, found none that {', '.join(unused)} matches. A typo would quantize "
+            "what you meant to keep; `qc inspect --sizes` lists the names."
+        )
 
 
 def _require_same(

@@ -166,6 +166,7 @@ TABLE: dict[str, tuple[str, int, list[str]]] = {
     "a setting of no pass": ("compile {d}/model.onnx -o {d}/out --set prune.x=1", 2, ["'prune'", "quantize-weights"]),
     "a setting of no option": ("compile {d}/model.onnx -o {d}/out --set quantize-weights.x=1", 2, ["'x'", "group"]),
     "a setting of no target": ("compile {d}/model.onnx -o {d}/out --set target.x=1", 2, ["'target'"]),
+    "nothing excluded": ("compile {d}/model.onnx -o {d}/out --exclude layerz", 2, ["layerz", "match a weight"]),
     "no regular expression": ("compile {d}/model.onnx -o {d}/out --exclude [", 2, ["regular expression", "'['"]),
     "memory that is no size": ("compile {d}/model.onnx -o {d}/out --memory lots", 2, ["8G", "'lots'"]),
     "negative memory": ("compile {d}/model.onnx -o {d}/out --memory -1G", 2, ["--memory"]),

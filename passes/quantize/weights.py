@@ -110,7 +110,7 @@ class QuantizeWeights(Pass):
         context = dataclasses.replace(work.context, exclude=(*work.context.exclude, *self.exclude))
         pattern = context.excluded(use.name, use.weight.name)
         if pattern is not None:
-            return Site(use.name, Outcome.SKIPPED, f"excluded by {pattern!r}", facts)
+            return Site(use.name, Outcome.SKIPPED, f"excluded by {pattern}", facts)
         wanted = self._formats()[use.kind]
         if wanted is None:
             return Site(use.name, Outcome.SKIPPED, f"the recipe keeps the {use.kind.value} in float", facts)

@@ -103,7 +103,7 @@ def scale_inputs(
         pattern = exclusion.excluded(*inputs.names, *(use.name for use in inputs.products))
         reason = inputs.obstacle
         if not reason and pattern is not None:
-            reason = f"excluded by {pattern!r}"
+            reason = f"excluded by {pattern}"
         if not reason and columns is None:
             reason = "no statistics of its input: no calibration inputs could be made that the model runs on"
         if not reason and any(np.any(scaled.get(u.node, False) & (_index(u) >= 0)) for u in inputs.products):

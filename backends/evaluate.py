@@ -44,7 +44,7 @@ KEYS = (
 )
 """Keys of every evaluation; None where a figure does not apply."""
 
-_CHUNK_BYTES = 1 << 22  # of float64 logits at a time, of which six copies live; a whole window can have 256 MiB
+_CHUNK_BYTES = 1 << 20  # of float64 logits at a time, of which six copies live; a whole window can have 256 MiB
 _CACHE_ROLES = frozenset({"present_key", "present_value"})
 
 

@@ -16,8 +16,8 @@ from qc.passes.pipeline import Step
 
 __all__ = ["Plan", "evaluation_windows", "make_plan", "parse_bytes"]
 
-_BASE_MEMORY = 210 << 20
-"""Interpreter, numpy, ONNX Runtime, and some copies of the graph: 170 to 200 MiB for 8 to 32 layers."""
+_BASE_MEMORY = 230 << 20
+"""Interpreter, numpy, ONNX Runtime, and some copies of the graph: 200 to 230 MiB for 6 to 32 layers."""
 
 _EXPORT_MEMORY, _EXPORT_NODE = 410 << 20, 84 << 10
 """The process that exports a model of the hub: torch and transformers, and what a node takes; 2 to 32 layers."""

@@ -63,7 +63,8 @@ def collect(
     """
     opset = model.opset_imports.get("", 1)
     probes = {r: _Probe(r, f"qc.statistic.{i}", opset) for i, r in enumerate(dict.fromkeys(requests))}
-    graph, count = model.graph, len(model.graph.outputs)
+    graph, own = model.graph, list(model.graph.outputs)
+    graph.outputs.clear()  # a batch of logits and of the cache may weigh as much as the largest weight
     for probe in probes.values():
         graph.register_initializer(probe.axes)
         graph.extend(probe.nodes)
@@ -71,7 +72,8 @@ def collect(
     try:
         session = Session(model)
     finally:
-        del graph.outputs[count:]
+        graph.outputs.clear()
+        graph.outputs.extend(own)
         for probe in probes.values():
             graph.remove(probe.nodes, safe=True)
             graph.initializers.pop(probe.axes.name or "")

@@ -18,6 +18,8 @@ __all__ = ["Request", "Statistic", "collect"]
 _AXES_ARE_INPUTS = 18
 """The opset from which reductions take their axes as an input."""
 
+_MOST_SAMPLES = 1024
+
 _SYNTHETIC_SIZES = {"batch": 4, "seq": 64, "past": 0}
 
 
@@ -30,6 +32,15 @@ class Statistic(enum.Enum):
     """``E|x_k|``, likewise."""
     ABS_MAX = "largest magnitude"
     """``max |x_k|``, likewise."""
+    MIN = "minimum"
+    """``min x_k``, likewise."""
+    MAX = "maximum"
+    """``max x_k``, likewise."""
+    GRAM = "second moments"
+    """``E[x_j x_k]`` of each pair of channels, float64 ``[K, K]``; its diagonal is `SECOND_MOMENT`."""
+    SAMPLES = "samples"
+    """Rows of x themselves, evenly spaced over all batches, float32 ``[S, K]`` with S between 512 and 1024 where there
+    are as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +73,12 @@ def collect(
         An array for each request; nothing if no inputs could be made that the model runs on.
     """
     opset = model.opset_imports.get("", 1)
-    probes = {r: _Probe(r, f"qc.statistic.{i}", opset) for i, r in enumerate(dict.fromkeys(requests))}
+    probes = {r: _probe(r, f"qc.statistic.{i}", opset) for i, r in enumerate(dict.fromkeys(requests))}
     graph, own = model.graph, list(model.graph.outputs)
     graph.outputs.clear()  # a batch of logits and of the cache may weigh as much as the largest weight
     for probe in probes.values():
-        graph.register_initializer(probe.axes)
+        for constant in probe.constants:
+            graph.register_initializer(constant)
         graph.extend(probe.nodes)
         graph.outputs.extend(probe.outputs)
     try:
@@ -76,7 +88,8 @@ def collect(
         graph.outputs.extend(own)
         for probe in probes.values():
             graph.remove(probe.nodes, safe=True)
-            graph.initializers.pop(probe.axes.name or "")
+            for constant in probe.constants:
+                graph.initializers.pop(constant.name or "")
     if batches is None:
         outputs = find_inputs(model, session.run, seed, _SYNTHETIC_SIZES).outputs[:1]
     else:
@@ -112,31 +125,66 @@ _METHODS = {
     Statistic.SECOND_MOMENT: _Method(("Mul", 2), "ReduceSumSquare", fused=True, join=np.add, mean=True),
     Statistic.MEAN_ABS: _Method(("Abs", 1), "ReduceL1", fused=True, join=np.add, mean=True),
     Statistic.ABS_MAX: _Method(("Abs", 1), "ReduceMax", fused=False, join=np.maximum, mean=False),
+    Statistic.MIN: _Method(("Identity", 1), "ReduceMin", fused=True, join=np.minimum, mean=False),
+    Statistic.MAX: _Method(("Identity", 1), "ReduceMax", fused=True, join=np.maximum, mean=False),
 }
+"""The statistics of single channels."""
 
 
 class _Probe:
-    """Nodes that compute one statistic of a batch: its reduction over all axes but the last, and its size."""
+    """Nodes that compute one statistic of a batch.
 
-    def __init__(self, request: Request, name: str, opset: int) -> None:
-        value, self._method = request.value, _METHODS[request.statistic]
-        rank = value.shape.rank() if value.shape is not None else 0
-        if rank < 1:
-            raise ValueError(f"Pass developer: a statistic of {value.name!r} needs its rank; infer shapes first.")
-        axes = ir.tensor(np.arange(rank - 1), dtype=ir.DataType.INT64, name=f"{name}.axes")
-        self.axes = ir.Value(
-            name=axes.name, const_value=axes, shape=ir.Shape([rank - 1]), type=ir.TensorType(ir.DataType.INT64)
-        )
-        self.nodes = [*self._reduction(value, rank, opset), ir.node("Size", [value])]
-        self.outputs = [node.outputs[0] for node in self.nodes[-2:]]
-        self._names = [f"{name}.reduced", f"{name}.size"]
-        types = (ir.DataType.FLOAT, ir.DataType.INT64)
-        for output, label, dtype in zip(self.outputs, self._names, types, strict=True):
-            output.name, output.type = label, ir.TensorType(dtype)
+    Attributes:
+        constants: Initializers that the nodes read.
+        nodes: What is added to the graph.
+        outputs: What is returned by a run.
+    """
+
+    def __init__(self, nodes: Sequence[ir.Node], outputs: Mapping[str, ir.Value], constants: Sequence[ir.Value] = ()):
+        self.constants, self.nodes, self.outputs = constants, nodes, tuple(outputs.values())
+        self._names = tuple(outputs)
+        for name, output in outputs.items():
+            size = output.producer().op_type == "Size"
+            output.name, output.type = name, ir.TensorType(ir.DataType.INT64 if size else ir.DataType.FLOAT)
+
+    def add(self, results: Mapping[str, np.ndarray]) -> None:
+        """Adds a batch."""
+        raise TypeError(f"Bug: {type(self).__name__} does not say what becomes of a batch")
+
+    def result(self) -> np.ndarray:
+        """The statistic over all batches."""
+        raise TypeError(f"Bug: {type(self).__name__} has no result")
+
+
+def _probe(request: Request, name: str, opset: int) -> _Probe:
+    value = request.value
+    rank = value.shape.rank() if value.shape is not None else 0
+    if rank < 1:
+        raise ValueError(f"Pass developer: a statistic of {value.name!r} needs its rank; infer shapes first.")
+    match request.statistic:
+        case Statistic.GRAM:
+            return _GramProbe(value, rank, name)
+        case Statistic.SAMPLES:
+            return _SampleProbe(value, rank, name)
+        case statistic:
+            return _ChannelProbe(value, rank, name, _METHODS[statistic], opset)
+
+
+class _ChannelProbe(_Probe):
+    """The reduction of a batch over all axes but the last, and its size."""
+
+    def __init__(self, value: ir.Value, rank: int, name: str, method: _Method, opset: int) -> None:
+        self._method = method
+        tensor = ir.tensor(np.arange(rank - 1), dtype=ir.DataType.INT64, name=f"{name}.axes")
+        kind = ir.TensorType(ir.DataType.INT64)
+        axes = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape([rank - 1]), type=kind)
+        reduction, size = self._reduction(value, axes, rank, opset), ir.node("Size", [value])
+        outputs = {f"{name}.reduced": reduction[-1].outputs[0], f"{name}.size": size.outputs[0]}
+        super().__init__([*reduction, size], outputs, [axes])
         self._joined: np.ndarray | None = None
         self._size = 0
 
-    def _reduction(self, value: ir.Value, rank: int, opset: int) -> list[ir.Node]:
+    def _reduction(self, value: ir.Value, axes: ir.Value, rank: int, opset: int) -> list[ir.Node]:
         operator, times = self._method.each
         nodes = []
         if rank == 1 or not self._method.fused:
@@ -145,17 +193,59 @@ class _Probe:
             return nodes
         source = nodes[0].outputs[0] if nodes else value
         if opset >= _AXES_ARE_INPUTS:
-            return [*nodes, ir.node(self._method.reduce, [source, self.axes], {"keepdims": 0})]
+            return [*nodes, ir.node(self._method.reduce, [source, axes], {"keepdims": 0})]
         return [*nodes, ir.node(self._method.reduce, [source], {"keepdims": 0, "axes": list(range(rank - 1))})]
 
     def add(self, results: Mapping[str, np.ndarray]) -> None:
-        """Adds a batch."""
         reduced, size = (results[name] for name in self._names)
         reduced = reduced.astype(np.float64)
         self._joined = reduced if self._joined is None else self._method.join(self._joined, reduced)
         self._size += int(size)
 
     def result(self) -> np.ndarray:
-        """The statistic over all batches, ``[K]``."""
         channels = np.asarray(self._joined)
         return channels * channels.size / max(self._size, 1) if self._method.mean else channels
+
+
+class _GramProbe(_Probe):
+    """The product of a batch with itself, ``[K, K]``, and its size. Sums over batches are in float64."""
+
+    def __init__(self, value: ir.Value, rank: int, name: str) -> None:
+        flat, size = ir.node("Flatten", [value], {"axis": rank - 1}), ir.node("Size", [value])
+        gram = ir.node("Gemm", [flat.outputs[0]] * 2, {"transA": 1})
+        super().__init__([flat, gram, size], {f"{name}.gram": gram.outputs[0], f"{name}.size": size.outputs[0]})
+        self._sum: np.ndarray | None = None
+        self._size = 0
+
+    def add(self, results: Mapping[str, np.ndarray]) -> None:
+        gram, size = (results[name] for name in self._names)
+        if self._sum is None:
+            self._sum = gram.astype(np.float64)
+        else:
+            self._sum += gram
+        self._size += int(size)
+
+    def result(self) -> np.ndarray:
+        gram = np.asarray(self._sum)
+        return gram * (len(gram) / max(self._size, 1))
+
+
+class _SampleProbe(_Probe):
+    """Every n-th row over all batches; n doubles whenever there are too many, so that they stay evenly spaced."""
+
+    def __init__(self, value: ir.Value, rank: int, name: str) -> None:
+        flat = ir.node("Flatten", [value], {"axis": rank - 1})
+        super().__init__([flat], {f"{name}.rows": flat.outputs[0]})
+        self._kept: list[np.ndarray] = []
+        self._step, self._seen = 1, 0
+
+    def add(self, results: Mapping[str, np.ndarray]) -> None:
+        rows = results[self._names[0]]
+        self._kept.append(rows[-self._seen % self._step :: self._step].copy())
+        self._seen += len(rows)
+        while sum(map(len, self._kept)) > _MOST_SAMPLES:
+            self._kept = [np.concatenate(self._kept)[::2]]
+            self._step *= 2
+
+    def result(self) -> np.ndarray:
+        return np.concatenate(self._kept)

@@ -13,8 +13,20 @@ EXPECTED = {
     Statistic.SECOND_MOMENT: [26 / 3, 4 / 3],
     Statistic.MEAN_ABS: [8 / 3, 2 / 3],
     Statistic.ABS_MAX: [4.0, 2.0],
+    Statistic.MIN: [-3.0, 0.0],
+    Statistic.MAX: [4.0, 2.0],
+    Statistic.GRAM: [[26 / 3, -2 / 3], [-2 / 3, 4 / 3]],
+    Statistic.SAMPLES: [[-1.0, 2.0], [-3.0, 0.0], [4.0, 0.0]],
 }
-VECTORS = {Statistic.SECOND_MOMENT: [13.0, 4.0], Statistic.MEAN_ABS: [3.0, 2.0], Statistic.ABS_MAX: [5.0, 2.0]}
+VECTORS = {
+    Statistic.SECOND_MOMENT: [13.0, 4.0],
+    Statistic.MEAN_ABS: [3.0, 2.0],
+    Statistic.ABS_MAX: [5.0, 2.0],
+    Statistic.MIN: [-1.0, -2.0],
+    Statistic.MAX: [5.0, 2.0],
+    Statistic.GRAM: [[13.0, -6.0], [-6.0, 4.0]],
+    Statistic.SAMPLES: [[-1.0, 2.0], [5.0, -2.0]],
+}
 HEADERS = {"new": "", "old": '<ir_version: 8, opset_import: ["": 13]>\n'}
 
 
@@ -38,3 +50,11 @@ def test_a_vector_has_one_element_per_channel(header: str, statistic: Statistic)
     batches = [{"x": np.array([1.0, -2.0], np.float32)}, {"x": np.array([-5.0, 2.0], np.float32)}]
     found = collect(model, [Request(statistic, value)], batches)
     np.testing.assert_allclose(found[Request(statistic, value)], VECTORS[statistic])
+
+
+def test_samples_are_evenly_spaced_over_all_batches_and_no_more_than_asked_for() -> None:
+    model = parse("g (float[n,1] x) => (float[n,1] y) { z = Identity (x) y = Identity (z) }")
+    request = Request(Statistic.SAMPLES, next(iter(model.graph)).outputs[0])
+    numbers = np.arange(7001, dtype=np.float32)[:, None]
+    found = collect(model, [request], [{"x": part} for part in np.array_split(numbers, 13)])[request]
+    np.testing.assert_array_equal(found, numbers[::8])

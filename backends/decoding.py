@@ -8,9 +8,9 @@ import numpy as np
 
 from qc.backends.inputs import cache_shape, require_tokens, text_inputs
 from qc.ir.errors import InputError
-from qc.ir.model import Port, Signature
+from qc.ir.model import Signature
 
-__all__ = ["cache_ports", "context_limit", "greedy", "pick", "plan"]
+__all__ = ["context_limit", "greedy", "pick", "plan"]
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -66,18 +66,6 @@ def plan(signature: Signature, tokens: Sequence[int], max_tokens: int, limit: in
     return min(max_tokens, limit - len(tokens))
 
 
-def cache_ports(signature: Signature) -> list[tuple[Port, Port]]:
-    """Pairs each cache input with the output that replaces it in the next step."""
-    present = {
-        (p.role.removeprefix("present_"), p.index): p for p in signature.outputs if p.role.startswith("present_")
-    }
-    return [
-        (p, present[p.role.removeprefix("past_"), p.index])
-        for p in signature.inputs
-        if p.role.startswith("past_") and (p.role.removeprefix("past_"), p.index) in present
-    ]
-
-
 def context_limit(provenance: Mapping[str, str]) -> int | None:
     """Largest number of tokens that the source model was made for, or None if it is not known."""
     text = provenance.get("max_positions", "")
@@ -94,7 +82,7 @@ def _decoder(
 ) -> Iterator[int]:
     logits = signature.output("logits")
     assert logits is not None
-    pairs = cache_ports(signature)
+    pairs = signature.caches
     text, ends = [int(t) for t in tokens], frozenset(stop)
     caches = {past.name: np.zeros(cache_shape(past, 1, 0), past.dtype.numpy()) for past, _ in pairs}
     past = 0

@@ -124,6 +124,13 @@ class Signature:
         return next((p for p in self.outputs if p.role == role), None)
 
     @property
+    def caches(self) -> tuple[tuple[Port, Port], ...]:
+        """Each input that is part of a key-value cache, with the output that replaces it in the next step."""
+        written = {(p.role, p.index): p for p in self.outputs if p.role.startswith("present_")}
+        pairs = [(p, written.get((p.role.replace("past_", "present_", 1), p.index))) for p in self.inputs]
+        return tuple((past, present) for past, present in pairs if present is not None)
+
+    @property
     def is_decoder(self) -> bool:
         """Whether the model carries a key-value cache and yields logits."""
         return self.input("past_key") is not None and self.output("logits") is not None

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qc.ir.model import ANY_SHAPE, Model, Port
+from qc.ir.model import ANY_SHAPE, Model, Port, Signature
 from qc.ir.simplify import RANDOM_OPS, all_graphs
 
-__all__ = ["Found", "find_inputs", "index_bound", "probe_inputs"]
+__all__ = ["Found", "continues_cache", "find_inputs", "index_bound", "probe_inputs", "run_in_turn"]
 
 Batch = dict[str, np.ndarray]
 
@@ -34,7 +34,7 @@ class Found:
 
     Attributes:
         batches: The inputs; none if nothing that was tried runs.
-        outputs: What the model yields on each.
+        outputs: What the model yields on each, run in turn.
         obstacle: Why there are none: a sentence without its period; empty if there are.
     """
 
@@ -57,14 +57,46 @@ def find_inputs(
     obstacle = ""
     for batches in _candidates(model, seed, sizes):
         try:
-            outputs = [run(batch) for batch in batches]
-            if _draws(model) and not _equal(outputs, [run(batch) for batch in batches]):
+            outputs = run_in_turn(run, model.signature, batches)
+            if _draws(model) and not _equal(outputs, run_in_turn(run, model.signature, batches)):
                 return Found(obstacle="it draws random numbers, so that no two runs agree")
         except Exception as error:  # noqa: BLE001  whatever the runtime raises, these inputs are none
             obstacle = obstacle or f"it runs on no input that was tried ({str(error).splitlines()[0]})"
             continue
         return Found(batches, outputs)
     return Found(obstacle=obstacle)
+
+
+def run_in_turn(run: Callable[[Batch], Batch], signature: Signature, batches: Sequence[Mapping]) -> list[Batch]:
+    """Runs batches one after the other. What a model writes into a cache in one, it reads in the next.
+
+    A batch that brings a cache of its own gets the beginning of the one written before it, as many rows and positions
+    as it brings, where that is long enough. So two models can be compared that mean different things by what their
+    caches hold.
+    """
+    outputs: list[Batch] = []
+    for batch in batches:
+        own = _continued(signature, batch, outputs[-1] if outputs else {})
+        outputs.append(run({**batch, **(own or {})}))
+    return outputs
+
+
+def continues_cache(signature: Signature, batch: Mapping, written: Mapping) -> bool:
+    """Whether `written`, the outputs of the batch before, hold all that `batch` brings in caches."""
+    return _continued(signature, batch, written) is not None
+
+
+def _continued(signature: Signature, batch: Mapping, written: Mapping) -> Batch | None:
+    """What takes the place of the caches of a batch, or None if not all of it was written."""
+    own: Batch = {}
+    for past, present in signature.caches:
+        brought, held = batch.get(past.name), written.get(present.name)
+        if brought is None or brought.size == 0:
+            continue
+        if held is None or held.ndim != brought.ndim or any(np.less(held.shape, brought.shape)):
+            return None
+        own[past.name] = np.ascontiguousarray(held[tuple(map(slice, brought.shape))])
+    return own
 
 
 def probe_inputs(

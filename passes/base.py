@@ -32,9 +32,16 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """The outputs stay the same: ``max|new - old| <= tol * max(1, max|old|)`` per output on the probe batch."""
+    """The outputs stay the same: ``max|new - old| <= tol * max(1, max|old|)`` per output on the probe batch.
+
+    Attributes:
+        tol: The tolerance.
+        cache: Whether what a key-value cache holds stays the same too. If not, it holds the same in other coordinates;
+            it is not compared, but the step behind it is, on what each of the two models wrote itself.
+    """
 
     tol: float = 1e-4
+    cache: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

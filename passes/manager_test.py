@@ -13,7 +13,8 @@ from onnx_ir.passes import common
 from qc.ir import dialect
 from qc.ir.errors import ContractError, UnsupportedError
 from qc.ir.model import Model
-from qc.passes.base import Contract, Lossy, Outcome, Pass, Result, Site, Structural
+from qc.ir.text import parse
+from qc.passes.base import Contract, Exact, Lossy, Outcome, Pass, Result, Site, Structural
 from qc.passes.manager import PassManager
 from qc.passes.pipeline import Step
 
@@ -172,3 +173,93 @@ def test_a_pass_keeps_the_roles_of_inputs_and_outputs():
     model.graph.inputs[0].metadata_props["qc.role"] = "hidden"
     model, _ = PassManager([ScaleWeight()]).run(model)
     assert model.signature.inputs[0].role == "hidden"
+
+
+DECODER = """
+  g (int64[batch,seq] ids, float[batch,2,past,4] k0, float[batch,2,past,4] v0)
+    => (float[batch,seq,10] y, float[batch,2,total,4] k1, float[batch,2,total,4] v1) {
+    x = Gather (table, ids)
+    q = qc.Linear (x, wq)  k = qc.Linear (x, wk)  v = qc.Linear (x, wv)
+    qs = Reshape (q, split)  ks = Reshape (k, split)  vs = Reshape (v, split)
+    qh = Transpose <perm=[0,2,1,3]> (qs)  kh = Transpose <perm=[0,2,1,3]> (ks)  vh = Transpose <perm=[0,2,1,3]> (vs)
+    k1 = Concat <axis=2> (k0, kh)  v1 = Concat <axis=2> (v0, vh)
+    a = Attention (qh, k1, v1)
+    t = Transpose <perm=[0,2,1,3]> (a)  f = Reshape (t, joined)  y = qc.Linear (f, wo)
+  }
+"""
+ROLES = {
+    "ids": "tokens",
+    "k0": "past_key.0",
+    "v0": "past_value.0",
+    "k1": "present_key.0",
+    "v1": "present_value.0",
+    "y": "logits",
+}
+
+
+def _decoder() -> Model:
+    rng = np.random.default_rng(0)
+    shapes = {"table": (10, 8), "wq": (8, 8), "wk": (8, 8), "wv": (8, 8), "wo": (10, 8)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    integers = {"split": np.array([0, 0, 2, 4]), "joined": np.array([0, 0, 8])}
+    return parse(DECODER, weights=weights | integers, roles=ROLES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleValues(Pass):
+    """Multiplies the values of attention by a factor, and divides what reads them."""
+
+    contract: ClassVar[Contract] = Exact(cache=False)
+
+    factor: float = 2.0
+    back: float = 0.5
+
+    def call(self, model, context=None):
+        for name, factor in (("wv", self.factor), ("wo", self.back)):
+            weight = model.graph.initializers[name]
+            weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(factor), name=name)
+        return Result.of(model, [Site("wv", Outcome.CHANGED)])
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleValuesSilently(ScaleValues):
+    """The same, claiming that the cache holds what it held."""
+
+    contract: ClassVar[Contract] = Exact()
+
+
+def test_a_cache_in_other_coordinates_is_judged_by_the_step_that_reads_it():
+    _, (first, second) = PassManager([ScaleValues(), ScaleValuesSilently(1.0, 1.0)]).run(_decoder())
+    assert {d.output for d in first.differences} == {"y"}
+    assert {d.output for d in second.differences} == {"y", "k1", "v1"}
+
+
+@pytest.mark.parametrize("action", [ScaleValues(back=1.0), ScaleValuesSilently()])
+def test_a_cache_that_the_model_itself_does_not_understand_is_a_breach(action):
+    with pytest.raises(ContractError, match="scale-values"):
+        PassManager([action]).run(_decoder())
+
+
+def test_a_pass_that_breaks_only_the_step_behind_a_cache_is_found():
+    @dataclasses.dataclass(frozen=True)
+    class ScaleNewValues(ScaleValues):
+        """Forgets that values of the cache are read beside new ones."""
+
+        def call(self, model, context=None):
+            node = next(n for n in model.graph if n.outputs[0].name == "v1")
+            double = ir.node("Mul", [node.inputs[0], _constant("two", np.full(1, 2.0))])
+            double.outputs[0].type, double.outputs[0].shape = node.outputs[0].type, node.inputs[0].shape
+            model.graph.register_initializer(double.inputs[1])
+            model.graph.insert_before(node, double)
+            node.replace_input_with(0, double.outputs[0])
+            return Result.of(model, [Site("v1", Outcome.CHANGED)])
+
+    with pytest.raises(ContractError, match=r"scale-new-values .* 'y'"):
+        PassManager([ScaleNewValues()]).run(_decoder())
+
+
+def test_a_cache_of_unknown_origin_is_not_compared_in_other_coordinates():
+    model = _decoder()
+    given = {n: np.ones((1, 2, 3, 4), np.float32) for n in ("k0", "v0")} | {"ids": np.zeros((1, 1), np.int64)}
+    _, (report,) = PassManager([ScaleValues()]).run(model, probe=[given])
+    assert report.differences == ()

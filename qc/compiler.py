@@ -19,7 +19,7 @@ from qc.backends.workspace import work_directory
 from qc.frontend import load
 from qc.ir.errors import ContractError, InputError
 from qc.ir.model import Model
-from qc.ir.probe import Found, find_inputs
+from qc.ir.probe import Found, find_inputs, run_in_turn
 from qc.ir.store import Store
 from qc.ir.verify import STAGES, check_structure, compare
 from qc.measurement import measure, read_data, rehearse, speed
@@ -201,8 +201,7 @@ def _phases(steps: Sequence[Step], backend: Backend) -> dict[str, list[Step]]:
 
 
 def _outputs(model: Model, batches: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    runner = ModelRunner(model)
-    return [runner.run(batch) for batch in batches]
+    return run_in_turn(ModelRunner(model).run, model.signature, batches)
 
 
 class _Clock:
@@ -284,8 +283,7 @@ def _require_same(
     runner: Runner, probe: Sequence[Mapping[str, np.ndarray]], expected: Sequence[Mapping[str, np.ndarray]]
 ) -> None:
     """Compares the artifact in its own runtime with the model that was lowered."""
-    for batch, before in zip(probe, expected, strict=True):
-        after = runner.run(batch)
+    for before, after in zip(expected, run_in_turn(runner.run, runner.signature, probe), strict=True):
         for difference in compare(before, after):
             if not difference.sqnr >= _LOWERING_SQNR:
                 raise ContractError(

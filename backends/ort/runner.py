@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qc.backends.decoding import cache_ports, context_limit, greedy, pick, plan
+from qc.backends.decoding import context_limit, greedy, pick, plan
 from qc.backends.inputs import cache_shape, check_inputs, text_inputs
 from qc.backends.ort.emit import MODEL
 from qc.backends.ort.genai import shares_buffer
@@ -85,7 +85,7 @@ class OrtRunner:
             InputError: If the model does not generate text, or the prompt does not fit it.
         """
         limit = context_limit(self.provenance)
-        if not cache_ports(self.signature):
+        if not self.signature.caches:
             start = _start_token(self._directory)
             return greedy(self.run, self.signature, tokens, max_tokens, stop, limit=limit, start=start)
         return self._cached(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop))
@@ -98,7 +98,7 @@ class OrtRunner:
         """
         import onnxruntime as ort
 
-        pairs = cache_ports(self.signature)
+        pairs = self.signature.caches
         logits = self.signature.output("logits")
         assert logits is not None
         room = len(tokens) + max_tokens if self._shared else 0

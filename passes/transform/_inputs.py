@@ -84,7 +84,8 @@ def scale_inputs(
     """Divides the input channels of matrix products by factors and multiplies the weights by them.
 
     Every channel group that a linear layer reads is a site. Left alone, with the reason: groups that do not admit
-    factors, whose channels a cache holds, or whose weights are quantized already or shared with another group.
+    factors, or whose weights are quantized already or shared with another group. A cache that holds the channels of a
+    group holds them scaled.
 
     Args:
         model: Changed in place; computes the same function.
@@ -138,7 +139,9 @@ def _fold(model: ir.Model, inputs: Inputs, factors: np.ndarray, store: Store, fa
     folded = fold(model, inputs.group, Scale(factors ** (1 / power)), store)
     if not folded.modified:
         return Site(inputs.names[0], Outcome.MATCHED, "no factors are better than those it has", facts)
-    reach = {"smallest": float(factors.min()), "largest": float(factors.max())}
+    reach: dict[str, object] = {"smallest": float(factors.min()), "largest": float(factors.max())}
+    if folded.state:
+        reach["state"] = list(folded.state)
     return Site(inputs.names[0], Outcome.CHANGED, "", facts | reach)
 
 
@@ -154,8 +157,6 @@ def _inputs(model: ir.Model) -> list[Inputs]:
 def _obstacle(group: ChannelGroup, products: Sequence[Use]) -> str:
     if "scale" not in group.admits:
         return str(group.forbids["scale"])
-    if group.family.state:
-        return f"the cache {group.family.state[0]} holds these channels"
     if any(use.node.inputs[0].dtype != ir.DataType.FLOAT or use.node.inputs[0].shape is None for use in products):
         return "its input is not a FLOAT tensor of known rank"
     if len({use.power for use in products}) != 1 or products[0].power == 0:

@@ -41,8 +41,8 @@ class Awq(Pass):
     measure the result is never worse than without the pass. The function of the model stays the same; rounding is the
     work of the next pass.
 
-    Left alone, with the reason: channels whose factors something on the way does not let through, or a cache holds, and
-    weights that are shared with other layers.
+    Left alone, with the reason: channels whose factors something on the way does not let through, and weights that are
+    shared with other layers. A cache holds scaled values.
 
     All rows of a weight share the factors, so the search looks at a sample of evenly spaced ones.
 
@@ -55,7 +55,7 @@ class Awq(Pass):
         exclude: Regular expressions of sites or weights to leave as they are.
     """
 
-    contract: ClassVar[Contract] = Exact()
+    contract: ClassVar[Contract] = Exact(cache=False)
 
     format: str = "uint4"
     group: int = 32

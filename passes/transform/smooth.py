@@ -36,7 +36,7 @@ class Smooth(Pass):
 
     ``s`` is scaled such that its largest entry is the inverse of its smallest, which changes no code of a quantizer.
     Channels that are always zero keep their scale. Left alone, with the reason: channels whose factors something on the
-    way does not let through, or a cache holds, and weights that are shared with other layers.
+    way does not let through, and weights that are shared with other layers. A cache holds scaled values.
 
     Source: SmoothQuant, arXiv 2211.10438, equation 4, on every group that admits it instead of the outputs of norms
     alone.
@@ -46,7 +46,7 @@ class Smooth(Pass):
         exclude: Regular expressions of sites or weights to leave as they are.
     """
 
-    contract: ClassVar[Contract] = Exact()
+    contract: ClassVar[Contract] = Exact(cache=False)
 
     alpha: float = 0.5
     exclude: tuple[str, ...] = ()

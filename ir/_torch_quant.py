@@ -20,6 +20,9 @@ _FLOAT8 = frozenset({
     ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ,
 })  # fmt: skip
 
+_SMALLEST_SCALE = 1e-30
+"""Of a vector of zeros, whose codes must be zeros too."""
+
 
 def _round(call: Call, x: Tensor) -> Tensor:
     """Rounds half to even; passes gradients when asked to."""
@@ -82,6 +85,21 @@ def _dynamic_quantize(call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if call.context.straight_through:
         return codes, scale, zero
     return codes.to(torch.uint8), scale, zero.to(torch.uint8)
+
+
+@op("DynamicQuantize", domain="qc")
+def _dynamic_fake_quantize(call: Call, x: Tensor) -> Tensor:
+    """Rounds to a grid found per token or per tensor, symmetric or not; `qc.ir.dialect` has the equations."""
+    granularity, _, symmetry = call.node.overload.partition("_")
+    axis = (-1,) if granularity == "token" else tuple(range(x.dim()))
+    half, clip = 2 ** (call.attr("bits") - 1), call.attr("clip")
+    if symmetry == "symmetric":
+        scale = (x.abs().amax(axis, keepdim=True) * clip / (half - 1)).clamp(min=_SMALLEST_SCALE)
+        return scale * torch.clamp(_round(call, x / scale), -half, half - 1)
+    low, high = (clip * x.amin(axis, keepdim=True)).clamp(max=0), (clip * x.amax(axis, keepdim=True)).clamp(min=0)
+    scale = ((high - low) / (2 * half - 1)).clamp(min=_SMALLEST_SCALE)
+    zero = _round(call, -low / scale)
+    return scale * (torch.clamp(_round(call, x / scale) + zero, 0, 2 * half - 1) - zero)
 
 
 def _centred(codes: Tensor, zero: Tensor | None, *, rows: bool) -> Tensor:

@@ -11,6 +11,14 @@ that overload.
 | ``Linear`` | x [..., K], weight [N, K] | ``x @ weight.T`` |
 | ``Linear`` overload ``bias`` | x [..., K], weight [N, K], bias [N] | ``x @ weight.T + bias`` |
 | ``Swish`` | x, attribute alpha | ``x * sigmoid(alpha * x)``: SiLU at 1, the sigmoid form of GELU at 1.702 |
+| ``DynamicQuantize`` | x [..., K] float32, attributes bits, clip | x on a grid of ``2^bits`` points, see below |
+
+``DynamicQuantize`` has four overloads. ``token_*`` finds a grid for each vector along the last axis, ``tensor_*`` one
+for all of x; ``clip`` shrinks its range. With ``h = 2^(bits-1)`` and rounding half to even:
+
+* ``*_symmetric``: ``s = clip * max|x| / (h - 1)``, ``y = s * clamp(round(x / s), -h, h - 1)``;
+* ``*_asymmetric``: ``low = clip * min(min x, 0)``, ``high = clip * max(max x, 0)``, ``s = (high - low) / (2h - 1)``,
+  ``z = round(-low / s)``, ``y = s * (clamp(round(x / s) + z, 0, 2h - 1) - z)``.
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ import functools
 
 import onnx_ir as ir
 
-__all__ = ["DOMAIN", "VERSION", "functions_for", "is_op", "linear", "swish", "sync_functions"]
+__all__ = ["DOMAIN", "VERSION", "dynamic_quantize", "functions_for", "is_op", "linear", "swish", "sync_functions"]
 
 DOMAIN = "qc"
 VERSION = 1
@@ -46,6 +54,23 @@ def linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None = None, *, name:
 def swish(x: ir.Value, alpha: float = 1.0, *, name: str | None = None) -> ir.Node:
     """Builds a ``qc.Swish`` node, not yet in any graph."""
     node = ir.node("Swish", [x], {"alpha": float(alpha)}, domain=DOMAIN, name=name)
+    node.outputs[0].dtype, node.outputs[0].shape = x.dtype, x.shape
+    return node
+
+
+def dynamic_quantize(x: ir.Value, *, bits: int, token: bool, symmetric: bool, clip: float = 1.0) -> ir.Node:
+    """Builds a ``qc.DynamicQuantize`` node, not yet in any graph.
+
+    Args:
+        x: float32 ``[..., K]``.
+        bits: Width of a code.
+        token: Whether each vector along the last axis has a grid of its own.
+        symmetric: Whether the grid is symmetric around zero.
+        clip: What the range is multiplied with.
+    """
+    overload = f"{'token' if token else 'tensor'}_{'symmetric' if symmetric else 'asymmetric'}"
+    attributes = {"bits": bits, "clip": float(clip)}
+    node = ir.node("DynamicQuantize", [x], attributes, domain=DOMAIN, overload=overload)
     node.outputs[0].dtype, node.outputs[0].shape = x.dtype, x.shape
     return node
 
@@ -115,4 +140,44 @@ def _bodies():
     def Swish(x, alpha: float):  # noqa: N802
         return op.Mul(x, op.Sigmoid(op.Mul(x, op.CastLike(op.Constant(value_float=alpha), x))))
 
-    return {("Linear", ""): Linear, ("Linear", "bias"): LinearBias, ("Swish", ""): Swish}
+    @script(qc)
+    def TokenSymmetric(x, bits: int, clip: float):  # noqa: N802
+        half = op.Pow(op.Constant(value_float=2.0), op.Cast(op.Constant(value_int=bits), to=1) - 1.0)
+        largest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]))
+        scale = op.Max(largest * (op.Constant(value_float=clip) / (half - 1.0)), 1e-30)
+        return op.Clip(op.Round(x / scale), op.Neg(half), half - 1.0) * scale
+
+    @script(qc)
+    def TensorSymmetric(x, bits: int, clip: float):  # noqa: N802
+        half = op.Pow(op.Constant(value_float=2.0), op.Cast(op.Constant(value_int=bits), to=1) - 1.0)
+        largest = op.ReduceMax(op.Abs(x), keepdims=0)
+        scale = op.Max(largest * (op.Constant(value_float=clip) / (half - 1.0)), 1e-30)
+        return op.Clip(op.Round(x / scale), op.Neg(half), half - 1.0) * scale
+
+    @script(qc)
+    def TokenAsymmetric(x, bits: int, clip: float):  # noqa: N802
+        top = op.Pow(op.Constant(value_float=2.0), op.Cast(op.Constant(value_int=bits), to=1)) - 1.0
+        low = op.Constant(value_float=clip) * op.Min(op.ReduceMin(x, op.Constant(value_ints=[-1])), 0.0)
+        high = op.Constant(value_float=clip) * op.Max(op.ReduceMax(x, op.Constant(value_ints=[-1])), 0.0)
+        scale = op.Max((high - low) / top, 1e-30)
+        zero = op.Round(op.Neg(low) / scale)
+        return (op.Clip(op.Round(x / scale) + zero, 0.0, top) - zero) * scale
+
+    @script(qc)
+    def TensorAsymmetric(x, bits: int, clip: float):  # noqa: N802
+        top = op.Pow(op.Constant(value_float=2.0), op.Cast(op.Constant(value_int=bits), to=1)) - 1.0
+        low = op.Constant(value_float=clip) * op.Min(op.ReduceMin(x, keepdims=0), 0.0)
+        high = op.Constant(value_float=clip) * op.Max(op.ReduceMax(x, keepdims=0), 0.0)
+        scale = op.Max((high - low) / top, 1e-30)
+        zero = op.Round(op.Neg(low) / scale)
+        return (op.Clip(op.Round(x / scale) + zero, 0.0, top) - zero) * scale
+
+    return {
+        ("Linear", ""): Linear,
+        ("Linear", "bias"): LinearBias,
+        ("Swish", ""): Swish,
+        ("DynamicQuantize", "token_symmetric"): TokenSymmetric,
+        ("DynamicQuantize", "token_asymmetric"): TokenAsymmetric,
+        ("DynamicQuantize", "tensor_symmetric"): TensorSymmetric,
+        ("DynamicQuantize", "tensor_asymmetric"): TensorAsymmetric,
+    }

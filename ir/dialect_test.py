@@ -44,6 +44,30 @@ def test_bodies_mean_what_the_table_says(opset):
     np.testing.assert_allclose(act, biased / (1 + np.exp(-1.702 * biased)), atol=1e-6)
 
 
+@pytest.mark.parametrize("token", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dynamic_quantization_means_what_the_table_says(token: bool, symmetric: bool):
+    x = _value("x", ["n", 8])
+    node = dialect.dynamic_quantize(x, bits=4, token=token, symmetric=symmetric, clip=0.75)
+    model = ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 23}, name="g"), ir_version=10)
+    node.outputs[0].name = "y"
+    dialect.sync_functions(model)
+    given = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32) * np.float32([[1], [9], [0], [2], [3]])
+    (found,) = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, {"x": given})
+    axis = 1 if token else None
+    low = 0.75 * np.minimum(given.min(axis, keepdims=True), 0)
+    high = 0.75 * np.maximum(given.max(axis, keepdims=True), 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if symmetric:
+            scale = np.maximum(-low, high) / 7
+            expected = scale * np.clip(np.rint(given / scale), -8, 7)
+        else:
+            scale = (high - low) / 15
+            zero = np.rint(-low / scale)
+            expected = scale * (np.clip(np.rint(given / scale) + zero, 0, 15) - zero)
+    np.testing.assert_allclose(found, np.nan_to_num(expected), atol=1e-5)
+
+
 def test_a_linear_knows_its_shape():
     node = dialect.linear(_value("x", ["batch", "seq", 3]), _value("w", [2, 3]))
     assert [str(d) for d in node.outputs[0].shape] == ["batch", "seq", "2"]

@@ -265,6 +265,30 @@ def test_straight_through_dynamic_quantization_passes_gradients_through_an_integ
     torch.testing.assert_close(given.grad[inner], expected[inner], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("token", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dynamic_grids_agree_with_their_body_and_pass_gradients(token: bool, symmetric: bool, bits: int) -> None:
+    from qc.ir.runtime import Session
+
+    x = value("x", [3, 8])
+    node = dialect.dynamic_quantize(x, bits=bits, token=token, symmetric=symmetric)
+    graph = graph_of([x], chain(node), [node.outputs[0]])
+    model = ir.Model(graph, ir_version=10)
+    dialect.sync_functions(model)
+    given = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    given[1] = 0
+    wanted = next(iter(Session(model).run({"x": given}).values()))
+    trained = torch.tensor(given, requires_grad=True)
+    for straight_through in (False, True):
+        (found,) = Executor(graph, straight_through=straight_through)({"x": trained}).values()
+        np.testing.assert_allclose(found.detach().numpy(), wanted, atol=1e-6)
+    found.sum().backward()
+    assert trained.grad is not None
+    ends = np.isin(given, [given.max(1), given.min(1)]) if token else np.isin(given, [given.max(), given.min()])
+    np.testing.assert_allclose(trained.grad.numpy()[~ends & (given != 0)], 1, atol=1e-5)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_packed_products_and_lookups_agree_with_onnx_runtime(bits: int, symmetric: bool) -> None:

@@ -21,7 +21,7 @@ from qc.passes.statistics import collect
 
 __all__ = ["Observer", "PassManager", "PassReport"]
 
-_ROUNDING = frozenset({"DynamicQuantizeLinear", "QuantizeLinear"})
+_ROUNDING = frozenset({"DynamicQuantizeLinear", "DynamicQuantize", "QuantizeLinear"})
 _ROUNDED = 5e-2
 """Tolerance of exact passes on models that round activations: another order of summation changes the last bit of a
 float, which the rounding may turn into one step of its grid, 1/255 of the range; later layers spread it."""

@@ -51,14 +51,15 @@ class OrtCpu:
         from qc.backends.ort.fuse.inline import InlineDialect
         from qc.backends.ort.fuse.require import RequireKernels
         from qc.backends.ort.fuse.residuals import KeepResiduals
-        from qc.backends.ort.kernels import LowerDynamicLinear, LowerFloatLinear, LowerQuantizedWeights
+        from qc.backends.ort.integers import LowerIntegerLinear
+        from qc.backends.ort.kernels import LowerFloatLinear, LowerQuantizedWeights
         from qc.passes.fuse.pack_projections import PackProjections
 
         passes = (
             PackProjections(),
             FuseGroupQueryAttention(),  # after packing: the kernel takes the packed projection unsplit
             MergeHeads(),
-            LowerDynamicLinear(),
+            LowerIntegerLinear(),
             LowerQuantizedWeights(accuracy_level=self.accuracy_level),
             LowerFloatLinear(),  # last of the three: it takes what is left
             FuseSwish(),

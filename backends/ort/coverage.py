@@ -11,7 +11,10 @@ from qc.backends.target import Coverage
 from qc.ir import dialect
 from qc.passes.canonicalize._graph import made_by
 
-__all__ = ["coverage", "why_off_target"]
+__all__ = ["SLOW", "coverage", "why_off_target"]
+
+SLOW = "qc.slow"
+"""Metadata property of a node that a lowering knows to be slow: the reason."""
 
 _QUANTIZING = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
 _PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "Conv", "ConvTranspose", "Gather", "Einsum"})
@@ -35,6 +38,8 @@ def coverage(model: ir.Model) -> Coverage:
 
 def why_off_target(node: ir.Node, imports: dict[str, int]) -> str:
     """Why `node` runs slowly or not at all; empty if it runs on a kernel made for the job."""
+    if SLOW in node.metadata_props:
+        return node.metadata_props[SLOW]
     if node.domain == dialect.DOMAIN:
         return "an operator of the compiler that was not lowered"
     limit = capability.limit_of(f"{node.domain}::{node.op_type}", capability.facts_of(node))

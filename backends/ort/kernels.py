@@ -4,7 +4,7 @@
 |---|---|---|
 | Linear, float weight | ``FusedMatMul(transB)`` [+ Add] | as fast as ``MatMul``, and the weight is not transposed |
 | Linear, 2/4/8-bit weight | ``MatMulNBits`` | the runtime never decodes the weight |
-| Linear, 8 bits per channel, dynamic input | ``MatMulIntegerToFloat`` | one int8 product, one quantization per input |
+| Linear, 8 bits per channel, 8-bit input | see `qc.backends.ort.integers` | one int8 product |
 | Gather, 2/4/8-bit table | ``GatherBlockQuantized`` | decodes the rows that are read only |
 
 A float weight stored in bf16 or fp16 keeps its ``Cast``: the runtime folds it once at load, and the file is half the
@@ -16,19 +16,25 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from qc.backends.ort.packed import Held, PackedWeights, consumes_weight, float_scale
+from qc.backends.ort.integers import rounded_source
+from qc.backends.ort.packed import Held, PackedWeights, consumes_weight
 from qc.ir import dialect
 from qc.ir.errors import InputError
 from qc.ir.quant import Weight, read_weight
 from qc.passes.base import Contract, Exact, Lossy, Outcome, Pass, Result, Site, site_name
-from qc.passes.canonicalize._graph import add_constant, drop_unused, made_by, replace
+from qc.passes.canonicalize._graph import drop_unused, replace
 
-__all__ = ["LowerDynamicLinear", "LowerFloatLinear", "LowerQuantizedWeights"]
+__all__ = ["LowerFloatLinear", "LowerQuantizedWeights"]
 
 _MICROSOFT = "com.microsoft"
+
+_KERNEL_BITS = 8
+"""What ``MatMulNBits`` rounds activations to at accuracy level 4."""
+
+_FAST_IN_FLOAT = 4
+"""Bits of weights whose kernel is fast with float activations too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +71,10 @@ class LowerQuantizedWeights(Pass):
     """Fuses Linears with 2, 4 or 8-bit weights into ``MatMulNBits``, look-ups into ``GatherBlockQuantized``.
 
     At accuracy level 4 ``MatMulNBits`` rounds activations to int8 per block, 4e-3 to 1e-2 of the largest output; that
-    is the only inexact step. It makes a dynamic quantization of the same input redundant, so the kernel reads the
-    value in front of it. At level 0 activations stay float and the result is exact, but only 4 bits are fast. The
-    verifying runtime keeps them float at either level, so the rounding shows in what is measured on the artifact.
+    is the only inexact step. It makes a dynamic quantization of the same input to 8 bits or more redundant, so the
+    kernel reads the value in front of it; one to fewer bits stays, and 4-bit weights are multiplied at level 0 then. At
+    level 0 activations stay float and the result is exact, but only 4 bits are fast. The verifying runtime keeps them
+    float at either level, so the rounding shows in what is measured on the artifact.
 
     A table that is also the weight of a Linear (tied embedding and head) is stored once, shared through a ``Reshape``.
 
@@ -111,9 +118,12 @@ class LowerQuantizedWeights(Pass):
 
     def _linear(self, node: ir.Node, held: Held) -> ir.Node:
         x, bias = node.inputs[0], (*node.inputs, None)[2]
-        dynamic = _dynamic_input(x)
-        if dynamic is not None and self.accuracy_level == 4:
-            x = dynamic.inputs[0]
+        source, level = rounded_source(x), self.accuracy_level
+        if source is not None and level == 4:
+            if _bits(source) >= _KERNEL_BITS:
+                x = source.inputs[0]
+            elif held.values.bits == _FAST_IN_FLOAT:
+                level = 0  # a second rounding would add to the error of the first
         rows, columns = held.weight.shape
         return _node(
             "MatMulNBits",
@@ -123,7 +133,7 @@ class LowerQuantizedWeights(Pass):
             N=rows,
             bits=held.values.bits,
             block_size=held.block,
-            accuracy_level=self.accuracy_level,
+            accuracy_level=level,
         )
 
     def _gather(self, node: ir.Node, held: Held) -> ir.Node:
@@ -138,78 +148,8 @@ class LowerQuantizedWeights(Pass):
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class LowerDynamicLinear(Pass):
-    """Fuses a Linear with an 8-bit per-channel weight and a dynamically quantized input into ``MatMulIntegerToFloat``.
-
-    ``Linear(DequantizeLinear(q, s, z), w)`` with ``q, s, z = DynamicQuantizeLinear(x)`` becomes one integer product.
-    All Linears on one x share one ``DynamicQuantizeLinear``, which the runtime's own ``quantize_dynamic`` also
-    reaches; a ``DynamicQuantizeMatMul`` each would repeat it. Exact up to the rounding of the float scales.
-
-    Other formats are left to `LowerQuantizedWeights`, whose kernel quantizes activations itself, per block. On x86
-    without VNNI the runtime adds pairs of u8 x s8 products in 16 bits, which saturate for the largest weights; such a
-    machine needs weights of 7 bits.
-    """
-
-    contract: ClassVar[Contract] = Exact(1e-4)
-
-    def call(self, model: ir.Model, context: object = None) -> Result:
-        sites: list[Site] = []
-        quantized: dict[ir.Value, ir.Node] = {}
-        turned: dict[ir.Value, ir.Value] = {}
-        for node in _linears(model):
-            dynamic = _dynamic_input(node.inputs[0])
-            weight = read_weight(node.inputs[1])
-            if dynamic is None or weight is None or weight.format is None:
-                continue
-            format = weight.format
-            if format.values.bits != 8 or format.group is not None:
-                sites.append(
-                    Site(site_name(node), Outcome.SKIPPED, f"the integer product needs int8 per channel, not {format}")
-                )
-                continue
-            x = dynamic.inputs[0]
-            assert x is not None
-            q, scale, zero = quantized.setdefault(x, dynamic).outputs
-            if weight.data not in turned:
-                turned[weight.data] = _turned(model.graph, weight)
-            nodes, weight_scale = float_scale(weight.params["scale"])
-            zero_point = weight.params.get("zero_point") if not format.values.symmetric else None
-            bias = (*node.inputs, None)[2]
-            product = _node(
-                "MatMulIntegerToFloat",
-                [q, turned[weight.data], scale, weight_scale, zero, zero_point, bias],
-                _MICROSOFT,
-            )
-            replace(node.outputs[0], [*nodes, product], like=node)
-            details = {"kernel": "MatMulIntegerToFloat", "format": str(format)}
-            sites.append(Site(site_name(node), Outcome.CHANGED, details=details))
-        return _finish(model, sites)
-
-
-def _turned(graph: ir.Graph, weight: Weight) -> ir.Value:
-    """The 8-bit codes of a weight as ``[K, N]``, transposed when they are read."""
-    tensor, (rows, columns) = weight.data.const_value, weight.shape
-    assert tensor is not None
-    name = f"{weight.name}.transposed"
-
-    def read() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=name)
-
-    return add_constant(
-        graph, name, ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape((columns, rows)), name=name)
-    )
-
-
-def _dynamic_input(x: ir.Value | None) -> ir.Node | None:
-    """The ``DynamicQuantizeLinear`` whose result x is, decoded; None if x is anything else."""
-    decode = made_by(x, "DequantizeLinear")
-    if decode is None:
-        return None
-    source = made_by(decode.inputs[0], "DynamicQuantizeLinear")
-    if source is None or tuple(decode.inputs) != tuple(source.outputs):
-        return None
-    return source
+def _bits(source: ir.Node) -> int:
+    return source.attributes["bits"].as_int() if "bits" in source.attributes else 8
 
 
 def _weight_slot(node: ir.Node) -> int:

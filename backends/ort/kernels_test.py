@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qc.backends.ort.kernels import LowerDynamicLinear, LowerFloatLinear, LowerQuantizedWeights
+from qc.backends.ort.kernels import LowerFloatLinear, LowerQuantizedWeights
 from qc.backends.ort.packed import kernel_block
 from qc.ir import dialect
 from qc.ir.errors import InputError, UnsupportedError
@@ -249,51 +249,6 @@ def test_a_weight_that_is_a_graph_output_too_is_still_decoded_for_it():
     LowerQuantizedWeights()(model)
     assert sorted(_ops(model)) == ["DequantizeLinear", "MatMulNBits"]
     assert _gap(before, Session(model, optimize=True).run(_x(64))) < 3e-2
-
-
-def _dynamic_model(formats: list[str], columns: int = 64, *, bias: bool = False) -> Model:
-    """Linears on one x, each with a dynamic quantization of its own in front."""
-    store, x = Store(), _input("x", ir.DataType.FLOAT, "batch", "rows", columns)
-    nodes, outputs = [], []
-    for i, text in enumerate(formats):
-        quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
-        decode = ir.node("DequantizeLinear", list(quantize.outputs))
-        decode.outputs[0].dtype = ir.DataType.FLOAT
-        weight = _quantized(text, ROWS, columns, store, seed=i)
-        b = _constant(f"b{i}", np.arange(ROWS, dtype=np.float32)) if bias else None
-        node = dialect.linear(decode.outputs[0], weight.outputs[0], b)
-        node.outputs[0].name, node.outputs[0].dtype = f"y{i}", ir.DataType.FLOAT
-        nodes += [quantize, decode, weight, node]
-        outputs.append(node.outputs[0])
-    model = _model([x], outputs, nodes)
-    model.meta["store"] = store
-    return model
-
-
-_DYNAMIC_X = {"x": np.random.default_rng(4).standard_normal((2, 3, 64), np.float32)}
-
-
-@pytest.mark.parametrize("text", ["int8", "int8:f16", "uint8"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_int8_products_on_one_input_share_its_quantization(text, bias):
-    model = _dynamic_model([text, text, text], bias=bias)
-    before = Session(model).run(_DYNAMIC_X)
-    assert LowerDynamicLinear()(model).modified
-    ops = [op for op in _ops(model) if op != "Cast"]
-    assert ops == ["DynamicQuantizeLinear"] + ["MatMulIntegerToFloat"] * 3
-    assert _gap(before, Session(model).run(_DYNAMIC_X)) < 1e-5
-    assert not LowerDynamicLinear()(model).modified
-
-
-def test_a_dynamic_input_of_another_format_goes_to_the_kernel_that_quantizes_by_itself():
-    model = _dynamic_model(["int4:g32"])
-    before = Session(model).run(_DYNAMIC_X)
-    result = LowerDynamicLinear()(model)
-    assert not result.modified
-    assert "int8 per channel" in result.sites[0].reason
-    LowerQuantizedWeights()(model)
-    assert _ops(model) == ["MatMulNBits"]
-    assert _gap(before, Session(model, optimize=True).run(_DYNAMIC_X)) < 3e-2
 
 
 def test_packed_weights_are_computed_when_they_are_read():

@@ -13,7 +13,7 @@ from qc.ir.errors import InputError
 from qc.ir.quant import Format, QuantizedTensor
 from qc.passes.quantize._search import Search, search
 
-__all__ = ["Search", "assign", "sqnr_db"]
+__all__ = ["Search", "assign", "run_parallel", "sqnr_db", "stored_scale"]
 
 _T = TypeVar("_T")
 
@@ -72,7 +72,7 @@ def assign(
         _assign_rows(weight, tensor, slice(start, start + step), metric, name, search_effort)
 
     step = _rows_per_chunk(columns)
-    _run(work, range(0, rows, step), threads)
+    run_parallel(work, range(0, rows, step), threads)
     return tensor
 
 
@@ -93,7 +93,7 @@ def sqnr_db(weight: np.ndarray, tensor: QuantizedTensor, *, threads: int = 1) ->
         noise = w - tensor.format.decode(tensor.codes[part], {k: v[part] for k, v in tensor.params.items()})
         return float(np.vdot(w, w)), float(np.vdot(noise, noise))
 
-    signal, noise = np.sum(_run(work, range(0, rows, step), threads), axis=0)
+    signal, noise = np.sum(run_parallel(work, range(0, rows, step), threads), axis=0)
     if noise == 0:
         return float("inf")
     return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
@@ -103,7 +103,8 @@ def _rows_per_chunk(columns: int) -> int:
     return max(1, _CHUNK // columns)
 
 
-def _run(work: Callable[[int], _T], starts: range, threads: int) -> list[_T]:
+def run_parallel(work: Callable[[int], _T], starts: range, threads: int) -> list[_T]:
+    """What `work` returns for each of `starts`, in order."""
     if threads <= 1 or len(starts) == 1:
         return [work(start) for start in starts]
     with ThreadPoolExecutor(threads) as pool:
@@ -126,7 +127,7 @@ def _assign_rows(
             f"Expected finite numbers in weight {name!r}, found NaN, infinity or a range that overflows float32 in "
             f"rows {part.start} to {part.start + len(codes) - 1}. Repair the model, or exclude this weight."
         )
-    scale = _stored(found.scale, format.scale, name)
+    scale = stored_scale(found.scale, format.scale, name)
     unit = scale.astype(np.float32)
     low, high = format.values.low, format.values.high
     np.rint(np.divide(w, unit, out=w), out=w)
@@ -157,7 +158,7 @@ def _importance(metric: np.ndarray, rows: int, groups: int, width: int, axis: in
     return _grouped(np.tile(spread, (rows, 1)).reshape(rows, -1), groups, width, axis)
 
 
-def _stored(scale: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
+def stored_scale(scale: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
     """Rounds scales to their storage type, never to zero."""
     kind = np.finfo(dtype.numpy())
     largest = float(np.abs(scale).max())

@@ -11,10 +11,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir.errors import InputError
-from qc.ir.quant import Format, emit, named_formats, read_weight, require_opset
+from qc.ir.quant import Format, QuantizedTensor, emit, named_formats, read_weight, require_opset
 from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result, Site, check_patterns
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, sqnr_db
+from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db
 from qc.passes.statistics import Request, Statistic
 
 __all__ = ["QuantizeWeights", "fitted"]
@@ -25,7 +26,7 @@ _SHORTEST_GROUP = 16
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Quantizes the weights of linear layers and embeddings by range search.
+    """Quantizes the weights of linear layers and embeddings.
 
     Each weight ``w`` of shape ``[N, K]`` becomes codes, scales and perhaps zero points behind a decode node such that
     ``sum_k m_k (w_k - decoded_k)^2`` of every group is small (see `qc.passes.quantize.assign`), where ``m_k`` is the
@@ -43,6 +44,9 @@ class QuantizeWeights(Pass):
         value: Format of the projections that make an attention's values: same, float, or a full spelling. They are
             small and their error reaches the output undamped, so a few more bits here pay.
         metric: What the error of a column counts: moment (``E[x_k^2]``, collected on calibration inputs) or none.
+        assign: How codes are chosen: search (the range of each group is searched, codes are nearest) or gptq (in
+            linear layers, later columns make up for the errors of earlier ones; see `qc.passes.quantize.gptq`).
+        sweeps: After gptq, how often codes and scales are improved once more.
         exclude: Regular expressions of sites or weights to leave as they are.
     """
 
@@ -55,6 +59,8 @@ class QuantizeWeights(Pass):
     head: str = "same"
     value: str = "same"
     metric: str = "moment"
+    assign: str = "search"
+    sweeps: int = 0
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -69,6 +75,10 @@ class QuantizeWeights(Pass):
             raise InputError(f"Expected scales in f32 or f16, found {self.scale!r}.")
         if self.metric not in ("moment", "none"):
             raise InputError(f"Expected a metric of moment or none, found {self.metric!r}.")
+        if self.assign not in ("search", "gptq"):
+            raise InputError(f"Expected codes chosen by search or gptq, found {self.assign!r}.")
+        if self.sweeps < 0 or (self.sweeps and self.assign != "gptq"):
+            raise InputError(f"Expected sweeps of at least 0, and of 0 without gptq; found {self.sweeps}.")
         check_patterns(self.exclude)
         self._formats()
 
@@ -91,7 +101,17 @@ class QuantizeWeights(Pass):
         return {Kind.LINEAR: body} | {kind: choice(text) for kind, text in choices.items()}
 
     def needs(self, model: ir.Model) -> list[Request]:
-        return [r for r in map(_moment, weight_uses(model)) if r is not None] if self.metric == "moment" else []
+        statistic = self._statistic
+        if statistic is None:
+            return []
+        return [r for use in weight_uses(model) if (r := _request(use, statistic)) is not None]
+
+    @property
+    def _statistic(self) -> Statistic | None:
+        """What is asked about the input of each Linear."""
+        if self.assign == "gptq":
+            return Statistic.GRAM
+        return Statistic.SECOND_MOMENT if self.metric == "moment" else None
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
@@ -127,7 +147,8 @@ class QuantizeWeights(Pass):
             return Site(use.name, Outcome.SKIPPED, f"it computes in {use.weight.value.dtype.name}, not in FLOAT", facts)
         if format != wanted:
             facts["group"] = f"{format.group} instead of {wanted.group}: rows of {columns} would be padded"
-        return Site(use.name, Outcome.CHANGED, "", facts | work.quantize(use, format))
+        request = None if self._statistic is None else _request(use, self._statistic)
+        return Site(use.name, Outcome.CHANGED, "", facts | work.quantize(use, format, request, self.sweeps))
 
 
 def fitted(format: Format, columns: int) -> Format:
@@ -145,14 +166,14 @@ def fitted(format: Format, columns: int) -> Format:
     return dataclasses.replace(format, group=min(groups, key=padded_bits))
 
 
-def _moment(use: Use) -> Request | None:
-    """The second moment of what the weight of a Linear is multiplied with."""
+def _request(use: Use, statistic: Statistic) -> Request | None:
+    """A statistic of what the weight of a Linear is multiplied with."""
     if use.reason or use.node.op_type != "Linear":
         return None
     value = use.node.inputs[0]
     if value is None or value.shape is None or value.dtype != ir.DataType.FLOAT:
         return None
-    return Request(Statistic.SECOND_MOMENT, value)
+    return Request(statistic, value)
 
 
 class _Work:
@@ -164,6 +185,7 @@ class _Work:
         self._done: dict[tuple[ir.Value, Format], tuple[str, ir.Value, dict[str, object]]] = {}
         self._seen: set[ir.Value] = set()
         self._replaced: list[ir.Value] = []
+        self._hessian: tuple[Request, Hessian] | None = None
 
     def size(self, use: Use) -> dict[str, object]:
         """Elements and bytes of a weight, before and after if it stays as it is; zero where an earlier site counts it.
@@ -177,8 +199,15 @@ class _Work:
         size = 0 if seen else use.weight.stored_bytes
         return {"elements": 0 if seen else math.prod(use.weight.shape), "bytes_before": size, "bytes_after": size}
 
-    def quantize(self, use: Use, format: Format) -> dict[str, object]:
-        """Makes the consumer read the quantized weight; returns facts for the report."""
+    def quantize(self, use: Use, format: Format, request: Request | None, sweeps: int) -> dict[str, object]:
+        """Makes the consumer read the quantized weight; returns facts for the report.
+
+        Args:
+            use: The consumer.
+            format: What the weight becomes.
+            request: The statistic of its input that tells which errors matter; none if it was not collected.
+            sweeps: An option of the assignment with a matrix of second moments.
+        """
         assert use.weight is not None
         key = (use.weight.data, format)
         if key in self._done:
@@ -193,9 +222,7 @@ class _Work:
                 f"Expected finite weights, found NaN or infinity in {use.weight.name!r} ({use.name}). Check the "
                 "checkpoint, copy it again, or leave this weight in float with --exclude."
             )
-        request = _moment(use)
-        metric = None if request is None else self.context.statistics.get(request)
-        tensor = assign(numbers, format, metric, name=use.weight.name, threads=self.context.threads)
+        tensor, found = self._assign(numbers, format, request, use.weight.name, sweeps)
         sqnr = sqnr_db(numbers, tensor, threads=self.context.threads)
         del numbers  # a view of the file
         use.weight.release()
@@ -214,10 +241,26 @@ class _Work:
             "bits_per_weight": tensor.bits_per_weight,
             "sqnr_db": round(sqnr, 3) if math.isfinite(sqnr) else None,
             "bytes_after": tensor.stored_bits // 8,
-        }
+        } | found
         self._done[key] = (use.name, node.outputs[0], facts)
         self._rewire(use, node.outputs[0])
         return facts
+
+    def _assign(
+        self, numbers: np.ndarray, format: Format, request: Request | None, name: str, sweeps: int
+    ) -> tuple[QuantizedTensor, dict[str, object]]:
+        """Chooses the codes of a weight, and says how that went."""
+        threads = self.context.threads
+        statistic = None if request is None else self.context.statistics.get(request)
+        if request is None or statistic is None or request.statistic is not Statistic.GRAM:
+            return assign(numbers, format, statistic, name=name, threads=threads), {}
+        if self._hessian is None or self._hessian[0] != request:
+            self._hessian = None  # two at a time would be the peak of memory
+            self._hessian = request, Hessian(statistic)
+        hessian = self._hessian[1]
+        tensor = gptq(numbers, format, hessian, sweeps=sweeps, name=name, threads=threads)
+        sqnr = output_sqnr_db(numbers, tensor, statistic)
+        return tensor, {"output_sqnr_db": round(sqnr, 3) if math.isfinite(sqnr) else None} | hessian.remarks()
 
     def _rewire(self, use: Use, decoded: ir.Value) -> None:
         assert use.weight is not None

@@ -321,12 +321,41 @@ def test_the_same_model_gives_the_same_bytes_with_any_number_of_threads(tmp_path
         {"scale": "bf16"},
         {"embedding": "int5"},
         {"head": "none"},
+        {"assign": "guess"},
+        {"sweeps": 1},
         {"exclude": ("(",)},
     ],
 )
 def test_impossible_options_are_refused_when_the_pass_is_built(options: dict) -> None:
     with pytest.raises(InputError):
         QuantizeWeights(**options)
+
+
+def test_gptq_keeps_more_of_the_outputs_and_shares_what_it_knows_of_an_input() -> None:
+    def layers() -> Model:
+        b = Builder()
+        x = b.input("x", ["batch", 64])
+        return b.model(b.linear(x, b.constant("a", normal(64, 64))), b.linear(x, b.constant("b", normal(96, 64))))
+
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((2, 256, 8)) @ rng.standard_normal((8, 64))).astype(np.float32)
+    x += 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+    calibration, found = [{"x": batch} for batch in x], {}
+    for assign in ("search", "gptq"):
+        steps = [QuantizeWeights(format="uint4", assign=assign)]
+        _, (report,) = PassManager(steps).run(layers(), calibration=calibration, probe=calibration)
+        found[assign] = [d.sqnr for d in report.differences]
+    assert all(new > old + 6 for old, new in zip(found["search"], found["gptq"], strict=True))
+    assert all(s.details["output_sqnr_db"] > s.details["sqnr_db"] for s in report.sites)
+
+
+def test_inputs_that_are_always_zero_are_reported() -> None:
+    b = Builder()
+    model = b.model(b.linear(b.input("x", ["batch", 64]), b.constant("w", normal(64, 64))))
+    x = normal(50, 64)
+    x[:, :3] = 0
+    _, (report,) = PassManager([QuantizeWeights(assign="gptq")]).run(model, calibration=[{"x": x}])
+    assert "3 of 64" in str(report.sites[0].details["inputs"])
 
 
 def test_options_survive_the_spelling_as_a_pipeline() -> None:

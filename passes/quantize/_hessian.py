@@ -1,0 +1,117 @@
+"""The quadratic form of a layer's output error, factored for rounding column by column.
+
+With inputs ``x`` and ``H = E[x x^T]``, the mean squared error of the outputs of a row is ``d H d^T`` for the difference
+``d`` of its decoded and original weights. Everything here takes ``H + damping * mean(diag H) * I`` in its place: the
+samples that H was made of do not tell the directions in which inputs never vary, only that they did not vary yet.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from qc.ir.errors import InputError
+
+__all__ = ["Hessian"]
+
+_BLOCK = 256
+"""Columns factored at a time: the triangular inverses are small, and nearly all work is products of matrices."""
+
+
+class Hessian:
+    """A damped matrix ``H [K, K]`` and its factor ``P H P^T = R R^T`` with R upper triangular.
+
+    P sorts columns by falling diagonal if `order_by_size`, so that the columns that matter most are rounded first,
+    while there are others left to make up for them.
+
+    Attributes:
+        order: The column of H in each place of the factor.
+        damping: What was added to the diagonal, in units of its mean: the least of ``given * 10^n`` that makes H
+            positive definite in float64.
+        dead: Number of channels that were always zero. They couple with nothing, so that damping alone decides about
+            them: each is rounded to nearest.
+    """
+
+    def __init__(self, gram: np.ndarray, *, damping: float = 0.01, order_by_size: bool = True) -> None:
+        """Factors a matrix.
+
+        Args:
+            gram: ``E[x_j x_k]``, ``[K, K]``, or a multiple; only kept, not changed.
+            damping: The least that is added to the diagonal, in units of its mean.
+            order_by_size: Whether the factor's columns are sorted.
+
+        Raises:
+            InputError: If `gram` is not a finite square matrix with a non-negative diagonal, or no damping helps.
+        """
+        diagonal = np.asarray(np.diagonal(gram), np.float64)
+        if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not np.isfinite(np.sum(gram, dtype=np.float64)):
+            raise InputError(f"Expected a finite square matrix of second moments, found shape {list(gram.shape)}.")
+        if np.any(diagonal < 0):
+            raise InputError("Expected second moments of channels, found a negative one.")
+        self._gram = gram
+        self.dead = int(np.count_nonzero(diagonal == 0))
+        self._mean = float(diagonal.mean()) or 1.0
+        keys = -diagonal if order_by_size else np.arange(len(diagonal))
+        self.order = np.argsort(keys, kind="stable")
+        factor, self.damping, self._least = None, damping, damping
+        while factor is None:
+            factor = self._factor()
+            if factor is None:
+                self.damping = max(10 * self.damping, 1e-6)
+                if self.damping > 1e3:
+                    raise InputError("Expected second moments, found a matrix that is far from positive definite.")
+        self.pivots = np.diagonal(factor).astype(np.float32)
+        self._feedback = factor.astype(np.float32)
+        self._feedback /= self.pivots
+
+    @property
+    def feedback(self) -> np.ndarray:
+        """``R_jk / R_kk``, float32, in the factor's order; only entries above the diagonal mean something."""
+        return self._feedback
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """The damped diagonal, ``[K]`` in the order of H: what an error of each column costs on its own."""
+        return np.asarray(np.diagonal(self._gram), np.float64) + self.damping * self._mean
+
+    def remarks(self) -> dict[str, object]:
+        """What a report should say about it; nothing of an ordinary one."""
+        found: dict[str, object] = {}
+        if self.dead:
+            found["inputs"] = f"{self.dead} of {len(self.order)} were always zero on the calibration data"
+        if self.damping != self._least:
+            found["damping"] = f"raised to {self.damping:g}: the second moments were not positive definite"
+        return found
+
+    @functools.cached_property
+    def matrix(self) -> np.ndarray:
+        """The damped matrix in its own order, float32."""
+        matrix = self._gram.astype(np.float32)
+        np.fill_diagonal(matrix, self.diagonal)
+        return matrix
+
+    def _factor(self) -> np.ndarray | None:
+        """R in float64, or None if the matrix is not positive definite.
+
+        Blocks of columns from the last to the first: ``R_bb R_bb^T`` is the diagonal block of what is left, the panel
+        above it becomes ``A_ab R_bb^-T``, and its product with itself is taken off the rest. This is the Cholesky
+        factorization that counts from the other end. It gives the coefficients of the feedback without an inverse.
+        """
+        a = self._gram[np.ix_(self.order, self.order)].astype(np.float64, copy=False)
+        a[np.diag_indices_from(a)] += self.damping * self._mean
+        for end in range(len(a), 0, -_BLOCK):
+            start = max(0, end - _BLOCK)
+            block = slice(start, end)
+            try:
+                lower = np.linalg.cholesky(a[block, block][::-1, ::-1])
+            except np.linalg.LinAlgError:
+                return None
+            upper = lower[::-1, ::-1]
+            a[block, block] = upper
+            panel = a[:start, block]
+            panel[:] = panel @ np.linalg.inv(upper).T
+            for left in range(0, start, 2 * _BLOCK):
+                right = min(left + 2 * _BLOCK, start)
+                a[:right, left:right] -= panel[:right] @ panel[left:right].T
+        return a

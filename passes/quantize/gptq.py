@@ -1,0 +1,117 @@
+"""Rounds a weight column by column, such that later columns make up for the errors of earlier ones.
+
+GPTQ, arXiv 2210.17323. With ``H = E[x x^T] = R R^T``, R upper triangular, the error of the outputs of a row is
+
+    d H d^T = sum_k R_kk^2 (d_k + sum_{j<k} d_j R_jk / R_kk)^2        d = w - decoded
+
+so with the columns before k rounded, column k is best rounded to the nearest of ``w_k + sum_{j<k} d_j R_jk / R_kk``.
+That is GPTQ in the form of LDLQ (QuIP, arXiv 2307.13304, theorem 6): the same codes, but one factorization and no
+inverse. The last column has no later one to lean on, so a column's place matters: those with the largest second moment
+come first. Groups do not move with them (*static groups*): their parameters are found before, by range search weighted
+by the diagonal of H, and the result needs no index of groups.
+
+Where H is a multiple of the identity, the codes are those of range search. A weight that the format holds exactly stays
+as it is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qc.ir.quant import Format, QuantizedTensor
+from qc.passes.quantize._columns import ROWS, Columns
+from qc.passes.quantize._hessian import Hessian
+from qc.passes.quantize._polish import polish
+from qc.passes.quantize.assign import Search, assign, run_parallel
+
+__all__ = ["Hessian", "gptq", "output_sqnr_db"]
+
+_BLOCK, _INNER = 128, 32
+"""Columns whose feedback is summed by one product of matrices, at two levels; within the inner one, by products with
+vectors."""
+
+_SAMPLE = 64
+"""Rows that the error of the outputs is measured on."""
+
+
+def gptq(
+    weight: np.ndarray,
+    format: Format,
+    hessian: Hessian,
+    *,
+    sweeps: int = 0,
+    name: str = "weight",
+    threads: int = 1,
+    effort: Search | None = None,
+) -> QuantizedTensor:
+    """Quantizes a weight for the least squared error of its outputs.
+
+    Memory beside the weight and the Hessian: four float32 copies of 2048 rows per thread. The result does not depend on
+    the number of threads.
+
+    Args:
+        weight: ``[N, K]`` of any float type.
+        format: What the codes shall mean.
+        hessian: Of the inputs; layers with the same input share it.
+        sweeps: How often scales and codes are improved once more, each in turn; see `qc.passes.quantize._polish`.
+        name: Name of the weight for messages.
+        threads: Number of threads.
+        effort: How hard to search for ranges; None for the default.
+
+    Raises:
+        InputError: If the weight is not a finite matrix, or a scale does not fit its storage type.
+    """
+    tensor = assign(weight, format, hessian.diagonal, name=name, threads=threads, effort=effort)
+
+    def work(start: int) -> None:
+        rows = slice(start, start + ROWS)
+        columns = Columns(tensor, rows)
+        w = np.ascontiguousarray(np.asarray(weight[rows], np.float32).T)
+        error = _round(w, columns, hessian)
+        if sweeps:
+            polish(w, columns, hessian.matrix, error, sweeps)
+        columns.commit()
+
+    if sweeps:
+        _ = hessian.matrix  # made once, by this thread
+    run_parallel(work, range(0, len(weight), ROWS), threads)
+    return tensor
+
+
+def output_sqnr_db(weight: np.ndarray, tensor: QuantizedTensor, gram: np.ndarray) -> float:
+    """Signal to noise ratio of the layer's outputs in decibels, over evenly spaced rows; infinite if exact.
+
+    Args:
+        weight: ``[N, K]``, any float type.
+        tensor: What it became.
+        gram: ``E[x x^T]``, ``[K, K]``.
+    """
+    rows = np.unique(np.linspace(0, len(weight) - 1, _SAMPLE).astype(int))
+    w = np.asarray(weight[rows], np.float64)
+    noise = w - tensor.format.decode(tensor.codes[rows], {k: v[rows] for k, v in tensor.params.items()})
+    signal, noise = (float(np.einsum("nk,nk->", a @ gram, a)) for a in (w, noise))
+    if noise <= 0:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def _round(w: np.ndarray, columns: Columns, hessian: Hessian) -> np.ndarray:
+    """Rounds all columns of ``w [K, R]``; returns ``w - decoded`` in the same layout."""
+    order, feedback = hessian.order, hessian.feedback
+    error = np.empty_like(w)  # in the order of the factor
+    decoded = np.empty(w.shape[1], np.float32)
+    for start in range(0, len(w), _BLOCK):
+        block = slice(start, min(start + _BLOCK, len(w)))
+        original = w[order[block]]
+        target = original + feedback[:start, block].T @ error[:start]
+        for inner in range(start, block.stop, _INNER):
+            stop = min(inner + _INNER, block.stop)
+            target[inner - start : stop - start] += feedback[start:inner, inner:stop].T @ error[start:inner]
+            for k in range(inner, stop):
+                goal = target[k - start]
+                goal += feedback[inner:k, k] @ error[inner:k]
+                columns.round(order[k], goal, decoded)
+                np.subtract(original[k - start], decoded, out=error[k])
+    unsorted = np.empty_like(error)
+    unsorted[order] = error
+    return unsorted

@@ -1,0 +1,195 @@
+"""Rounding with feedback against the published algorithm, its invariants, and edge cases of second moments."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qc.ir.errors import InputError
+from qc.ir.quant import Format, QuantizedTensor
+from qc.passes.quantize.assign import assign
+from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db
+
+SPELLINGS = ["int4:g32", "uint4:g16", "uint2:g32:f16", "int8", "uint4:f16"]
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def correlated(columns: int, samples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Second moments of inputs that share factors and differ in size, as activations do."""
+    rng = np.random.default_rng(seed)
+    factors = rng.standard_normal((columns, columns)) * np.exp(rng.standard_normal(columns))
+    x = rng.standard_normal((samples, columns)) @ (np.eye(columns) + 0.05 * factors)
+    return x.T @ x / samples
+
+
+def damped(gram: np.ndarray, damping: float = 0.01) -> np.ndarray:
+    return gram + damping * np.diagonal(gram).mean() * np.eye(len(gram))
+
+
+def loss(weight: np.ndarray, tensor: QuantizedTensor, gram: np.ndarray) -> float:
+    difference = weight.astype(np.float64) - tensor.decode()
+    return float(np.einsum("nk,nk->", difference @ gram, difference))
+
+
+def published(weight: np.ndarray, tensor: QuantizedTensor, gram: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Decoded weights by the algorithm as published: errors are spread with the inverse of the matrix."""
+    work, width = weight.astype(np.float64), tensor.format.group or weight.shape[1]
+    upper = np.linalg.cholesky(np.linalg.inv(damped(gram)[np.ix_(order, order)])).T
+    scale, zero = tensor.params["scale"].astype(np.float64), tensor.params.get("zero_point")
+    decoded = np.empty_like(work)
+    for place, k in enumerate(order):
+        s, z = scale[:, k // width], 0.0 if zero is None else zero[:, k // width].astype(np.float64)
+        codes = np.clip(np.rint(work[:, k] / s) + z, tensor.format.values.low, tensor.format.values.high)
+        decoded[:, k] = (codes - z) * s
+        error = (work[:, k] - decoded[:, k]) / upper[place, place]
+        work[:, order[place:]] -= np.outer(error, upper[place, place:])
+    return decoded
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("order_by_size", [False, True])
+def test_codes_are_those_of_the_published_algorithm(spelling: str, order_by_size: bool) -> None:
+    weight, gram = normal(24, 300), correlated(300)
+    hessian = Hessian(gram, order_by_size=order_by_size)
+    tensor = gptq(weight, Format.parse(spelling), hessian)
+    expected = published(weight, tensor, gram, hessian.order)
+    agree = np.abs(tensor.decode() - expected) <= 1e-4 * np.abs(expected) + 1e-6
+    assert agree.mean() > 0.999  # a tie in float32 may fall to the other side in float64
+
+
+def test_columns_are_taken_by_falling_second_moment() -> None:
+    assert Hessian(np.diag([1.0, 3.0, 2.0, 3.0])).order.tolist() == [1, 3, 2, 0]
+    assert Hessian(np.diag([1.0, 3.0, 2.0]), order_by_size=False).order.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 100, 600])
+def test_the_factor_gives_the_matrix(size: int) -> None:
+    gram = correlated(size)
+    hessian = Hessian(gram)
+    unit = np.triu(hessian.feedback, 1) + np.eye(size)
+    factor = unit * hessian.pivots
+    expected = damped(gram)[np.ix_(hessian.order, hessian.order)]
+    np.testing.assert_allclose(factor @ factor.T, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_inputs_that_do_not_correlate_leave_nothing_to_make_up_for(spelling: str) -> None:
+    weight, format = normal(12, 96), Format.parse(spelling)
+    nearest, rounded = assign(weight, format), gptq(weight, format, Hessian(np.eye(96)))
+    assert np.array_equal(nearest.codes, rounded.codes)
+    assert np.array_equal(nearest.params["scale"], rounded.params["scale"])
+
+
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_a_weight_that_the_format_holds_is_kept(sweeps: int) -> None:
+    format = Format.parse("int4:g16")
+    weight = assign(normal(8, 64), format).decode()
+    tensor = gptq(weight, format, Hessian(correlated(64)), sweeps=sweeps)
+    np.testing.assert_allclose(tensor.decode(), weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_outputs_are_closer_than_by_search_and_closer_still_after_sweeps(spelling: str) -> None:
+    weight, gram, format = normal(32, 256), correlated(256), Format.parse(spelling)
+    hessian = Hessian(gram)
+    by_search = loss(weight, assign(weight, format, np.diagonal(gram)), gram)
+    by_feedback = loss(weight, gptq(weight, format, hessian), gram)
+    polished = loss(weight, gptq(weight, format, hessian, sweeps=4), gram)
+    assert polished < by_feedback < by_search
+
+
+@given(spelling=st.sampled_from(SPELLINGS), columns=st.integers(20, 90), seed=st.integers(0, 100))
+@settings(max_examples=30)
+def test_no_sweep_increases_the_error(spelling: str, columns: int, seed: int) -> None:
+    weight, gram, format = normal(6, columns, seed=seed), correlated(columns, seed=seed), Format.parse(spelling)
+    hessian = Hessian(gram)
+    errors = [loss(weight, gptq(weight, format, hessian, sweeps=n), damped(gram)) for n in range(4)]
+    for before, after in itertools.pairwise(errors):
+        assert after <= before * (1 + 5e-3)  # scales are rounded to half precision, and pulls summed in float32
+
+
+def test_after_sweeps_no_single_code_can_be_improved() -> None:
+    weight, gram, format = normal(6, 48), correlated(48), Format.parse("uint4:g16")
+    tensor = gptq(weight, format, Hessian(gram), sweeps=30)
+    least = loss(weight, tensor, damped(gram))
+    for row, column in np.ndindex(6, 48):
+        for step in (-1, 1):
+            codes = tensor.codes.astype(np.int16)
+            codes[row, column] += step
+            if 0 <= codes[row, column] <= format.values.high:
+                other = QuantizedTensor(format, codes, tensor.params)
+                assert loss(weight, other, damped(gram)) >= least * (1 - 1e-6)
+
+
+def test_neither_threads_nor_neighbouring_rows_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qc.passes.quantize.gptq.ROWS", 16)
+    weight, hessian, format = normal(64, 128), Hessian(correlated(128)), Format.parse("uint4:g32")
+    one, three = (gptq(weight, format, hessian, sweeps=1, threads=n) for n in (1, 3))
+    part = gptq(weight[16:32], format, hessian, sweeps=1)
+    assert np.array_equal(one.codes, three.codes)
+    assert np.array_equal(one.codes[16:32], part.codes)
+    assert np.array_equal(one.params["scale"], three.params["scale"])
+
+
+def test_dead_channels_are_rounded_to_nearest() -> None:
+    weight, gram, format = normal(16, 64), correlated(64), Format.parse("int4:g16")
+    gram[:, 10:14] = gram[10:14, :] = 0
+    hessian = Hessian(gram)
+    tensor = gptq(weight, format, hessian)
+    assert hessian.dead == 4
+    assert "4 of 64" in str(hessian.remarks()["inputs"])
+    scale = tensor.params["scale"][:, [0]]
+    expected = np.clip(np.rint(weight[:, 10:14] / scale), -8, 7)
+    assert np.array_equal(tensor.codes[:, 10:14], expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_fewer_samples_than_channels_are_enough(rank: int) -> None:
+    x = np.random.default_rng(0).standard_normal((rank, 64))
+    weight, gram = normal(16, 64), x.T @ x
+    hessian = Hessian(gram)
+    tensor = gptq(weight, Format.parse("int4:g16"), hessian, sweeps=1)
+    assert np.isfinite(tensor.decode()).all()
+    assert hessian.damping == 0.01
+    nearest = assign(weight, Format.parse("int4:g16"), np.diagonal(gram))
+    assert loss(weight, tensor, gram) <= loss(weight, nearest, gram)
+
+
+def test_an_ill_conditioned_matrix_is_no_obstacle() -> None:
+    scales = 10.0 ** np.linspace(-12, 12, 64)
+    gram = correlated(64) * np.outer(scales, scales)
+    tensor = gptq(normal(16, 64), Format.parse("int4:g16"), Hessian(gram), sweeps=1)
+    assert np.isfinite(tensor.decode()).all()
+
+
+def test_damping_is_raised_until_the_matrix_is_positive_definite() -> None:
+    gram = correlated(64)
+    gram -= 1.3 * np.linalg.eigvalsh(gram)[-1] / 64 * np.ones((64, 64)) + 0.5 * np.diag(np.diagonal(gram))
+    np.fill_diagonal(gram, np.abs(np.diagonal(gram)))
+    hessian = Hessian(gram)
+    assert hessian.damping > 0.01
+    assert "raised" in str(hessian.remarks()["damping"])
+    assert np.isfinite(gptq(normal(4, 64), Format.parse("int4:g16"), hessian).decode()).all()
+
+
+@pytest.mark.parametrize(
+    "gram", [np.full((4, 4), np.nan), -np.eye(4), np.ones((4, 3)), 1e6 * (1 - np.eye(4)) + np.eye(4)]
+)
+def test_what_cannot_be_second_moments_is_refused(gram: np.ndarray) -> None:
+    with pytest.raises(InputError, match="second moments"):
+        Hessian(gram)
+
+
+def test_the_error_of_outputs_is_that_of_their_samples() -> None:
+    x, weight = normal(500, 48), normal(20, 48)
+    tensor = assign(weight, Format.parse("int4:g16"))
+    signal, noise = x @ weight.T, x @ (weight - tensor.decode()).T
+    expected = 10 * np.log10(np.sum(signal**2) / np.sum(noise**2))
+    assert output_sqnr_db(weight, tensor, x.T @ x / 500) == pytest.approx(expected, abs=0.01)

@@ -85,8 +85,8 @@ def compile(  # noqa: A001  the verb of the product
         target: Name of a target.
         recipe: Name or file of a recipe; ignored if `passes` is given.
         passes: A pipeline as a string, in place of a recipe.
-        calib: A text file for decoders: its end calibrates, its beginning measures. Else the model's own sample text,
-            else random tokens.
+        calib: A text file, for encoders one sentence a line: its end calibrates, its beginning measures. Else the
+            model's own sample text, else random inputs.
         memory: Bytes of anonymous memory that the compile may use.
         exclude: Regular expressions of sites to leave in float.
         settings: ``pass.option=value`` for passes of the recipe.

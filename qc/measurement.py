@@ -15,7 +15,7 @@ import numpy as np
 from qc.backends.bench import Protocol, take_turns
 from qc.backends.decoding import context_limit
 from qc.backends.evaluate import WINDOW, evaluate
-from qc.backends.inputs import text_inputs
+from qc.backends.inputs import text_batches, text_inputs
 from qc.backends.target import Runner
 from qc.backends.tokenizer import Tokenizer
 from qc.ir.errors import InputError
@@ -28,6 +28,9 @@ __all__ = ["Data", "measure", "read_data", "rehearse", "speed"]
 _CALIBRATION_WINDOWS = 4
 """Windows of text for statistics: second moments of channels change little beyond a thousand tokens."""
 
+_MOST_SENTENCES = 256
+"""Sentences that an encoder is calibrated on, and as many that it is measured on: several thousand tokens each."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -36,16 +39,20 @@ class Data:
     Attributes:
         name: Where it comes from, for the report.
         tokens: Token ids of the part of a text to measure a decoder on; None for other models.
+        batches: Inputs to measure any other model on; None: the probe.
         calibration: Batches to collect statistics on; None: synthetic ones.
     """
 
     name: str
     tokens: Sequence[int] | None = None
+    batches: Sequence[Mapping[str, np.ndarray]] | None = None
     calibration: Sequence[Mapping[str, np.ndarray]] | None = None
 
 
 def read_data(model: Model, calib: str | Path | None) -> Data:
     """Finds the data for `model`: the end of a text calibrates, its beginning measures, and they do not overlap.
+
+    An encoder reads each line as a sentence, a decoder the whole text in windows.
 
     Args:
         model: The model.
@@ -54,11 +61,16 @@ def read_data(model: Model, calib: str | Path | None) -> Data:
     Raises:
         InputError: If the text is missing or cannot be tokenized, or the model takes no text.
     """
-    if not model.signature.is_decoder:
+    decoder = model.signature.is_decoder
+    if not decoder and model.signature.input("tokens") is None:
         if calib is not None:
-            raise InputError("Expected a text decoder for --calib, found another kind of model. Leave --calib out.")
+            raise InputError(
+                "Expected a text decoder or encoder for --calib, found a model that takes no tokens. Leave --calib out."
+            )
         return Data("random inputs")
     path = Path(calib) if calib is not None else model.assets.get("sample.txt")
+    if path is None and not decoder:
+        return Data("random inputs")
     if path is None:
         bound = int(model.provenance.get("vocab_size", 0)) or 256
         return Data("random tokens", np.random.default_rng(0).integers(0, bound, 4 * WINDOW).tolist())
@@ -68,9 +80,27 @@ def read_data(model: Model, calib: str | Path | None) -> Data:
     if tokenizer is None:
         raise InputError("Expected a tokenizer.json beside the model to read --calib text with, found none.")
     try:
-        tokens = Tokenizer(tokenizer.parent).encode(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"Expected UTF-8 text in {path}, found other bytes ({error}).") from error
+    read = _windows if decoder else _sentences
+    return read(model, path, text, Tokenizer(tokenizer.parent))
+
+
+def _sentences(model: Model, path: Path, text: str, tokenizer: Tokenizer) -> Data:
+    """The lines of a text as sentences for an encoder, cut to its context."""
+    limit = context_limit(model.provenance)
+    sentences = [tokenizer.encode_sentence(line)[:limit] for line in text.splitlines() if line.strip()]
+    count = min(_MOST_SENTENCES, len(sentences) // 2)
+    if not count:
+        raise InputError(f"Expected at least 2 lines of text in {path}, one sentence each. Give a longer text.")
+    measured, calibration = (text_batches(model.signature, part) for part in (sentences[:count], sentences[-count:]))
+    return Data(path.name, batches=measured, calibration=calibration)
+
+
+def _windows(model: Model, path: Path, text: str, tokenizer: Tokenizer) -> Data:
+    """A text as windows of consecutive tokens for a decoder."""
+    tokens = tokenizer.encode(text)
     # A short text still gives each side something: half of its windows, down to windows of half the text.
     window = min(WINDOW, len(tokens) // 2, context_limit(model.provenance) or WINDOW)
     if window < 2:
@@ -78,7 +108,7 @@ def read_data(model: Model, calib: str | Path | None) -> Data:
     count = min(_CALIBRATION_WINDOWS, len(tokens) // window // 2)
     rows = np.array(tokens[-count * window :], np.int64).reshape(count, 1, window)
     batches = [text_inputs(model.signature, row) for row in rows]
-    return Data(path.name, tokens[: -count * window], batches)
+    return Data(path.name, tokens[: -count * window], calibration=batches)
 
 
 def rehearse(reference: Runner, plan: Plan, data: Data) -> None:
@@ -86,6 +116,8 @@ def rehearse(reference: Runner, plan: Plan, data: Data) -> None:
     if data.tokens is not None:
         window, windows = evaluation_windows(plan.parameters)
         evaluate(reference, text_tokens=data.tokens, window=window, windows=windows)
+    for batch in data.batches or ():
+        reference.run(batch)
     _return_freed_memory()
 
 
@@ -102,7 +134,9 @@ def measure(runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Fo
     Returns:
         ``measured_on`` and those figures of `qc.backends.evaluate` that apply.
     """
-    if data.tokens is None:
+    if data.batches is not None:
+        found = evaluate(runner, reference, inputs=data.batches)
+    elif data.tokens is None:
         if probe.obstacle:
             return {"measured_on": f"nothing: {probe.obstacle}; only the structure was verified"}
         if not any(v.size and v.dtype.kind in "fVbiu" for outputs in probe.outputs for v in outputs.values()):

@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--calib",
         metavar="FILE",
-        help="UTF-8 text that calibrates a decoder and that it is measured on; default: sample.txt beside the model, "
-        "else random tokens",
+        help="UTF-8 text that calibrates a decoder or encoder (a sentence a line) and that it is measured on; default: "
+        "sample.txt beside the model, else random inputs",
     )
     c.add_argument("--memory", metavar="SIZE", help="refuse to start if more memory is needed, such as 8G")
     c.add_argument(

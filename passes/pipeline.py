@@ -71,11 +71,18 @@ def _awq() -> type[Pass]:
     return Awq
 
 
+def _rotate() -> type[Pass]:
+    from qc.passes.transform.rotate import Rotate
+
+    return Rotate
+
+
 _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "quantize-weights": _quantize_weights,
     "quantize-activations": _quantize_activations,
     "smooth": _smooth,
     "awq": _awq,
+    "rotate": _rotate,
 }
 """The passes that a recipe may name; values import on call, so listing the names imports no pass."""
 

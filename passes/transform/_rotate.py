@@ -9,12 +9,13 @@ from qc.ir.channels import ChannelGroup, Family, Use, find_groups
 from qc.ir.errors import UnsupportedError
 from qc.passes.transform._edits import Edits, on_channels, positions, read
 from qc.passes.transform._shift import shift
+from qc.passes.transform.actions import Rotation
 
 __all__ = ["rotate"]
 
 
-def rotate(model: ir.Model, family: Family, matrix: np.ndarray, edits: Edits) -> None:
-    """Plans ``z' = z @ matrix`` for all channels of the family.
+def rotate(model: ir.Model, family: Family, rotation: Rotation, edits: Edits) -> None:
+    """Plans ``z' = z @ Q`` for all channels of the family.
 
     1. ``LayerNormalization(z) = RMSNormalization(z P) gain + bias`` with ``P = 1 - 11^T / width``: biases move into the
        consumers, P into all producers of z, and the operator becomes RMSNormalization with the same epsilon.
@@ -24,7 +25,6 @@ def rotate(model: ir.Model, family: Family, matrix: np.ndarray, edits: Edits) ->
     Raises:
         UnsupportedError: If a bias or gain cannot be moved. Nothing was changed.
     """
-    width = family.width
     gains = [u for u in family.uses if u.role == "gain"]
     groups = list(find_groups(model)) if gains else []
     centred = set(family.centred)
@@ -35,12 +35,10 @@ def rotate(model: ir.Model, family: Family, matrix: np.ndarray, edits: Edits) ->
         if gain.node in centred:
             _drop_bias(model, group, gain, edits)
         _absorb(group, gain, edits)
-    mean = np.full((width, width), 1.0 / width)
     for use in family.uses:
         if use.value is None or use.role == "gain" or (use.role == "bias" and use.node in centred):
             continue
-        both = matrix - mean @ matrix if use.centred and centred else matrix
-        _turn(use, both, width, edits)
+        _turn(use, rotation, family.width, use.centred and bool(centred), edits)
     for node in family.centred:
         edits.finally_(lambda n=node: _to_rms(n))
 
@@ -92,16 +90,17 @@ def _absorb(group: ChannelGroup, gain: Use, edits: Edits) -> None:
         edits.add(use.node, use.slot, key, lambda w, u=use, f=factors: on_channels(w, u, lambda rows: rows * f))
 
 
-def _turn(use: Use, matrix: np.ndarray, width: int, edits: Edits) -> None:
+def _turn(use: Use, rotation: Rotation, width: int, centred: bool, edits: Edits) -> None:
     places = positions(use, width)
 
     def change(rows: np.ndarray) -> np.ndarray:
         turned = rows.copy()
         for column in places.T:
-            turned[column] = matrix.T @ rows[column]
+            held = rows[column]
+            turned[column] = rotation.turn(held - held.mean(axis=0) if centred else held)
         return turned
 
-    key = ("turn", use.axes, use.index.tobytes(), matrix.tobytes())
+    key = ("turn", use.axes, use.index.tobytes(), centred)
     edits.add(use.node, use.slot, key, lambda w: on_channels(w, use, change))
 
 

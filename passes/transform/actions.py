@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from qc.ir.channels import ChannelGroup
 from qc.ir.errors import InputError
 
-__all__ = ["Action", "Merge", "Orthogonal", "Permute", "Scale", "Shift", "Split"]
+__all__ = ["Action", "Kronecker", "Merge", "Orthogonal", "Permute", "Rotation", "Scale", "Shift", "Split"]
 
 _ORTHOGONAL = 1e-8
 """Largest deviation of ``A.T @ A`` from the identity: what float64 leaves of a product of a few rotations."""
@@ -106,16 +107,25 @@ class Shift(Action):
         _vector(group, self.offsets, "offsets")
 
 
+class Rotation(Action):
+    """``z' = z @ Q``, with ``Q.T @ Q = 1``. Block-diagonal, if the family has blocks. Subclasses say which Q."""
+
+    name: ClassVar[str] = "orthogonal"
+
+    def turn(self, rows: np.ndarray) -> np.ndarray:
+        """``Q.T @ rows``, for rows ``[width, n]`` in float64: what becomes of weights that make or read channels."""
+        raise TypeError(f"Bug: {type(self).__name__} does not say what it is")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Orthogonal(Action):
-    """``z' = z @ matrix``, with ``matrix.T @ matrix = 1``. Block-diagonal, if the family has blocks.
+class Orthogonal(Rotation):
+    """A rotation by any orthogonal matrix.
 
     Attributes:
         matrix: ``[width, width]``.
     """
 
     matrix: np.ndarray
-    name: ClassVar[str] = "orthogonal"
 
     def is_identity(self) -> bool:
         return bool(np.array_equal(self.matrix, np.eye(len(self.matrix))))
@@ -131,6 +141,49 @@ class Orthogonal(Action):
             raise InputError(
                 f"Group {group.id} passes a rotary embedding; expected rotations of pairs, not reflections."
             )
+
+    def turn(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self.matrix, np.float64).T @ rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kronecker(Rotation):
+    """A rotation by ``diag(signs) (F_1 x F_2 x ...)`` in each block: a product with it takes the sum of their sizes.
+
+    Attributes:
+        signs: ``[width]``, -1 or 1.
+        factors: Orthogonal matrices in float64, whose sizes multiply to that of a block.
+        blocks: Block of each channel, ``[width]``.
+    """
+
+    signs: np.ndarray
+    factors: tuple[np.ndarray, ...]
+    blocks: np.ndarray
+
+    def is_identity(self) -> bool:
+        return bool(np.all(self.signs == 1)) and all(np.array_equal(f, np.eye(len(f))) for f in self.factors)
+
+    def check(self, group: ChannelGroup) -> None:
+        _vector(group, self.signs, "signs")
+        size = math.prod(len(f) for f in self.factors)
+        if np.any(np.abs(self.signs) != 1) or np.any(np.unique(self.blocks, return_counts=True)[1] != size):
+            raise InputError(f"Expected signs, and factors that multiply to the size of a block; found {size} in one.")
+        if any(np.abs(f.T @ f - np.eye(len(f))).max() > _ORTHOGONAL for f in self.factors):
+            raise InputError("Expected orthogonal factors in float64.")
+        pairs = np.unique(np.stack([group.family.blocks, self.blocks]), axis=1).shape[1]
+        if pairs != len(np.unique(self.blocks)) or group.family.turns:
+            raise InputError(f"Group {group.id} has blocks that these of {size} channels do not fit into.")
+
+    def turn(self, rows: np.ndarray) -> np.ndarray:
+        order = np.argsort(self.blocks, kind="stable")
+        turned = (rows * self.signs[:, None])[order]
+        size = math.prod(len(f) for f in self.factors)
+        for factor in self.factors:
+            size //= len(factor)
+            turned = np.matmul(factor.T, turned.reshape(-1, len(factor), size * rows.shape[1]))
+        result = np.empty(rows.shape)
+        result[order] = turned.reshape(rows.shape)
+        return result
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

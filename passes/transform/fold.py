@@ -23,7 +23,7 @@ from qc.passes.transform._edits import Edits, on_channels, positions, require_fl
 from qc.passes.transform._rotate import rotate
 from qc.passes.transform._runtime import insert
 from qc.passes.transform._shift import shift
-from qc.passes.transform.actions import Action, Merge, Orthogonal, Permute, Scale, Shift, Split
+from qc.passes.transform.actions import Action, Merge, Permute, Rotation, Scale, Shift, Split
 
 __all__ = ["Folded", "apply", "fold"]
 
@@ -106,8 +106,8 @@ def apply(
             _scale(group, np.asarray(action.factors, np.float64), edits)
         case Shift():
             shift(model, group, np.asarray(action.offsets, np.float64), edits)
-        case Orthogonal():
-            rotate(model, family, np.asarray(action.matrix, np.float64), edits)
+        case Rotation():
+            rotate(model, family, action, edits)
         case Split():
             _split(group, action, edits)
         case Merge():

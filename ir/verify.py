@@ -13,7 +13,10 @@ from qc.ir import dialect
 from qc.ir.errors import ContractError
 from qc.ir.proto import without_weights
 
-__all__ = ["STAGES", "Difference", "Stage", "check_structure", "compare", "sqnr"]
+__all__ = ["STAGES", "Difference", "Stage", "check_structure", "compare", "sqnr", "tolerance"]
+
+_ROUNDING = frozenset({"DynamicQuantizeLinear", "DynamicQuantize", "QuantizeLinear"})
+_ROUNDED = 5e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,15 @@ class Difference:
 def compare(reference: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> list[Difference]:
     """Compares the outputs that both sides have, in the order of `reference`."""
     return [_difference(name, value, found[name]) for name, value in reference.items() if name in found]
+
+
+def tolerance(model: ir.Model, tol: float) -> float:
+    """The tolerance of a pass that promises `tol`: at least 5e-2 on a model that rounds activations.
+
+    Another order of summation changes the last bit of a float, which the rounding may turn into one step of its grid,
+    1/255 of the range; later layers spread it.
+    """
+    return max(tol, _ROUNDED if any(n.op_type in _ROUNDING for n in model.graph.all_nodes()) else 0.0)
 
 
 def sqnr(reference: np.ndarray, found: np.ndarray) -> float:

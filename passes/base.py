@@ -6,7 +6,8 @@ import dataclasses
 import enum
 import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,11 @@ from qc.ir.errors import InputError
 from qc.ir.store import Store
 from qc.passes.statistics import Request
 
+if TYPE_CHECKING:
+    from qc.passes.sweep import BlockData
+
 __all__ = [
+    "BlockPass",
     "Context",
     "Contract",
     "Exact",
@@ -112,6 +117,12 @@ class Context:
         seed: Seed of everything random in a pass; use ``numpy.random.default_rng([seed, ...])``.
         threads: Number of threads a pass may use.
         statistics: What the manager collected because the pass asked for it (`Pass.needs`).
+        scope: The nodes that a `BlockPass` may touch in this call, those in their subgraphs included; None for all.
+        memo: What a pass wants to find again when it is called on the next part of the network: a weight that two parts
+            share is quantized once. Empty at the start of each sweep.
+        block: The activations of the part in `scope`, for passes that learn from them.
+        work: Directory for temporary files; None for the system's.
+        activations: Bytes of activations between two parts that may stay in memory; None for any number.
         exclude: Regular expressions of site names that lossy passes must leave as they are.
         used_patterns: Those of `exclude` that have matched something so far.
         tick: Called as ``tick(done, total, site)`` while a pass works, for progress displays.
@@ -121,6 +132,11 @@ class Context:
     seed: int = 0
     threads: int = 2
     statistics: Mapping[Request, np.ndarray] = dataclasses.field(default_factory=dict)
+    scope: frozenset[ir.Node] | None = None
+    memo: dict[object, Any] = dataclasses.field(default_factory=dict)
+    block: BlockData | None = None
+    work: Path | None = None
+    activations: int | None = None
     exclude: tuple[str, ...] = ()
     used_patterns: set[str] = dataclasses.field(default_factory=set)
     tick: object = None
@@ -134,6 +150,10 @@ class Context:
         if found is not None:
             self.used_patterns.add(found)
         return found
+
+    def covers(self, node: ir.Node) -> bool:
+        """Whether a pass may touch `node`."""
+        return self.scope is None or node in self.scope
 
     def progress(self, done: int, total: int, site: str) -> None:
         """Reports progress, if anybody listens."""
@@ -168,6 +188,28 @@ class Pass(ir.passes.InPlacePass):
             context: Store, seed, exclusions; a default one when the pass runs alone.
         """
         raise TypeError(f"Pass developer: {type(self).__name__} does not define call(model, context).")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPass(Pass):
+    """A pass that can work on one part of a network at a time: on the nodes for which `Context.covers` is true.
+
+    Neighbouring block passes of a pipeline are fused into one sweep if one of them wants it (`sequential`); see
+    `qc.passes.sweep`. Then `call` runs once for each part, in order, with the statistics of that part on the
+    activations that the parts before it yield as they are by then: quantized. Elsewhere it runs once on everything.
+
+    The calls on all parts together must list the same sites as one call on everything.
+    """
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the pass gains from what the parts before, already changed, really yield."""
+        return False
+
+    @property
+    def learns(self) -> bool:
+        """Whether the pass needs what the float part yields on every calibration batch (`Context.block`)."""
+        return False
 
 
 def check_patterns(patterns: Sequence[str]) -> None:

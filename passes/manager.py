@@ -14,17 +14,13 @@ from qc.ir.errors import ContractError, UnsupportedError
 from qc.ir.model import Model
 from qc.ir.probe import continues_cache, find_inputs, run_in_turn
 from qc.ir.runtime import Session
-from qc.ir.verify import STAGES, Difference, Stage, check_structure, compare
-from qc.passes.base import Context, Exact, Lossy, Outcome, Pass, Result, Site
+from qc.ir.verify import STAGES, Difference, Stage, check_structure, compare, tolerance
+from qc.passes.base import BlockPass, Context, Exact, Lossy, Outcome, Pass, Result, Site
 from qc.passes.pipeline import Step
 from qc.passes.statistics import collect
+from qc.passes.sweep import BlockError, sweep, wants_sweep
 
 __all__ = ["Observer", "PassManager", "PassReport"]
-
-_ROUNDING = frozenset({"DynamicQuantizeLinear", "DynamicQuantize", "QuantizeLinear"})
-_ROUNDED = 5e-2
-"""Tolerance of exact passes on models that round activations: another order of summation changes the last bit of a
-float, which the rounding may turn into one step of its grid, 1/255 of the range; later layers spread it."""
 
 Outputs = list[dict[str, np.ndarray]]
 Observer = Callable[[str, "PassReport | None"], None]
@@ -45,6 +41,7 @@ class PassReport:
         sites: Every site that it looked at.
         notes: Remarks.
         differences: Outputs before against after, the worst over the probe batches; empty if nothing was compared.
+        blocks: If it ran in a sweep: how far the outputs of each part are from those of the float network.
     """
 
     name: str
@@ -56,6 +53,7 @@ class PassReport:
     sites: Sequence[Site] = ()
     notes: Sequence[str] = ()
     differences: Sequence[Difference] = ()
+    blocks: Sequence[BlockError] = ()
 
     def count(self, outcome: Outcome) -> int:
         """Number of sites with that outcome."""
@@ -68,6 +66,9 @@ class PassManager:
     After a pass that modified the model, its structure is checked against the stage, and the outputs on the probe batch
     against its contract: an `Exact` pass must reproduce them, or the run stops with the first value that differs; of a
     `Lossy` pass the error is measured.
+
+    Neighbouring block passes run as one sweep over the parts of the network if one of them wants it
+    (`qc.passes.sweep`); then the model is verified when all parts are done, and exact passes on each part.
 
     Accepts passes of ours and any ``onnx_ir`` pass (taken as exact).
 
@@ -134,15 +135,58 @@ class PassManager:
             batches = list(find_inputs(model, Session(model).run, context.seed).batches)
         before = [dict(o) for o in outputs] if batches and outputs else _outputs(model, batches)
         reports = []
-        for item in self.steps:
-            step = item if isinstance(item, Step) else Step(item, optional=True)  # type: ignore[arg-type]
-            if isinstance(step.action, Pass) and (requests := step.action.needs(model)):
-                found = collect(model, requests, calibration, context.seed)
-                context = dataclasses.replace(context, statistics=found)
-            model, before, report = self._run_step(step, model, context, batches, before)
-            reports.append(report)
+        for together in _runs(self.steps):
+            if wants_sweep(together):
+                model, before, done = self._run_sweep(together, model, context, calibration, batches, before)
+                reports += done
+                continue
+            for step in together:
+                context = dataclasses.replace(context, memo={})
+                if isinstance(step.action, Pass) and (requests := step.action.needs(model)):
+                    found = collect(model, requests, calibration, context.seed)
+                    context = dataclasses.replace(context, statistics=found)
+                model, before, report = self._run_step(step, model, context, batches, before)
+                reports.append(report)
         self.outputs = before
         return model, reports
+
+    def _run_sweep(
+        self,
+        steps: Sequence[Step],
+        model: Model,
+        context: Context,
+        calibration: Sequence[Mapping[str, np.ndarray]] | None,
+        batches: Sequence[Mapping[str, np.ndarray]],
+        before: Outputs,
+    ) -> tuple[Model, Outputs, list[PassReport]]:
+        """Runs neighbouring block passes part by part; the model is verified when all parts are done."""
+        self._observer(" + ".join(_name(s.action) for s in steps), None)
+        model, done, errors = sweep(model, steps, context, calibration)
+        started, differences = time.perf_counter(), []
+        for swept in done:
+            if not swept.step.optional and not _matched(swept.result.sites):
+                raise UnsupportedError(_nothing_matched(_name(swept.step.action), swept.result.sites))
+        if any(s.result.modified for s in done):
+            if any(s.result.modified and isinstance(s.step.action.contract, Lossy) for s in done):
+                self._quantized()
+            check_structure(model, self._stage, self._foreign)
+            after = _outputs(model, batches)
+            differences, before = _worst(before, after), after
+        last = done[-1].step
+        verified = time.perf_counter() - started
+        reports = [
+            _report(s.step.action, s.result, s.seconds, verified, differences, errors)
+            if s.step is last
+            else _report(s.step.action, s.result, s.seconds)
+            for s in done
+        ]
+        for report in reports:
+            self._observer(report.name, report)
+        return model, before, reports
+
+    def _quantized(self) -> None:
+        if self._stage.name == "float":
+            self._stage = STAGES["quantized"]
 
     def _run_step(
         self, step: Step, model: Model, context: Context, batches: Sequence[Mapping[str, np.ndarray]], before: Outputs
@@ -155,14 +199,14 @@ class PassManager:
         seconds = time.perf_counter() - started
         model = Model.of(result.model, assets=model.assets) if not isinstance(result.model, Model) else result.model
         sites = result.sites if isinstance(result, Result) else []
-        if not step.optional and not any(s.outcome is not Outcome.SKIPPED for s in sites):
+        if not step.optional and not _matched(sites):
             raise UnsupportedError(_nothing_matched(name, sites))
         started, differences = time.perf_counter(), []
         contract = getattr(action, "contract", Exact())
         if result.modified:
             dialect.sync_functions(model)
-            if isinstance(contract, Lossy) and self._stage.name == "float":
-                self._stage = STAGES["quantized"]
+            if isinstance(contract, Lossy):
+                self._quantized()
             check_structure(model, self._stage, self._foreign)
             after = _outputs(model, batches)
             if isinstance(contract, Exact):
@@ -170,19 +214,48 @@ class PassManager:
             elif isinstance(contract, Lossy):
                 differences = _worst(before, after)
             before = after
-        report = PassReport(
-            name=name,
-            spec=str(Step(action)) if isinstance(action, Pass) else name,
-            contract=type(contract).__name__.lower(),
-            modified=result.modified,
-            seconds=seconds,
-            verify_seconds=time.perf_counter() - started,
-            sites=tuple(sites),
-            notes=tuple(result.notes) if isinstance(result, Result) else (),
-            differences=tuple(differences),
-        )
+        report = _report(action, result, seconds, time.perf_counter() - started, differences)
         self._observer(name, report)
         return model, before, report
+
+
+def _runs(steps: Sequence[Step | ir.passes.PassBase]) -> list[list[Step]]:
+    """Groups neighbouring block passes; every other pass is a group of its own."""
+    runs: list[list[Step]] = []
+    for item in steps:
+        step = item if isinstance(item, Step) else Step(item, optional=True)  # type: ignore[arg-type]
+        if runs and isinstance(step.action, BlockPass) and isinstance(runs[-1][-1].action, BlockPass):
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return runs
+
+
+def _report(
+    action: ir.passes.PassBase,
+    result: ir.passes.PassResult,
+    seconds: float,
+    verify_seconds: float = 0.0,
+    differences: Sequence[Difference] = (),
+    blocks: Sequence[BlockError] = (),
+) -> PassReport:
+    known = isinstance(result, Result)
+    return PassReport(
+        name=_name(action),
+        spec=str(Step(action)) if isinstance(action, Pass) else _name(action),
+        contract=type(getattr(action, "contract", Exact())).__name__.lower(),
+        modified=result.modified,
+        seconds=seconds,
+        verify_seconds=verify_seconds,
+        sites=tuple(result.sites) if known else (),
+        notes=tuple(result.notes) if known else (),
+        differences=tuple(differences),
+        blocks=tuple(blocks),
+    )
+
+
+def _matched(sites: Sequence[Site]) -> bool:
+    return any(s.outcome is not Outcome.SKIPPED for s in sites)
 
 
 def _name(action: ir.passes.PassBase) -> str:
@@ -214,7 +287,7 @@ def _require_equal(
     model: Model,
     batches: Sequence[Mapping[str, np.ndarray]],
 ) -> list[Difference]:
-    tol = max(contract.tol, _ROUNDED if _rounds_activations(model) else 0.0)
+    tol = tolerance(model, contract.tol)
     caches = set() if contract.cache else {present.name for _, present in model.signature.caches}
     compared = []
     for number, (batch, old, new) in enumerate(zip(batches, before, after, strict=True)):
@@ -231,10 +304,6 @@ def _require_equal(
                     "model's operators around that value."
                 )
     return _worst([old for old, _ in compared], [new for _, new in compared])
-
-
-def _rounds_activations(model: Model) -> bool:
-    return any(n.op_type in _ROUNDING for n in model.graph.all_nodes())
 
 
 def _first_difference(previous: Model, model: Model, batch: Mapping[str, np.ndarray], tol: float) -> str:

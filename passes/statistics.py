@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -13,14 +13,15 @@ from qc.ir.model import Model
 from qc.ir.probe import find_inputs
 from qc.ir.runtime import Session
 
-__all__ = ["Request", "Statistic", "collect"]
+__all__ = ["SYNTHETIC_SIZES", "Request", "Statistic", "collect"]
 
 _AXES_ARE_INPUTS = 18
 """The opset from which reductions take their axes as an input."""
 
 _MOST_SAMPLES = 1024
 
-_SYNTHETIC_SIZES = {"batch": 4, "seq": 64, "past": 0}
+SYNTHETIC_SIZES = {"batch": 4, "seq": 64, "past": 0}
+"""Sizes of the inputs that statistics are collected on when nobody gives any."""
 
 
 class Statistic(enum.Enum):
@@ -54,7 +55,7 @@ class Request:
 def collect(
     model: Model,
     requests: Sequence[Request],
-    batches: Sequence[Mapping[str, np.ndarray]] | None = None,
+    batches: Iterable[Mapping[str, np.ndarray]] | None = None,
     seed: int = 0,
 ) -> dict[Request, np.ndarray]:
     """Runs `model` on `batches` in the verifying runtime and returns what was asked for.
@@ -91,7 +92,7 @@ def collect(
             for constant in probe.constants:
                 graph.initializers.pop(constant.name or "")
     if batches is None:
-        outputs = find_inputs(model, session.run, seed, _SYNTHETIC_SIZES).outputs[:1]
+        outputs = find_inputs(model, session.run, seed, SYNTHETIC_SIZES).outputs[:1]
     else:
         outputs = map(session.run, batches)
     seen = False

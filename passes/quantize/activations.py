@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qc.ir import dialect
 from qc.ir.errors import InputError
 from qc.ir.quant import read_weight
-from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result, Site, check_patterns, site_name
+from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns, site_name
 
 __all__ = ["QuantizeActivations"]
 
@@ -18,7 +18,7 @@ _CHOICES = {"bits": (4, 5, 6, 7, 8, 16), "granularity": ("tensor", "token"), "mo
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeActivations(Pass):
+class QuantizeActivations(BlockPass):
     """Quantizes the inputs of linear layers with quantized weights, at run time.
 
     ``x -> x'``: with a grid of ``2^bits`` points from the smallest to the largest entry of the tensor or token (and
@@ -63,7 +63,7 @@ class QuantizeActivations(Pass):
         context = Context() if context is None else context
         context = dataclasses.replace(context, exclude=(*context.exclude, *self.exclude))
         rounded: dict[ir.Value, ir.Value] = {}
-        linears = [node for node in tuple(model.graph) if dialect.is_op(node, "Linear")]
+        linears = [n for n in model.graph if dialect.is_op(n, "Linear") and context.covers(n)]
         return Result.of(model, [self._site(node, rounded, context) for node in linears])
 
     def _site(self, node: ir.Node, rounded: dict[ir.Value, ir.Value], context: Context) -> Site:

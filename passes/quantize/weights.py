@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qc.ir.errors import InputError
 from qc.ir.quant import Format, QuantizedTensor, emit, named_formats, read_weight, require_opset
-from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result, Site, check_patterns
+from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, sqnr_db
 from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db
@@ -25,7 +25,7 @@ _SHORTEST_GROUP = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeWeights(Pass):
+class QuantizeWeights(BlockPass):
     """Quantizes the weights of linear layers and embeddings.
 
     Each weight ``w`` of shape ``[N, K]`` becomes codes, scales and perhaps zero points behind a decode node such that
@@ -107,6 +107,10 @@ class QuantizeWeights(Pass):
         return [r for use in weight_uses(model) if (r := _request(use, statistic)) is not None]
 
     @property
+    def sequential(self) -> bool:
+        return self.assign == "gptq"
+
+    @property
     def _statistic(self) -> Statistic | None:
         """What is asked about the input of each Linear."""
         if self.assign == "gptq":
@@ -116,7 +120,7 @@ class QuantizeWeights(Pass):
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
         work, sites = _Work(model, context), []
-        uses = weight_uses(model)
+        uses = [use for use in weight_uses(model) if context.covers(use.node)]
         for done, use in enumerate(uses):
             context.progress(done, len(uses), use.name)
             sites.append(self._site(use, work))
@@ -182,8 +186,9 @@ class _Work:
     def __init__(self, model: ir.Model, context: Context) -> None:
         self.context = context
         self._model = model
-        self._done: dict[tuple[ir.Value, Format], tuple[str, ir.Value, dict[str, object]]] = {}
-        self._seen: set[ir.Value] = set()
+        self._done: dict[tuple[ir.Value, Format], tuple[str, ir.Value, dict[str, object]]]
+        self._done = context.memo.setdefault("done", {})
+        self._seen: set[ir.Value] = context.memo.setdefault("seen", set())
         self._replaced: list[ir.Value] = []
         self._hessian: tuple[Request, Hessian] | None = None
 

@@ -97,12 +97,14 @@ def scale_inputs(
     sites: list[Site] = []
     scaled: dict[ir.Node, np.ndarray] = {}
     exclusion = dataclasses.replace(context, exclude=tuple(exclude))
-    found = _inputs(model)
+    found = [i for i in _inputs(model) if context.covers(i.products[0].node)]
     for done, inputs in enumerate(found):
         context.progress(done, len(found), inputs.names[0])
         columns = _columns(inputs, context, statistics)
         pattern = exclusion.excluded(*inputs.names, *(use.name for use in inputs.products))
         reason = inputs.obstacle
+        if not reason and not all(context.covers(u.node) for u in inputs.group.uses):
+            reason = "its channels pass from one block to another, and blocks are worked on one at a time"
         if not reason and pattern is not None:
             reason = f"excluded by {pattern}"
         if not reason and columns is None:

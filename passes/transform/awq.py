@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qc.ir.channels import Use
 from qc.ir.errors import InputError
 from qc.ir.quant import Format, named_formats, read_weight
-from qc.passes.base import Context, Contract, Exact, Pass, Result, check_patterns
+from qc.passes.base import BlockPass, Context, Contract, Exact, Result, check_patterns
 from qc.passes.quantize.assign import assign
 from qc.passes.quantize.weights import fitted
 from qc.passes.statistics import Request, Statistic
@@ -29,7 +29,7 @@ _ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Awq(Pass):
+class Awq(BlockPass):
     """Multiplies weights by ``s_k = E|x_k|^r`` and divides the input by it; ``r`` is what makes rounding cost least.
 
     For each channel group that linear layers read, ``r`` of 0, 0.05, ..., 0.95 minimizes the error of their outputs

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qc.ir.errors import InputError
 from qc.ir.quant import read_weight
-from qc.passes.base import Context, Contract, Exact, Pass, Result, check_patterns
+from qc.passes.base import BlockPass, Context, Contract, Exact, Result, check_patterns
 from qc.passes.statistics import Request, Statistic
 from qc.passes.transform._inputs import Columns, Inputs, centred, requests, scale_inputs
 
@@ -26,7 +26,7 @@ _ROWS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
-class Smooth(Pass):
+class Smooth(BlockPass):
     """Divides activation channels by ``s_j = max|x_j|^alpha / max|W_j|^(1-alpha)``, and multiplies the weights by it.
 
     One ``s`` for each channel group that linear layers read: ``W_j`` are the columns of all of them. The factors go

@@ -102,6 +102,7 @@ def _pass(report: PassReport) -> dict[str, object]:
         "sites": {outcome: outcomes.count(outcome) for outcome in ("changed", "matched", "skipped")},
         "notes": list(report.notes),
         "differences": [{"output": d.output, "max_abs": d.max_abs, "sqnr_db": d.sqnr} for d in report.differences],
+        "blocks": [{"block": b.label, "before_db": b.before, "after_db": b.after} for b in report.blocks],
     }
 
 

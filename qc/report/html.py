@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
 
 import jinja2
@@ -57,6 +59,13 @@ against the float model, on {{ accuracy.measured_on }}.</p>{% endif %}
 {{ "equal" if d.sqnr_db is none else "%.1f dB" | format(d.sqnr_db) }}{% else %}<span class="mute">unchanged</span>
 {% endif %}</td></tr>
 {% endfor %}</table></div>
+{% for p in passes if p.blocks -%}
+<h2>Blocks, against the float model</h2><div class="scroll"><table>
+<tr><th>block</th><th class="n">input, dB</th><th class="n">output, dB</th></tr>
+{% for b in p.blocks if b.after_db is not none -%}
+<tr><td>{{ b.block }}</td><td class="n">{{ b.before_db | figure }}</td><td class="n">{{ b.after_db | figure }}</td></tr>
+{% endfor %}</table></div>
+{% endfor -%}
 <h2>Weights, the worst first</h2><div class="scroll"><table>
 <tr><th>site</th><th>format</th><th class="n">bits per weight</th><th class="n">SQNR, dB</th></tr>
 {% for s in weights -%}
@@ -64,6 +73,7 @@ against the float model, on {{ accuracy.measured_on }}.</p>{% endif %}
 <td class="n">{{ s.sqnr_db | figure }}</td></tr>
 {% else %}<tr><td colspan="4" class="mute">No weight was quantized.</td></tr>
 {% endfor %}</table></div>
+{% if exclude %}<p class="mute">To keep the worst one in float: <code>{{ exclude }}</code></p>{% endif %}
 <h2>Left as it was, and why</h2><div class="scroll"><table>
 {% for s in left -%}
 <tr><td><code>{{ s.site }}</code></td><td>{{ s["pass"] }}</td><td class="skipped">{{ s.reason }}</td></tr>
@@ -92,5 +102,7 @@ def render(report: Mapping[str, object]) -> str:
     sites: list[dict] = list(report["sites"])  # type: ignore[call-overload]
     weights = [s for s in sites if s["outcome"] == "changed" and s.get("bits_per_weight") is not None]
     weights.sort(key=lambda s: (s.get("sqnr_db") is None, s.get("sqnr_db")))
+    worst = next((s["site"] for s in weights if s.get("sqnr_db") is not None), None)
+    exclude = None if worst is None else f"--exclude {shlex.quote('^' + re.escape(worst) + '$')}"
     left = [s for s in sites if s["outcome"] == "skipped" and s["pass"].startswith("quantize")]
-    return environment.from_string(_PAGE).render(**report, figures=figures, weights=weights, left=left)
+    return environment.from_string(_PAGE).render(**report, figures=figures, weights=weights, left=left, exclude=exclude)

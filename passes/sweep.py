@@ -1,0 +1,293 @@
+"""One pass over a network, part by part: each part is changed knowing what the changed parts before it really yield.
+
+For every part in the order of execution (`qc.ir.blocks`): the float part runs on the float activations; the statistics
+that each pass needs are collected on the activations of the model as it is by now; the passes work on this part alone;
+its outputs are computed for the next one, and compared with those of the float part. Memory holds one part, and the
+activations between two parts, which go to mapped files beyond a limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.ir import dialect
+from qc.ir.errors import ContractError, InputError
+from qc.ir.model import Model
+from qc.ir.probe import find_inputs
+from qc.ir.runtime import Session
+from qc.ir.verify import compare, tolerance
+from qc.passes._activations import Shelf, Stream
+from qc.passes._partition import Partition
+from qc.passes.base import BlockPass, Context, Exact, Result
+from qc.passes.pipeline import Step
+from qc.passes.statistics import SYNTHETIC_SIZES, Request, collect
+
+__all__ = ["BlockData", "BlockError", "Swept", "sweep", "wants_sweep"]
+
+_MEASURED = 4
+"""Batches on which the float parts run when no pass learns from them: enough to tell the error of a part."""
+
+_WIDEST = 4
+"""Outputs of the network count as targets if they are at most so many times as large as what the part reads: logits
+would outweigh everything else."""
+
+Batch = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockError:
+    """How far a part's outputs are from those of the float network, over the calibration batches.
+
+    Attributes:
+        label: Which part: ``block 0.3``.
+        before: Signal to noise ratio of what it reads, in decibels; None if that is exact.
+        after: The same of what it yields.
+    """
+
+    label: str
+    before: float | None
+    after: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """What one step of a sweep did on all parts together.
+
+    Attributes:
+        step: The step.
+        result: Its sites and notes, in the order of the parts.
+        seconds: Time that it took.
+    """
+
+    step: Step
+    result: Result
+    seconds: float
+
+
+class BlockData:
+    """What a pass learns from: the activations of one part of the network, batch by batch.
+
+    Attributes:
+        label: Which part.
+        count: Number of batches.
+        reference: The float part: a model of its own, with the names of the network.
+        targets: Names of the outputs to come close to.
+    """
+
+    def __init__(self, label: str, reference: Model, partition: Partition, k: int, float_: Stream, changed: Stream):
+        self.label, self.reference, self.count = label, reference, float_.count
+        self.targets = tuple(str(v.name) for v in reference.graph.outputs)
+        self._partition, self._k, self._float, self._changed = partition, k, float_, changed
+
+    def part(self) -> Model:
+        """The part as it is now: a model of its own, whose weights are shared."""
+        return self._partition.cut(self._k, to_the_end=True)
+
+    def inputs(self, batch: int) -> Batch:
+        """What the part reads, as the changed network yields it; more than that may be there."""
+        return self._changed.batch(batch)
+
+    def float_inputs(self, batch: int) -> Batch:
+        """What the float part reads."""
+        return self._float.batch(batch)
+
+    def expected(self, batch: int) -> dict[str, np.ndarray]:
+        """What the float part yields on `float_inputs`, by name."""
+        found = self._float.batch(batch)
+        return {name: found[name] for name in self.targets}
+
+
+def wants_sweep(steps: Sequence[Step]) -> bool:
+    """Whether one of these neighbouring steps works better knowing what the changed parts before it yield."""
+    return any(isinstance(s.action, BlockPass) and s.action.sequential for s in steps)
+
+
+def sweep(
+    model: Model, steps: Sequence[Step], context: Context, batches: Sequence[Batch] | None
+) -> tuple[Model, list[Swept], list[BlockError]]:
+    """Runs block passes over `model`, part by part.
+
+    Args:
+        model: Changed in place.
+        steps: Steps whose actions are block passes.
+        context: What they may use; `Context.activations` bounds the memory of activations.
+        batches: Inputs to calibrate on; None makes synthetic ones.
+
+    Returns:
+        The model, what each step did, and the error of each part.
+
+    Raises:
+        InputError: If the network cannot be run on the batches, or yields NaN.
+        ContractError: If an exact pass changed what a part computes.
+    """
+    inputs = list(batches) if batches is not None else _synthetic(model, context.seed)
+    work = _Sweep(model, steps, context, inputs)
+    for k in range(len(work.labels)):
+        work.part(k)
+    return model, work.swept(), work.errors
+
+
+class _Sweep:
+    def __init__(self, model: Model, steps: Sequence[Step], context: Context, batches: Sequence[Batch]) -> None:
+        self._model, self._steps, self._context = model, steps, context
+        self._original = model.clone()
+        self._now, self._float = Partition(model), Partition(self._original)
+        self.labels = self._now.labels
+        learns = any(isinstance(s.action, BlockPass) and s.action.learns for s in steps)
+        shelf = Shelf(context.work, context.activations)
+        self._changed_stream = Stream(batches, shelf)
+        self._float_stream = Stream(batches if learns else batches[:_MEASURED], shelf)
+        self._memos: list[dict[object, object]] = [{} for _ in steps]
+        self._results = [Result.of(model, []) for _ in steps]
+        self._seconds = [0.0] * len(steps)
+        self.errors: list[BlockError] = []
+
+    def swept(self) -> list[Swept]:
+        return [
+            Swept(step, Result.of(self._model, r.sites, r.notes), seconds)
+            for step, r, seconds in zip(self._steps, self._results, self._seconds, strict=True)
+        ]
+
+    def part(self, k: int) -> None:
+        """Works on one part."""
+        label = self.labels[k]
+        self._context.progress(k, len(self.labels), label)
+        to_the_end = self._is_last_and_small(k)
+        reference = self._float.cut(k, to_the_end=to_the_end)
+        self._run_float(k, reference)
+        data = BlockData(label, reference, self._now, k, self._float_stream, self._changed_stream)
+        modified = False
+        for number in range(len(self._steps)):
+            modified |= self._pass(number, k, data)
+        self._run_changed(k, modified, to_the_end)
+        self.errors.append(self._error(label, reference))
+        self._float_stream.retain(self._float.needed_after(k))
+        self._changed_stream.retain(self._now.needed_after(k))
+
+    def _is_last_and_small(self, k: int) -> bool:
+        """Whether a part makes outputs of the network and nothing else, no larger than its activations."""
+        if self._float.cut(k).graph.outputs:
+            return False
+        part = self._float.cut(k, to_the_end=True)
+        return _width(part.graph.outputs) <= _WIDEST * max(_width(part.graph.inputs), 1)
+
+    def _run_float(self, k: int, reference: Model) -> None:
+        names = [str(v.name) for v in reference.graph.outputs]
+        if not names:
+            return
+        session = Session(reference)
+        for i in range(self._float_stream.count):
+            outputs = session.run(self._float_stream.batch(i))
+            for name in names:
+                if outputs[name].dtype.kind == "f" and np.isnan(outputs[name]).any():
+                    raise InputError(
+                        f"Expected numbers, found NaN in {name!r}, an output of {self.labels[k]} of the float model on "
+                        f"calibration batch {i}. Check that sample, or the weights of that block."
+                    )
+            self._float_stream.put(i, {name: outputs[name] for name in names})
+
+    def _pass(self, number: int, k: int, data: BlockData) -> bool:
+        step, label = self._steps[number], self.labels[k]
+        action, scope, started = step.action, self._now.scope(k), time.perf_counter()
+
+        def tick(done: int, total: int, site: str) -> None:
+            self._context.progress(k, len(self.labels), f"{label}: {site}")
+
+        context = dataclasses.replace(
+            self._context,
+            scope=scope,
+            statistics=self._collect(action.needs(self._model), scope, k),
+            memo=self._memos[number],
+            block=data,
+            tick=tick,
+        )
+        exact = action.contract if isinstance(action.contract, Exact) else None
+        before = self._probe(k, exact) if exact is not None else {}
+        result = action.call(self._model, context)
+        assert isinstance(result, Result)
+        if result.modified:
+            dialect.sync_functions(self._model)
+            self._now.adopt(k)
+            if exact is not None:
+                _require_equal(
+                    action.spec_name(), label, tolerance(self._model, exact.tol), before, self._probe(k, exact)
+                )
+        sites = [dataclasses.replace(s, details={**s.details, "block": label}) for s in result.sites]
+        self._results[number].sites += sites
+        self._results[number].notes += [n for n in result.notes if n not in self._results[number].notes]
+        self._seconds[number] += time.perf_counter() - started
+        return result.modified
+
+    def _collect(self, requests: Sequence[Request], scope: frozenset[ir.Node], k: int) -> Mapping[Request, np.ndarray]:
+        """The statistics that a pass needs of the values that the nodes of a part read."""
+        wanted = [r for r in dict.fromkeys(requests) if any(n in scope for n, _ in r.value.uses())]
+        if not wanted or not self._changed_stream.count:
+            return {}
+        part = self._now.cut(k, to_the_end=True)
+        values = {v.name: v for v in (*part.graph.inputs, *(o for n in part.graph for o in n.outputs))}
+        inner = {r: Request(r.statistic, values[r.value.name]) for r in wanted if r.value.name in values}
+        batches = (self._changed_stream.batch(i) for i in range(self._changed_stream.count))
+        found = collect(part, list(inner.values()), batches)
+        return {r: found[i] for r, i in inner.items() if i in found}
+
+    def _probe(self, k: int, contract: Exact) -> dict[str, np.ndarray]:
+        """What a part yields on the first batch, without caches whose coordinates may change."""
+        if not self._changed_stream.count:
+            return {}
+        caches = set() if contract.cache else {present.name for _, present in self._model.signature.caches}
+        outputs = Session(self._now.cut(k, to_the_end=True)).run(self._changed_stream.batch(0))
+        return {name: value for name, value in outputs.items() if name not in caches}
+
+    def _run_changed(self, k: int, modified: bool, to_the_end: bool) -> None:
+        part = self._now.cut(k, to_the_end=to_the_end)
+        names = [str(v.name) for v in part.graph.outputs]
+        read = [str(v.name) for v in part.graph.inputs]
+        complete = self._float_stream.count == self._changed_stream.count
+        if not modified and complete and self._changed_stream.equals(self._float_stream, read):
+            self._changed_stream.share(self._float_stream, names)
+        elif names:
+            session = Session(part)
+            for i in range(self._changed_stream.count):
+                outputs = session.run(self._changed_stream.batch(i))
+                self._changed_stream.put(i, {name: outputs[name] for name in names})
+
+    def _error(self, label: str, reference: Model) -> BlockError:
+        return BlockError(label, self._sqnr(reference.graph.inputs), self._sqnr(reference.graph.outputs))
+
+    def _sqnr(self, values: Sequence[ir.Value]) -> float | None:
+        signal = noise = 0.0
+        for i in range(self._float_stream.count):
+            expected, found = self._float_stream.batch(i), self._changed_stream.batch(i)
+            for name in (str(v.name) for v in values):
+                if name not in expected or name not in found or expected[name].dtype.kind != "f":
+                    continue
+                reference = expected[name].astype(np.float64)
+                finite = np.isfinite(reference)
+                signal += float(np.square(reference, where=finite, out=np.zeros_like(reference)).sum())
+                if found[name] is not expected[name]:
+                    noise += float(np.square(np.where(finite, found[name] - reference, 0)).sum())
+        return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+
+
+def _synthetic(model: Model, seed: int) -> list[Batch]:
+    return list(find_inputs(model, Session(model).run, seed, SYNTHETIC_SIZES).batches[:1])
+
+
+def _width(values: Sequence[ir.Value]) -> int:
+    return max((v.shape[-1] for v in values if v.shape and isinstance(v.shape[-1], int)), default=0)
+
+
+def _require_equal(name: str, label: str, tol: float, before: Batch, after: Batch) -> None:
+    for difference in compare(before, after):
+        if not difference.max_abs <= tol * difference.scale:
+            raise ContractError(
+                f"Pass {name} must not change what {label} computes, but output {difference.output!r} differs by "
+                f"{difference.max_abs:.3g}, more than {tol * difference.scale:.3g}. This is a defect of the "
+                "pass; leave it out of the recipe."
+            )

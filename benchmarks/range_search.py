@@ -39,7 +39,7 @@ def absmax(weight: np.ndarray, format: Format) -> QuantizedTensor:
     low, high = np.minimum(grouped.min(-1), 0), np.maximum(grouped.max(-1), 0)
     top = (1 << format.values.bits) - 1
     scale = np.maximum(-low, high) / (top // 2) if format.values.symmetric else (high - low) / top
-    stored = scale.astype(format.scale.numpy())
+    stored = scale.astype(format.scale.dtype.numpy())
     scale = stored.astype(np.float32)[..., None]
     zero = 0 if format.values.symmetric else np.clip(np.rint(-low[..., None] / scale), 0, top)
     codes = np.clip(np.rint(grouped / scale) + zero, format.values.low, format.values.high).astype(np.int16)

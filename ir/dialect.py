@@ -4,12 +4,13 @@ A model that uses these operators carries their bodies as model-local functions,
 inlining them. A backend that has a kernel replaces the node; nothing has to.
 
 To add an operator, write its body in `_bodies`; a node that carries the overload name ``bias`` selects the body with
-that overload.
+that overload. The bodies of ``Decode`` are made from the overload, which spells the format (`qc.ir._quant_body`).
 
 | operator | inputs | meaning |
 |---|---|---|
 | ``Linear`` | x [..., K], weight [N, K] | ``x @ weight.T`` |
 | ``Linear`` overload ``bias`` | x [..., K], weight [N, K], bias [N] | ``x @ weight.T + bias`` |
+| ``Decode`` | codes and parameters of a weight | the weight, float32 [N, K]; overload: format and shape |
 | ``Swish`` | x, attribute alpha | ``x * sigmoid(alpha * x)``: SiLU at 1, the sigmoid form of GELU at 1.702 |
 | ``DynamicQuantize`` | x [..., K] float32, attributes bits, clip | x on a grid of ``2^bits`` points, see below |
 
@@ -112,6 +113,10 @@ def _all_nodes(model: ir.Model):
 
 
 def _body(key: tuple[str, str], opset: int) -> ir.Function:
+    if key[0] == "Decode":
+        from qc.ir._quant_body import decode_function  # which is made from the overload
+
+        return decode_function(key[1], opset)
     proto = _bodies()[key].to_function_proto()
     function = ir.serde.deserialize_function(proto)
     function.name, function.overload = key  # two overloads of one name are two Python functions

@@ -9,23 +9,49 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qc.ir import dialect
 from qc.ir.errors import InputError
 from qc.ir.model import Model
-from qc.ir.quant import Affine, Format, QuantizedTensor, Weight, emit, named_formats, read_weight, require_opset
+from qc.ir.quant import (
+    Affine,
+    FloatScale,
+    Format,
+    QuantizedTensor,
+    Table,
+    Weight,
+    emit,
+    named_formats,
+    read_weight,
+    require_opset,
+)
 from qc.ir.runtime import Session
 from qc.ir.store import Store
 
 SPELLINGS = [f"{u}int{b}{g}{s}" for u in ("", "u") for b in (2, 4, 8) for g in ("", ":g16") for s in ("", ":f16")]
+STANDARD = ["mxfp4", "mxfp6", "mxfp8", "mxint8", "nvfp4", "nf4-dq"]
+GROUPINGS = [f"{v}{g}" for v in ("int8", "uint4", "e2m1", "uint3") for g in (":tensor", ":in", ":in16")]
+SCALES = [f"uint4:g16:{s}" for s in ("bf16", "e8m0", "e4m3", "q6", "q8x2", "s6x2")]
+OTHERS = [f"{name}{g}" for name in named_formats() if name not in STANDARD for g in ("", ":g16:f16")]
+EVERY = list(dict.fromkeys([*SPELLINGS, *STANDARD, *GROUPINGS, *SCALES, *OTHERS]))
 
 
 def random_tensor(format: Format, rows: int = 24, columns: int = 40) -> QuantizedTensor:
+    """Codes, zero points and tables of any legal values, scales of any sign where they may have one."""
     rng = np.random.default_rng(0)
-    low, high, groups = format.values.low, format.values.high, format.groups(columns)
-    codes = rng.integers(low, high + 1, (rows, columns)).astype(np.int8 if low < 0 else np.uint8)
-    params = {"scale": rng.normal(size=(rows, groups)).astype(format.scale.numpy())}
-    if low == 0:
-        params["zero_point"] = rng.integers(low, high + 1, (rows, groups)).astype(np.uint8)
-    return QuantizedTensor(format, codes, params)
+    held = format.scale.encode(rng.normal(size=format.grid((rows, columns))).astype(np.float32))
+    for stream in format.streams((rows, columns)):
+        if stream.name == "codes":
+            bits, low = format.values.bits, format.values.low
+            array = rng.integers(low, low + (1 << bits if bits else 3), stream.shape)
+            held["codes"] = array.astype(np.int8 if low else np.uint8)
+        elif stream.name not in held and stream.dtype is not None and stream.dtype.is_floating_point():
+            held[stream.name] = rng.normal(size=stream.shape).astype(stream.dtype.numpy())
+        elif stream.name not in held:
+            bits = stream.bits or (8 if stream.dtype is None else stream.dtype.bitwidth)
+            held[stream.name] = rng.integers(0, 1 << bits, stream.shape).astype(np.uint8)
+    if isinstance(format.values, Table) and not np.all(np.isfinite(format.values.values)):
+        held["codes"] &= 0x7B  # NaN is no value of a weight
+    return QuantizedTensor(format, held.pop("codes"), held)
 
 
 def constant(name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
@@ -57,12 +83,34 @@ def dequantize(*inputs: ir.Value, **attributes: int) -> Weight | None:
     half=st.booleans(),
 )
 def test_a_format_reads_back_from_its_spelling(bits: int, symmetric: bool, group: int | None, half: bool) -> None:
-    format = Format(Affine(bits, symmetric), group, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+    scale = FloatScale(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+    format = Format(Affine(bits, symmetric), group, scale)
     assert Format.parse(str(format)) == format
 
 
+@pytest.mark.parametrize("spelling", EVERY)
+def test_every_spelling_reads_back(spelling: str) -> None:
+    format = Format.parse(spelling)
+    assert Format.parse(str(format)) == format
+    assert spelling in (str(format), *STANDARD)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "int", "int3", "float4", "int4:32", "int4:g0", "int4:g-1", "int4:f64", "int4:f16:g32", "INT4", "int4 "]
+    "text",
+    [
+        "",
+        "int",
+        "int1",
+        "int9",
+        "float4",
+        "int4:32",
+        "int4:g0",
+        "int4:g-1",
+        "int4:f64",
+        "int4:f16:g32",
+        "INT4",
+        "int4 ",
+    ],
 )
 def test_other_spellings_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="found"):
@@ -70,12 +118,12 @@ def test_other_spellings_are_refused(text: str) -> None:
 
 
 def test_scales_have_a_float_type_of_known_spelling() -> None:
-    with pytest.raises(InputError, match="BFLOAT16"):
-        Format(Affine(4), 32, ir.DataType.BFLOAT16)
+    with pytest.raises(InputError, match="DOUBLE"):
+        FloatScale(ir.DataType.DOUBLE)
 
 
-def test_the_named_formats_are_all_widths_with_and_without_zero_point() -> None:
-    assert sorted(named_formats()) == ["int2", "int4", "int8", "uint2", "uint4", "uint8"]
+def test_affine_formats_are_named_in_all_widths_with_and_without_zero_point() -> None:
+    assert {f"{u}int{b}" for u in ("", "u") for b in range(2, 9)} < set(named_formats())
 
 
 @pytest.mark.parametrize(
@@ -115,30 +163,59 @@ def test_every_stored_bit_is_counted(spelling: str, shape: tuple[int, int], expe
     assert Format.parse(spelling).stored_bits(shape) / (shape[0] * shape[1]) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("columns", [40, 48])
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_written_weight_reads_back_and_the_runtime_decodes_it_alike(spelling: str, columns: int) -> None:
-    format = Format.parse(spelling)
-    tensor = random_tensor(format, columns=columns)
-    node = emit(tensor, ir.Value(name="w"), Store())
-    graph = graph_of(node)
-    weight = read_weight(node.outputs[0])
-    assert weight is not None
-    assert (weight.format, weight.shape, weight.name, weight.dtype) == (
-        format,
-        (24, columns),
-        "w",
-        format.values.dtype,
-    )
+@pytest.fixture(scope="module")
+def graph() -> tuple[dict[str, QuantizedTensor], Model]:
+    """A weight in every format, and a model whose outputs they are, decoded."""
+    tensors = {spelling: random_tensor(Format.parse(spelling)) for spelling in EVERY}
+    store = Store()
+    nodes = [emit(tensor, ir.Value(name=spelling), store) for spelling, tensor in tensors.items()]
+    model = Model.of(ir.Model(graph_of(*nodes), ir_version=10))
+    for tensor in tensors.values():
+        require_opset(model, tensor.format)
+    dialect.sync_functions(model)
+    return tensors, model
+
+
+@pytest.fixture(scope="module")
+def written(graph: tuple[dict, Model]) -> dict[str, tuple[QuantizedTensor, Weight | None, np.ndarray]]:
+    """Every format as a tensor, as the weight that was written to a graph, and as the runtime decodes it."""
+    tensors, model = graph
+    decoded = Session(model).run({})
+    outputs = {v.name: v for v in model.graph.outputs}
+    names = {spelling: f"{spelling}.decoded" for spelling in tensors}
+    return {s: (tensors[s], read_weight(outputs[name]), decoded[name]) for s, name in names.items()}
+
+
+def test_the_torch_executor_decodes_every_format_alike(graph: tuple[dict, Model], written: dict) -> None:
+    from qc.ir.execute import Executor
+
+    some = [f"{spelling}.decoded" for spelling in [*STANDARD, *GROUPINGS, *SCALES, *OTHERS[::5]]]
+    found = Executor(graph[1], outputs=some)({})
+    assert not [s for s in some if not np.array_equal(found[s], written[s.removesuffix(".decoded")][2])]
+
+
+@pytest.mark.parametrize("spelling", EVERY)
+def test_a_written_weight_reads_back_and_the_runtime_decodes_it_alike(spelling: str, written: dict) -> None:
+    tensor, weight, decoded = written[spelling]
+    format = tensor.format
+    assert (weight.format, weight.shape, weight.name) == (format, tensor.shape, spelling)
+    assert weight.dtype == (format.native or ir.DataType.UINT8)
     read = weight.quantized()
     assert np.array_equal(read.codes, tensor.codes)
+    assert read.params.keys() == tensor.params.keys()
     assert all(np.array_equal(read.params[k], v) for k, v in tensor.params.items())
-    assert weight.stored_bytes * 8 == tensor.stored_bits == format.stored_bits((24, columns))
-    model = Model.of(ir.Model(graph, ir_version=10))
-    require_opset(model, format)
-    (decoded,) = Session(model).run({}).values()
+    assert weight.stored_bytes * 8 == tensor.stored_bits == format.stored_bits(tensor.shape)
     assert np.array_equal(decoded, tensor.decode())
     assert np.array_equal(weight.numpy(), tensor.decode())
+
+
+@pytest.mark.parametrize("spelling", EVERY)
+def test_projecting_decoded_values_changes_none(spelling: str) -> None:
+    tensor = random_tensor(Format.parse(spelling))
+    again = tensor.format.nearest(tensor.decode(), tensor.params)
+    assert again.shape == tensor.codes.shape
+    found = tensor.format.decode(again, tensor.params)
+    assert np.allclose(found, tensor.decode(), rtol=1e-6, atol=0)
 
 
 def test_two_bits_need_a_newer_opset_and_others_leave_it_alone() -> None:
@@ -217,9 +294,11 @@ def test_values_that_are_no_constant_weights_are_none() -> None:
         ((4, 2), {"axis": -1, "block_size": 5}, "int8:g5"),
         ((4,), {"axis": 0}, "int8"),
         ((4,), {"axis": -2}, "int8"),
-        ((8,), {"axis": 1}, None),  # one scale per column: no format of ours
-        ((1, 8), {"axis": 0, "block_size": 4}, None),
-        ((), {}, None),  # one scale per tensor
+        ((8,), {"axis": 1}, "int8:in"),
+        ((1, 8), {"axis": 0, "block_size": 4}, "int8:in4"),
+        ((), {}, "int8:tensor"),
+        ((4, 2), {"axis": 0, "block_size": 4}, None),
+        ((8,), {"axis": 0}, None),
     ],
 )
 def test_decode_nodes_are_recognised_by_their_shapes(

@@ -17,9 +17,12 @@ __all__ = ["OrtCpu"]
 def _formats(accuracy_level: int) -> tuple[str, ...]:
     """Formats with a kernel that is fast at that accuracy level, without those that are cut into shorter blocks."""
     from qc.backends.ort.capability import MATMUL_BLOCKS, matmul_limit
+    from qc.backends.ort.packed import has_kernel
 
     found = []
     for name, format in named_formats().items():
+        if not has_kernel(format):
+            continue
         bits = format.values.bits
         groups = [b for b in MATMUL_BLOCKS if matmul_limit(bits, b, accuracy_level) is None]
         if groups:

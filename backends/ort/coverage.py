@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qc.backends.ort import capability
 from qc.backends.target import Coverage
 from qc.ir import dialect
+from qc.ir.quant import DECODES
 from qc.passes.canonicalize._graph import made_by
 
 __all__ = ["SLOW", "coverage", "why_off_target"]
@@ -45,6 +46,9 @@ def why_off_target(node: ir.Node, imports: dict[str, int]) -> str:
     limit = capability.limit_of(f"{node.domain}::{node.op_type}", capability.facts_of(node))
     if limit is not None:
         return limit.reason
+    decodes = node.metadata_props.get(DECODES)
+    if decodes is not None:
+        return f"decodes a weight in {decodes}, which no kernel reads: it is float in memory once the model is loaded"
     if node.domain == "" and node.op_type == "DequantizeLinear" and _is_constant(node.inputs[0]):
         return "decodes a whole weight on each call"
     if node.domain == "" and node.op_type in _QUANTIZING and not _feeds_integers(node):

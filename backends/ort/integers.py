@@ -96,7 +96,7 @@ class _Codes:
 def _why_not(weight: Weight) -> str | None:
     format = weight.format
     assert format is not None
-    fits = format.values.bits == 8 and format.group is None
+    fits = format.native in (ir.DataType.INT8, ir.DataType.UINT8) and format.per_row
     return None if fits else f"the integer product needs int8 per channel, not {format}"
 
 
@@ -186,7 +186,7 @@ def _fuse(node: ir.Node, codes: _Codes, weight: Weight, turned: ir.Value) -> Non
     format = weight.format
     assert format is not None
     nodes, weight_scale = float_scale(weight.params["scale"])
-    zero_point = weight.params.get("zero_point") if not format.values.symmetric else None
+    zero_point = weight.params.get("zero_point") if format.native == ir.DataType.UINT8 else None
     bias = (*node.inputs, None)[2]
     operands = [codes.codes, turned, codes.scale, weight_scale, codes.zero, zero_point]
     if codes.factor is None:

@@ -19,7 +19,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qc.backends.ort.integers import rounded_source
-from qc.backends.ort.packed import Held, PackedWeights, consumes_weight
+from qc.backends.ort.packed import Held, PackedWeights, consumes_weight, has_kernel
 from qc.ir import dialect
 from qc.ir.errors import InputError
 from qc.ir.quant import Weight, read_weight
@@ -160,6 +160,8 @@ def _why_not(node: ir.Node, weight: Weight | None) -> str | None:
     """Why a consumer of weights cannot be fused; empty if it is none of our business, None if it can."""
     if weight is None or weight.format is None:
         return "" if node.op_type == "Gather" else "its weight is float"
+    if not has_kernel(weight.format):
+        return f"the runtime has no kernel for {weight.format}: the weight is decoded to float when the model is loaded"
     if node.op_type == "Gather":
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
         if axis % 2:

@@ -47,7 +47,7 @@ def _quantized(text: str, rows: int, columns: int, store: Store, seed: int = 0) 
     rng = np.random.default_rng(seed)
     values, groups = format.values, format.groups(columns)
     codes = rng.integers(values.low, values.high + 1, (rows, columns)).astype(np.int8 if values.symmetric else np.uint8)
-    params = {"scale": (rng.random((rows, groups)) * 0.02 + 0.01).astype(format.scale.numpy())}
+    params = {"scale": (rng.random((rows, groups)) * 0.02 + 0.01).astype(format.scale.dtype.numpy())}
     if not values.symmetric:
         params["zero_point"] = rng.integers(0, values.high + 1, (rows, groups)).astype(np.uint8)
     return emit(QuantizedTensor(format, codes, params), ir.Value(name=f"w{seed}"), store)

@@ -15,7 +15,12 @@ from qc.ir.quant import Affine, Format, Weight
 from qc.ir.store import release
 from qc.passes.canonicalize._graph import add_constant
 
-__all__ = ["Held", "PackedWeights", "consumes_weight", "float_scale", "kernel_block"]
+__all__ = ["Held", "PackedWeights", "consumes_weight", "float_scale", "has_kernel", "kernel_block"]
+
+
+def has_kernel(format: Format) -> bool:
+    """Whether the kernels read codes of this kind; `kernel_block` says whether they are fast for its groups."""
+    return isinstance(format.values, Affine) and format.native is not None and format.axis == "in"
 
 
 def kernel_block(format: Format, columns: int, accuracy_level: int | None) -> int:
@@ -62,8 +67,7 @@ class Held:
 
     @property
     def values(self) -> Affine:
-        assert self.weight.format is not None
-        return self.weight.format.values
+        return _affine(self.weight)
 
 
 class PackedWeights:
@@ -92,9 +96,8 @@ class PackedWeights:
         return self._held[weight.data]
 
     def _pack(self, weight: Weight, first: ir.Node) -> Held:
-        format, block = weight.format, self._blocks[weight.data]
-        assert format is not None
-        values, (rows, columns), consumers = format.values, weight.shape, _consumers(weight)
+        block = self._blocks[weight.data]
+        values, (rows, columns), consumers = _affine(weight), weight.shape, _consumers(weight)
         groups = -(-columns // block)
         nodes, scale = float_scale(self._per_block(weight, "scale", block))
         zero_points = None
@@ -144,8 +147,7 @@ class PackedWeights:
 
     def _zero_points(self, weight: Weight, block: int, groups: int) -> ir.Value:
         """The zero points packed per row, uint8 ``[N, ceil(groups * bits / 8)]``; all zero where the graph has none."""
-        assert weight.format is not None
-        rows, values = weight.shape[0], weight.format.values
+        rows, values = weight.shape[0], _affine(weight)
         shape, name = (rows, -(-groups * values.bits // 8)), f"{weight.name}.zero_points"
         source = weight.params.get("zero_point")
         tensor = source.const_value if source is not None else None
@@ -160,6 +162,12 @@ class PackedWeights:
         return add_constant(
             self._graph, name, ir.LazyTensor(read, dtype=ir.DataType.UINT8, shape=ir.Shape(shape), name=name)
         )
+
+
+def _affine(weight: Weight) -> Affine:
+    assert weight.format is not None
+    assert isinstance(weight.format.values, Affine)
+    return weight.format.values
 
 
 def _repeated(params: np.ndarray, groups: int) -> np.ndarray:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from qc.ir.quant import QuantizedTensor
-from qc.passes.quantize.assign import stored_scale
+from qc.ir.errors import InputError
+from qc.ir.quant import Affine, FloatScale, QuantizedTensor
 
 __all__ = ["ROWS", "Columns"]
 
@@ -23,45 +23,88 @@ class Columns:
     """
 
     def __init__(self, tensor: QuantizedTensor, rows: slice) -> None:
+        """Takes the codes of a format whose elements each have a code and whose groups lie along the rows.
+
+        Raises:
+            InputError: If the format is another.
+        """
         format = tensor.format
-        self._values = format.values
-        self.width = tensor.codes.shape[1] if format.group is None else format.group
-        self._tensor, self._rows = tensor, rows
-        self._scale = np.ascontiguousarray(tensor.params["scale"][rows].T, np.float32)
-        zero = tensor.params.get("zero_point")
-        self._zero = np.zeros_like(self._scale) if zero is None else np.ascontiguousarray(zero[rows].T, np.float32)
-        self.codes = np.ascontiguousarray(tensor.codes[rows].T)
+        values = format.values
+        if not tensor.sliceable or values.tile * values.books > 1:
+            raise InputError(f"Expected a format with a code per element, in groups along K, found {format}.")
+        part = tensor.rows(rows)
+        self._values, self._tensor, self._rows = values, tensor, rows
+        self.width = format.width(tensor.codes.shape[1])
+        self.codes = np.ascontiguousarray(part.codes.T)
+        self._scale = np.ascontiguousarray(format.scale.decode(part.params).T)
+        if len(self._scale) == 1 or self._scale.shape[1] == 1:
+            shape = format.groups(tensor.codes.shape[1]), self.codes.shape[1]
+            self._scale = np.array(np.broadcast_to(self._scale, shape))
+        self._params = {p.name: part.params[p.name] for p in values.params}
+        self._fixed = not isinstance(format.scale, FloatScale)
+        self._zero = self._integer_zeros()
+
+    def _integer_zeros(self) -> np.ndarray | None:
+        """Zero points ``[groups, R]`` if codes are integers and rounding is all there is to it, else None."""
+        if not isinstance(self._values, Affine) or self._values.half or self._values.floating:
+            return None
+        zero = self._params.get("zero_point")
+        return np.zeros_like(self._scale) if zero is None else np.ascontiguousarray(zero.T, np.float32)
 
     def round(self, column: int, target: np.ndarray, out: np.ndarray) -> None:
         """Stores the codes nearest to `target` ``[R]`` and writes what they decode to into `out`."""
         group = column // self.width
-        scale, zero = self._scale[group], self._zero[group]
+        scale = self._scale[group]
         np.divide(target, scale, out=out)
+        if self._zero is None:
+            params = self._of_group(group)
+            codes = self._values.nearest(out[:, None], params)
+            self.codes[column] = codes[:, 0]
+            np.multiply(self._values.decode(codes, params)[:, 0], scale, out=out)
+            return
+        zero, values = self._zero[group], self._values
+        assert isinstance(values, Affine)
         np.rint(out, out=out)
         out += zero
-        np.maximum(out, self._values.low, out=out)
-        np.minimum(out, self._values.high, out=out)
+        np.maximum(out, values.low, out=out)
+        np.minimum(out, values.high, out=out)
         self.codes[column] = out
         out -= zero
         out *= scale
 
+    def _of_group(self, group: int) -> dict[str, np.ndarray]:
+        """The parameters of the value map in one group, as `ValueMap` takes them."""
+        scopes = {p.name: p.scope for p in self._values.params}
+        return {name: array[:, group] if scopes[name] == "group" else array for name, array in self._params.items()}
+
     def units(self, part: slice) -> np.ndarray:
         """Decoded values of columns of one group at scale one, ``[k, R]``, float32."""
-        return self.codes[part].astype(np.float32) - self._zero[part.start // self.width]
+        group = part.start // self.width
+        if self._zero is None:
+            return self._values.decode(self.codes[part].T, self._of_group(group)).T
+        return self.codes[part].astype(np.float32) - self._zero[group]
 
     def scale_of(self, part: slice) -> np.ndarray:
         """The scales ``[R]`` of the group that some columns belong to."""
         return self._scale[part.start // self.width]
 
     def set_scale(self, part: slice, scale: np.ndarray) -> np.ndarray:
-        """Changes the scales ``[R]`` of the group of some columns; returns them as they are stored."""
-        kind = self._tensor.format.scale
-        largest = float(np.finfo(kind.numpy()).max)
-        stored = stored_scale(np.clip(scale, -largest, largest), kind, "weight").astype(np.float32)
-        self._scale[part.start // self.width] = stored
+        """Changes the scales ``[R]`` of the group of some columns; returns them as they are stored.
+
+        Scales that depend on one another, or that are no floats, stay as they are.
+        """
+        group = part.start // self.width
+        if self._fixed:
+            return self._scale[group]
+        storage = self._tensor.format.scale
+        assert isinstance(storage, FloatScale)
+        largest = storage.largest
+        stored = storage.encode(np.clip(scale, -largest, largest))["scale"].astype(np.float32)
+        self._scale[group] = stored
         return stored
 
     def commit(self) -> None:
         """Writes codes and scales back to the tensor."""
         self._tensor.codes[self._rows] = self.codes.T
-        self._tensor.params["scale"][self._rows] = self._scale.T
+        if not self._fixed:
+            self._tensor.params["scale"][self._rows] = self._scale.T

@@ -21,7 +21,7 @@ from qc.ir.quant import Affine
 
 __all__ = ["Range", "Search", "search"]
 
-_STEP = {2: 0.996, 4: 0.335, 8: 0.0308}
+_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.0569, 8: 0.0308}
 """Step of the uniform quantizer of least mean square error for a normal variable of unit variance (Max 1960)."""
 
 _DEAD = 1e-35
@@ -64,6 +64,7 @@ def search(w: np.ndarray, values: Affine, axis: int, importance: np.ndarray | No
     code. Candidates reach from the narrow rule, which maps it to ``-(2^(b-1) - 1)``, over the full rule, ``-2^(b-1)``,
     to ranges in which the largest entries are clipped. 8-bit scales are positive: the extra code gains nothing there.
     Asymmetric zero points are codes: the one that centres the clipped range is tried, then the neighbours of the best.
+    Half-offset codes have a positive scale and no zero.
 
     The absmax (min-max) range is among the candidates, so the result is never worse than that up to the rounding of the
     scale to its storage type.
@@ -81,7 +82,7 @@ def search(w: np.ndarray, values: Affine, axis: int, importance: np.ndarray | No
     low, high = w.min(axis, keepdims=True), w.max(axis, keepdims=True)
     if values.symmetric:
         span = np.maximum(-low, high)
-        unit = np.where((high >= -low) & (values.bits < 8), -span, span)
+        unit = np.where((high >= -low) & (values.bits < 8) & (not values.half), -span, span)
     else:
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         with np.errstate(over="ignore"):
@@ -114,7 +115,7 @@ def _candidates(x: np.ndarray, values: Affine, axis: int, count: int) -> Iterato
     At 8 bits clipping never pays far, so the candidates stay close to absmax.
     """
     end = 1 << (values.bits - 1) if values.symmetric else values.high
-    absmax = values.high
+    absmax = values.high + (0.5 if values.half else 0)
     power = _sum(x, x, axis) / x.shape[axis]
     widest = 1.1 / (_STEP[values.bits] * np.sqrt(np.maximum(power, 1e-12)))
     first, last = 0.93 * absmax, np.maximum(end + 0.4, widest)
@@ -142,6 +143,7 @@ class _Trial:
 
     def __init__(self, x: np.ndarray, importance: np.ndarray | None, axis: int, values: Affine) -> None:
         self._x, self._importance, self._axis, self._top = x, importance, axis, values.high - values.low
+        self._offset = np.float32(0.5 if values.half else 0)
         self._u, self._r = np.empty_like(x), np.empty_like(x)
         groups = _sum(x, x, axis)
         self.units = np.ones_like(groups)
@@ -154,9 +156,11 @@ class _Trial:
         u, r = self._u, self._r
         zero = np.clip(zero, 0, self._top)
         np.multiply(self._x, units, out=r)
-        np.rint(r, out=u)
+        np.rint(r - self._offset if self._offset else r, out=u)
         np.maximum(u, -zero, out=u)
         np.minimum(u, self._top - zero, out=u)
+        if self._offset:
+            u += self._offset
         np.subtract(r, u, out=r)
         if self._importance is None:
             rr, ru, uu = _sum(r, r, self._axis), _sum(r, u, self._axis), _sum(u, u, self._axis)

@@ -83,7 +83,7 @@ def _uses(node: ir.Node, kinds: Mapping[ir.Node, Kind]) -> Iterator[Use]:
         reason = "" if weight is not None else "its weight is computed, or stored in a form that no format describes"
         yield Use(node, 1, kinds.get(node, Kind.LINEAR), weight, reason)
         return
-    if node.op_type in ("Cast", "DequantizeLinear") and read_weight(node.outputs[0]) is not None:
+    if node.op_type in ("Cast", "DequantizeLinear", "Decode") and read_weight(node.outputs[0]) is not None:
         return  # a decode node: its consumer is the site
     if node.op_type == "RotaryEmbedding":
         return  # its tables of cosines and sines are no weights

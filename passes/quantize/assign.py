@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -10,10 +11,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir.errors import InputError
-from qc.ir.quant import Format, QuantizedTensor
+from qc.ir.quant import Affine, FloatScale, Format, QuantizedTensor
+from qc.passes.quantize._fit import fit_scales
 from qc.passes.quantize._search import Search, search
 
-__all__ = ["Search", "assign", "run_parallel", "sqnr_db", "stored_scale"]
+__all__ = ["Search", "assign", "run_parallel", "sqnr_db"]
 
 _T = TypeVar("_T")
 
@@ -34,9 +36,10 @@ def assign(
     threads: int = 1,
     effort: Search | None = None,
 ) -> QuantizedTensor:
-    """Quantizes a weight by range search: the least squared error of each group over its scale and zero point.
+    """Quantizes a weight by the default of its format: the least squared error of each group over its parameters.
 
-    Scales are rounded to their storage type first, codes are the nearest to ``w / scale`` (ties to even) after that.
+    Of affine formats that is a search over scale and zero point; `qc.passes.quantize._fit` has the others. Scales are
+    rounded to their storage type first, codes are the nearest to ``w / scale`` (ties to even) after that.
     A group of zeros gets scale 1 and codes that decode to zero; the last group of a row may be shorter. Temporary
     memory is a few MiB per thread. The result does not depend on the number of threads.
 
@@ -58,22 +61,84 @@ def assign(
         metric = np.asarray(metric, np.float32)
         if metric.shape != (columns,) or not np.all(np.isfinite(metric)) or np.any(metric < 0):
             raise InputError(f"Expected {columns} finite non-negative column weights for {name!r}.")
-    groups = format.groups(columns)
+    effort = Search() if effort is None else effort
+    plan = _plain(format)
+    if plan is None:
+        return _assign_in_two(weight, format, metric, name, threads, effort)
     tensor = QuantizedTensor(
         format,
-        np.empty((rows, columns), np.int8 if format.values.symmetric else np.uint8),
-        {"scale": np.empty((rows, groups), format.scale.numpy())}
-        | ({} if format.values.symmetric else {"zero_point": np.empty((rows, groups), np.uint8)}),
+        np.empty((rows, columns), np.int8 if plan.values.symmetric else np.uint8),
+        {
+            s.name: np.empty(s.shape, plan.scale.numpy() if s.name == "scale" else np.uint8)
+            for s in format.streams((rows, columns))
+            if s.name != "codes"
+        },
     )
 
-    search_effort = Search() if effort is None else effort
-
     def work(start: int) -> None:
-        _assign_rows(weight, tensor, slice(start, start + step), metric, name, search_effort)
+        _assign_rows(weight, tensor, plan, slice(start, start + step), metric, name, effort)
 
     step = _rows_per_chunk(columns)
     run_parallel(work, range(0, rows, step), threads)
     return tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plain:
+    """What most weights become: integer codes on an affine grid with float scales, so that one pass over them does."""
+
+    values: Affine
+    scale: ir.DataType
+
+
+def _plain(format: Format) -> _Plain | None:
+    values, scale = format.values, format.scale
+    if not isinstance(values, Affine) or not isinstance(scale, FloatScale) or format.axis != "in":
+        return None
+    return None if values.half or values.floating else _Plain(values, scale.dtype)
+
+
+def _assign_in_two(
+    weight: np.ndarray, format: Format, metric: np.ndarray | None, name: str, threads: int, effort: Search
+) -> QuantizedTensor:
+    """First the parameters of all groups, then codes for what is stored of them: scales may depend on one another."""
+    source = weight.T if format.axis == "out" else weight
+    if format.axis == "tensor":
+        step = len(source)
+        importance = None if metric is None else np.tile(metric, step)
+    else:
+        step = _rows_per_chunk(source.shape[1])
+        importance = metric if format.axis == "in" else None  # alike for all elements of a group along N
+
+    def find(start: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        w = _finite(source[start : start + step], name, start)
+        return fit_scales(format, w.reshape(1, -1) if format.axis == "tensor" else w, importance, effort)
+
+    starts = range(0, len(source), step)
+    found = run_parallel(find, starts, threads)
+    params = format.scale.encode(np.concatenate([scale for scale, _ in found]), name)
+    params |= {key: np.concatenate([p[key] for _, p in found]) for key in found[0][1]}
+    streams = {s.name: s for s in format.streams(weight.shape)}
+    by_row = {key: streams[key].by_row for key in params}
+
+    def project(start: int) -> np.ndarray:
+        part = slice(start, start + step)
+        held = {key: array[part] if by_row[key] else array for key, array in params.items()}
+        w = np.asarray(weight[part] if format.axis == "in" else weight, np.float32)
+        return format.nearest(w, held)
+
+    codes = run_parallel(project, starts if format.axis == "in" else range(1), threads)
+    return QuantizedTensor(format, np.concatenate(codes), params)
+
+
+def _finite(part: np.ndarray, name: str, first: int) -> np.ndarray:
+    w = np.asarray(part, np.float32)
+    if not np.all(np.isfinite(w)):
+        raise InputError(
+            f"Expected finite numbers in weight {name!r}, found NaN, infinity or a number that overflows float32 from "
+            f"row {first} on. Repair the model, or exclude this weight."
+        )
+    return w
 
 
 def sqnr_db(weight: np.ndarray, tensor: QuantizedTensor, *, threads: int = 1) -> float:
@@ -85,12 +150,12 @@ def sqnr_db(weight: np.ndarray, tensor: QuantizedTensor, *, threads: int = 1) ->
         threads: Number of threads.
     """
     rows, columns = weight.shape
-    step = _rows_per_chunk(columns)
+    step = _rows_per_chunk(columns) if tensor.sliceable else rows
 
     def work(start: int) -> tuple[float, float]:
         part = slice(start, start + step)
         w = np.asarray(weight[part], np.float32)
-        noise = w - tensor.format.decode(tensor.codes[part], {k: v[part] for k, v in tensor.params.items()})
+        noise = w - (tensor.rows(part) if tensor.sliceable else tensor).decode()
         return float(np.vdot(w, w)), float(np.vdot(noise, noise))
 
     signal, noise = np.sum(run_parallel(work, range(0, rows, step), threads), axis=0)
@@ -112,29 +177,34 @@ def run_parallel(work: Callable[[int], _T], starts: range, threads: int) -> list
 
 
 def _assign_rows(
-    weight: np.ndarray, tensor: QuantizedTensor, part: slice, metric: np.ndarray | None, name: str, effort: Search
+    weight: np.ndarray,
+    tensor: QuantizedTensor,
+    plan: _Plain,
+    part: slice,
+    metric: np.ndarray | None,
+    name: str,
+    effort: Search,
 ) -> None:
-    format, codes = tensor.format, tensor.codes[part]
+    format, codes, values = tensor.format, tensor.codes[part], plan.values
     columns = codes.shape[1]
     groups = format.groups(columns)
     width = columns if format.group is None else format.group
     axis = 0 if width <= _LONGEST_TRANSPOSED else 1
     w = _grouped(np.asarray(weight[part], np.float32), groups, width, axis)
     importance = None if metric is None else _importance(metric, len(codes), groups, width, axis)
-    found = search(w, format.values, axis, importance, effort)
+    found = search(w, values, axis, importance, effort)
     if found is None:
         raise InputError(
             f"Expected finite numbers in weight {name!r}, found NaN, infinity or a range that overflows float32 in "
             f"rows {part.start} to {part.start + len(codes) - 1}. Repair the model, or exclude this weight."
         )
-    scale = stored_scale(found.scale, format.scale, name)
+    scale = format.scale.encode(found.scale, name)["scale"]
     unit = scale.astype(np.float32)
-    low, high = format.values.low, format.values.high
     np.rint(np.divide(w, unit, out=w), out=w)
-    if not format.values.symmetric:
+    if not values.symmetric:
         w += found.zero
         tensor.params["zero_point"][part] = found.zero.astype(np.uint8).reshape(-1, groups)
-    np.clip(w, low, high, out=w)
+    np.clip(w, values.low, values.high, out=w)
     held = w.astype(codes.dtype)
     held = (held.T if axis == 0 else held).reshape(len(codes), groups * width)
     codes[:] = held[:, :columns]
@@ -156,16 +226,3 @@ def _importance(metric: np.ndarray, rows: int, groups: int, width: int, axis: in
     spread = np.where(spread.any(axis=1, keepdims=True), spread, np.float32(1))
     spread /= spread.max(axis=1, keepdims=True)
     return _grouped(np.tile(spread, (rows, 1)).reshape(rows, -1), groups, width, axis)
-
-
-def stored_scale(scale: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
-    """Rounds scales to their storage type, never to zero."""
-    kind = np.finfo(dtype.numpy())
-    largest = float(np.abs(scale).max())
-    if largest > float(kind.max):
-        raise InputError(
-            f"Expected scales of {name!r} up to {float(kind.max):.3g}, the largest number that {dtype.name} holds; "
-            f"found {largest:.3g}. Store its scales in f32."
-        )
-    tiny = kind.smallest_subnormal
-    return np.copysign(np.maximum(np.abs(scale), tiny), scale).astype(dtype.numpy())

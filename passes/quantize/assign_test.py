@@ -41,7 +41,7 @@ def absmax(weight: np.ndarray, format: Format) -> QuantizedTensor:
         scale = np.maximum(-low, high) / (2 ** (bits - 1) - 1)
     else:
         scale = (high - low) / (2**bits - 1)
-    scale = np.where(scale == 0, 1, scale).astype(format.scale.numpy())
+    scale = np.where(scale == 0, 1, scale).astype(format.scale.dtype.numpy())
     if not format.values.symmetric:
         zero = np.clip(np.rint(-low / scale.astype(np.float32)), 0, 2**bits - 1)[..., None]
     codes = np.rint(padded / scale[..., None].astype(np.float32)) + zero

@@ -88,7 +88,7 @@ def output_sqnr_db(weight: np.ndarray, tensor: QuantizedTensor, gram: np.ndarray
     """
     rows = np.unique(np.linspace(0, len(weight) - 1, _SAMPLE).astype(int))
     w = np.asarray(weight[rows], np.float64)
-    noise = w - tensor.format.decode(tensor.codes[rows], {k: v[rows] for k, v in tensor.params.items()})
+    noise = w - tensor.decode()[rows] if not tensor.sliceable else w - tensor.rows(rows).decode()
     signal, noise = (float(np.einsum("nk,nk->", a @ gram, a)) for a in (w, noise))
     if noise <= 0:
         return float("inf")

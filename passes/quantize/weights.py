@@ -36,9 +36,10 @@ class QuantizeWeights(BlockPass):
     Every node that reads a large constant is a site; the ones that stay float say why. Scope: the main graph.
 
     Attributes:
-        format: Values of the codes: int2, int4, int8 (symmetric), uint2, uint4, uint8 (asymmetric).
+        format: Values of the codes, such as int4 (symmetric), uint4 (asymmetric) or nf4; or a full spelling such as
+            nf4:g64:q8x256 or mxfp4, to which group and scale do not apply. `qc formats` lists them.
         group: Elements along K that share a scale; 0 for one scale per output channel.
-        scale: Storage of the scales: f32 or f16.
+        scale: Storage of the scales, such as f32 or f16.
         embedding: Format of embedding tables: same, float, or a full spelling such as uint4:g32.
         head: Format of the output projection, the Linear right before the logits: same, float, or a full spelling.
         value: Format of the projections that make an attention's values: same, float, or a full spelling. They are
@@ -64,15 +65,8 @@ class QuantizeWeights(BlockPass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.format not in named_formats():
-            raise InputError(
-                f"Expected a format among {', '.join(named_formats())}; found {self.format!r}. "
-                "Group and scale type are options of their own."
-            )
         if self.group < 0:
             raise InputError(f"Expected a group of at least 1, or 0 for per channel; found {self.group}.")
-        if self.scale not in ("f32", "f16"):
-            raise InputError(f"Expected scales in f32 or f16, found {self.scale!r}.")
         if self.metric not in ("moment", "none"):
             raise InputError(f"Expected a metric of moment or none, found {self.metric!r}.")
         if self.assign not in ("search", "gptq"):
@@ -85,6 +79,9 @@ class QuantizeWeights(BlockPass):
     @property
     def main_format(self) -> Format:
         """The format of everything but embeddings and heads with one of their own."""
+        values = named_formats().get(self.format)
+        if values is None or str(values) != self.format or not values.values.scaled:
+            return Format.parse(self.format)
         group = f":g{self.group}" if self.group else ""
         return Format.parse(f"{self.format}{group}:{self.scale}")
 
@@ -157,9 +154,9 @@ class QuantizeWeights(BlockPass):
 
 def fitted(format: Format, columns: int) -> Format:
     """The format with its group halved while that makes rows smaller in kernels that pad rows to whole groups."""
-    if format.group is None:
+    if format.group is None or format.axis != "in":
         return format
-    extra = format.scale.bitwidth + (0 if format.values.symmetric else format.values.bits)
+    extra = format.bits_per_group()
 
     def padded_bits(group: int) -> int:
         return -(-columns // group) * (group * format.values.bits + extra)

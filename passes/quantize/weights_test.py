@@ -315,11 +315,11 @@ def test_the_same_model_gives_the_same_bytes_with_any_number_of_threads(tmp_path
 @pytest.mark.parametrize(
     "options",
     [
-        {"format": "int3"},
-        {"format": "int4:g32"},
+        {"format": "int9"},
+        {"format": "int4:32"},
         {"group": -1},
-        {"scale": "bf16"},
-        {"embedding": "int5"},
+        {"scale": "f64"},
+        {"embedding": "int1"},
         {"head": "none"},
         {"assign": "guess"},
         {"sweeps": 1},

@@ -100,7 +100,7 @@ def test_an_input_without_signal_changes_nothing(weight: np.ndarray, x: np.ndarr
     assert not report.modified
 
 
-@pytest.mark.parametrize("spec", ["awq{format=int3}", "awq{group=-1}", "awq{exclude=[(]}"])
+@pytest.mark.parametrize("spec", ["awq{format=int9}", "awq{group=-1}", "awq{exclude=[(]}"])
 def test_impossible_options_are_refused_when_the_pass_is_built(spec: str) -> None:
     with pytest.raises(InputError, match="Expected"):
         parse_pipeline(spec)

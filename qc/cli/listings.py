@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -72,13 +73,14 @@ def targets(arguments: argparse.Namespace) -> int:
 
 def formats(arguments: argparse.Namespace) -> int:
     """Lists the weight formats with the bits that they store per weight."""
-    from qc.ir.quant import Format, named_formats
+    from qc.ir.quant import STANDARD, named_formats
 
     data = []
     for name, format in named_formats().items():
-        bits = {f"g{g}": Format(format.values, g).stored_bits((4096, 4096)) / 4096**2 for g in (32, 128)}
-        kind = "symmetric" if format.values.symmetric else "asymmetric, integer zero point"
-        data.append({"name": name, "about": f"affine, {format.values.bits} bits, {kind}", **bits})
+        grouped = {g: format if name in STANDARD else dataclasses.replace(format, group=g) for g in (32, 128)}
+        bits = {f"g{g}": f.stored_bits((4096, 4096)) / 4096**2 for g, f in grouped.items()}
+        about = STANDARD.get(name, format.values.about)
+        data.append({"name": name, "about": about, **bits})
     if arguments.json:
         print_json({"formats": data})
         return 0

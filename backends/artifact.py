@@ -38,12 +38,13 @@ class ArtifactWriter:
     untouched.
     """
 
-    def __init__(self, out: str | os.PathLike[str], *, force: bool = False) -> None:
+    def __init__(self, out: str | os.PathLike[str], *, force: bool = False, resume: bool = False) -> None:
         """Checks that `out` may be written, before any work is done, and removes what killed compiles left there.
 
         Args:
             out: Where the artifact will stand. Missing parents are made.
             force: Whether an artifact that stands there is replaced. Never replaces anything else.
+            resume: Whether what a killed compile has worked out stays, to go on with.
 
         Raises:
             InputError: If something stands there that may not be replaced, or the place is not writable.
@@ -51,7 +52,7 @@ class ArtifactWriter:
         self.out = Path(os.path.realpath(out))
         self._force = force
         self._manifest: Manifest | None = None
-        sweep(self.out)
+        sweep(self.out, resume=resume)
         _check_replaceable(self.out, force)
 
     def __enter__(self) -> ArtifactWriter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ import onnx_ir as ir
 from qc.backends.decoding import context_limit, greedy
 from qc.backends.inputs import check_inputs
 from qc.backends.target import Runner
+from qc.ir.digest import digest_batch
 from qc.ir.errors import InternalError, UnsupportedError
 from qc.ir.model import Model
 from qc.ir.runtime import Session
@@ -92,7 +92,7 @@ class Remembered:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs once, or returns what the same inputs yielded before."""
-        key = _digest(inputs)
+        key = digest_batch(inputs)
         if key not in self._known:
             self._known[key] = {name: self._keep(name, value) for name, value in self._runner.run(inputs).items()}
         return {k: v if isinstance(v, np.ndarray) else v.numpy() for k, v in self._known[key].items()}
@@ -104,12 +104,3 @@ class Remembered:
     def _keep(self, name: str, value: np.ndarray) -> np.ndarray | ir.TensorProtocol:
         large = value.nbytes >= _LARGE and value.dtype.kind not in "OUS"
         return self._store.put(name, value) if large else value
-
-
-def _digest(inputs: Mapping[str, np.ndarray]) -> bytes:
-    found = hashlib.sha256()
-    for name, value in sorted(inputs.items()):
-        data = np.ascontiguousarray(value)
-        found.update(repr((name, data.dtype.str, data.shape)).encode())
-        found.update(repr(data.tolist()).encode() if data.dtype.kind in "OUS" else data.tobytes())
-    return found.digest()

@@ -1,7 +1,7 @@
 """Hidden directories beside an artifact in which a compile works, and what happens to them when it is killed.
 
 Each is locked by the process that made it (``flock`` on the directory itself, so that the lock leaves no file and dies
-with its process). The next compile to the same place removes those that nobody holds.
+with its process). The next compile to the same place removes those that nobody holds, or goes on in one of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qc.ir.errors import InputError
 
 __all__ = ["HiddenDirectory", "shielded", "sweep", "work_directory"]
 
-_WORK = ".qc-work-"
+_JOURNAL = "journal"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _YOUNG = 5.0  # seconds; a directory this new may be about to be locked
 
@@ -31,6 +31,7 @@ class HiddenDirectory:
 
     Attributes:
         path: Where it is.
+        held: Whether this process still has it.
     """
 
     def __init__(self, parent: Path, prefix: str) -> None:
@@ -40,9 +41,27 @@ class HiddenDirectory:
             OSError: If `parent` is not writable.
         """
         self._lock: int | None = None
+        self.held = True
         with shielded():
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             self._lock = _lock(self.path)
+
+    @classmethod
+    def adopt(cls, path: Path) -> HiddenDirectory | None:
+        """Takes over a directory that a killed process left; None if somebody holds it."""
+        handle = _lock(path)
+        if handle is None:
+            return None
+        found = cls.__new__(cls)
+        found.path, found._lock, found.held = path, handle, True
+        return found
+
+    def leave(self) -> None:
+        """Lets go and leaves the directory to a later process."""
+        self.held = False
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def remove(self) -> None:
         """Removes it, if it has not been moved away, and lets go."""
@@ -51,18 +70,25 @@ class HiddenDirectory:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
+            self.held = False
 
 
 @contextlib.contextmanager
-def work_directory(out: Path) -> Iterator[Path]:
+def work_directory(out: Path, *, resume: bool = False) -> Iterator[Path]:
     """A directory for intermediate files on the disk where `out` will stand; removed at the end, come what may.
+
+    Args:
+        out: Where the artifact will stand.
+        resume: Whether to take over the directory of a killed compile to the same place, if it has a journal in it, and
+            to leave the directory behind if this compile fails or is interrupted.
 
     Raises:
         InputError: If the nearest existing directory above `out` is not writable.
     """
     parent = next(p for p in out.absolute().parents if p.is_dir())
+    hidden = _left_behind(parent, out) if resume else None
     try:
-        hidden = HiddenDirectory(parent, _WORK)
+        hidden = hidden or HiddenDirectory(parent, _work(out))
     except OSError as error:
         raise InputError(
             f"Expected a writable directory at {parent} to put {out} in, but cannot write there ({error.strerror}). "
@@ -70,17 +96,26 @@ def work_directory(out: Path) -> Iterator[Path]:
         ) from error
     try:
         yield hidden.path
+    except BaseException:
+        if resume and (hidden.path / _JOURNAL).is_dir():
+            hidden.leave()
+        raise
     finally:
-        hidden.remove()
+        if hidden.held:
+            hidden.remove()
 
 
-def sweep(out: Path) -> None:
+def sweep(out: Path, *, resume: bool = False) -> None:
     """Removes what killed compiles left beside `out`.
 
     An artifact that was about to be replaced, and whose successor never arrived, goes back to its place.
+
+    Args:
+        out: Where an artifact will stand.
+        resume: Whether to leave work directories alone.
     """
     parent = next(p for p in out.absolute().parents if p.is_dir())
-    for prefix in (_WORK, f".{out.name}.tmp-"):
+    for prefix in (f".{out.name}.tmp-",) if resume else (_work(out), f".{out.name}.tmp-"):
         for path in parent.glob(f"{glob.escape(prefix)}*"):
             if _abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -89,6 +124,20 @@ def sweep(out: Path) -> None:
             os.rename(path, out)
         elif _abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _work(out: Path) -> str:
+    return f".{out.name}.work-"
+
+
+def _left_behind(parent: Path, out: Path) -> HiddenDirectory | None:
+    """The work directory with the newest journal that nobody holds."""
+    journals = parent.glob(f"{glob.escape(_work(out))}*/{_JOURNAL}")
+    for path in sorted(journals, key=lambda p: p.stat().st_mtime, reverse=True):
+        hidden = HiddenDirectory.adopt(path.parent)
+        if hidden is not None:
+            return hidden
+    return None
 
 
 @contextlib.contextmanager

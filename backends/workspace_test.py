@@ -31,17 +31,34 @@ def test_a_work_directory_goes_with_its_block(tmp_path):
 
 
 def test_what_nobody_holds_is_removed_and_what_somebody_holds_is_not(tmp_path):
-    dead = [_aged(tmp_path / name) for name in (".qc-work-a", ".out.tmp-b")]
+    dead = [_aged(tmp_path / name) for name in (".out.work-a", ".out.tmp-b")]
     other = _aged(tmp_path / ".another.tmp-c")
-    alive = HiddenDirectory(tmp_path, ".qc-work-")
+    alive = HiddenDirectory(tmp_path, ".out.work-")
     os.utime(alive.path, (time.time() - 60,) * 2)
-    (tmp_path / ".qc-work-new").mkdir()
+    (tmp_path / ".out.work-new").mkdir()
     sweep(tmp_path / "out")
     assert not any(p.exists() for p in dead)
     assert other.exists()
     assert alive.path.exists()
-    assert (tmp_path / ".qc-work-new").exists()
+    assert (tmp_path / ".out.work-new").exists()
     alive.remove()
+
+
+def test_a_work_directory_with_a_journal_is_taken_over(tmp_path):
+    def run(name: str, resume: bool) -> tuple[bool, Path]:
+        with work_directory(tmp_path / name, resume=resume) as work:
+            known = (work / "journal").is_dir()
+            (work / "journal").mkdir(exist_ok=True)
+            found.append((known, work))
+            raise KeyboardInterrupt
+
+    found: list[tuple[bool, Path]] = []
+    for name, resume in (("out", True), ("other", True), ("out", True), ("out", False)):
+        with pytest.raises(KeyboardInterrupt):
+            run(name, resume)
+    assert [known for known, _ in found] == [False, False, True, False]
+    assert found[2][1] == found[0][1]
+    assert sorted(tmp_path.iterdir()) == sorted({found[0][1], found[1][1]})
 
 
 def test_an_artifact_whose_successor_never_came_returns(tmp_path):

@@ -79,6 +79,30 @@ class Store:
         rows = sum(t.shape.numpy()[0] for t in tensors)
         return self._write(name, tensors, (rows, *tensors[0].shape.numpy()[1:]))
 
+    def sync(self) -> None:
+        """Brings what was written to the disk."""
+        os.fsync(self._file.fileno())
+
+    def holds(self, tensor: ir.ExternalTensor) -> bool:
+        """Whether a tensor lies in this store."""
+        return tensor.meta.get("qc.store") is self
+
+    def at(
+        self, name: str, offset: int, length: int, dtype: ir.DataType, shape: ir.Shape | Sequence[int]
+    ) -> ir.ExternalTensor:
+        """The tensor that lies at a place of the file, perhaps written by an earlier process."""
+        held = ir.ExternalTensor(
+            self._path.name,
+            offset,
+            length,
+            dtype,
+            shape=ir.Shape(shape),
+            name=name,
+            base_dir=str(self.directory.absolute()),
+        )
+        held.meta["qc.store"] = self
+        return held
+
     def _write(self, name: str, parts: Sequence[ir.TensorProtocol], shape: tuple[int, ...]) -> ir.ExternalTensor:
         offset, length = self._file.seek(0, os.SEEK_END), sum(t.nbytes for t in parts)
         try:
@@ -89,17 +113,7 @@ class Store:
                 f"Could not write {length} bytes of {name!r} to {self._path}: {error.strerror or error}. "
                 "Free some space there, or put the output on another disk."
             ) from error
-        held = ir.ExternalTensor(
-            self._path.name,
-            offset,
-            length,
-            parts[0].dtype,
-            shape=ir.Shape(shape),
-            name=name,
-            base_dir=str(self.directory.absolute()),
-        )
-        held.meta["qc.store"] = self
-        return held
+        return self.at(name, offset, length, parts[0].dtype, shape)
 
 
 def release(tensor: ir.TensorProtocol) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 
 import onnx_ir as ir
@@ -25,24 +26,22 @@ class Partition:
         labels: A short name of each part, in the order of execution.
     """
 
-    def __init__(self, model: Model, owners: Sequence[int] | None = None) -> None:
-        """Divides `model`.
-
-        Args:
-            model: Its graph may change later, see `adopt`.
-            owners: The part of each node in graph order, if known.
-        """
+    def __init__(self, model: Model) -> None:
+        """Divides `model`; its graph may change later, see `adopt`."""
         self.model = model
         segments = find_blocks(model.graph).segments
         self.labels = tuple(s.label for s in segments) or ("stem",)
-        nodes = list(model.graph)
-        if owners is None:
-            position = {node: k for k, s in enumerate(segments) for node in s.nodes}
-            owners = [position[n] for n in nodes]
-        self._owner = dict(zip(nodes, owners, strict=True))
+        self._owner = {node: k for k, s in enumerate(segments) for node in s.nodes}
         self._find_constants()
         if not all(_is_plain(v) for k in range(len(self.labels)) for v in self._outputs(k)):
-            self.labels, self._owner = ("stem",), dict.fromkeys(nodes, 0)
+            self.labels, self._owner = ("stem",), dict.fromkeys(model.graph, 0)
+
+    def moved(self, model: Model, owners: Sequence[int]) -> Partition:
+        """The same parts of a model that passes have worked on; `owners` has the part of each node, in graph order."""
+        found = copy.copy(self)
+        found.model, found._owner = model, dict(zip(model.graph, owners, strict=True))
+        found._find_constants()
+        return found
 
     @property
     def owners(self) -> list[int]:

@@ -17,6 +17,7 @@ from qc.ir.store import Store
 from qc.passes.statistics import Request
 
 if TYPE_CHECKING:
+    from qc.passes.journal import Journal
     from qc.passes.sweep import BlockData
 
 __all__ = [
@@ -123,6 +124,7 @@ class Context:
         block: The activations of the part in `scope`, for passes that learn from them.
         work: Directory for temporary files; None for the system's.
         activations: Bytes of activations between two parts that may stay in memory; None for any number.
+        journal: Where finished parts of sweeps are written down, and read from.
         exclude: Regular expressions of site names that lossy passes must leave as they are.
         used_patterns: Those of `exclude` that have matched something so far.
         tick: Called as ``tick(done, total, site)`` while a pass works, for progress displays.
@@ -137,6 +139,7 @@ class Context:
     block: BlockData | None = None
     work: Path | None = None
     activations: int | None = None
+    journal: Journal | None = None
     exclude: tuple[str, ...] = ()
     used_patterns: set[str] = dataclasses.field(default_factory=set)
     tick: object = None

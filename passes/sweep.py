@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir import dialect
+from qc.ir.digest import digest_batches, digest_model
 from qc.ir.errors import ContractError, InputError
 from qc.ir.model import Model
 from qc.ir.probe import find_inputs
@@ -24,8 +25,9 @@ from qc.ir.runtime import Session
 from qc.ir.verify import compare, tolerance
 from qc.passes._activations import Shelf, Stream
 from qc.passes._partition import Partition
-from qc.passes.base import BlockPass, Context, Exact, Result
-from qc.passes.pipeline import Step
+from qc.passes.base import BlockPass, Context, Exact, Result, Site
+from qc.passes.journal import Entry
+from qc.passes.pipeline import Step, format_pipeline
 from qc.passes.statistics import SYNTHETIC_SIZES, Request, collect
 
 __all__ = ["BlockData", "BlockError", "Swept", "sweep", "wants_sweep"]
@@ -114,7 +116,7 @@ def sweep(
     """Runs block passes over `model`, part by part.
 
     Args:
-        model: Changed in place.
+        model: Changed in place, unless the journal knows better.
         steps: Steps whose actions are block passes.
         context: What they may use; `Context.activations` bounds the memory of activations.
         batches: Inputs to calibrate on; None makes synthetic ones.
@@ -127,48 +129,88 @@ def sweep(
         ContractError: If an exact pass changed what a part computes.
     """
     inputs = list(batches) if batches is not None else _synthetic(model, context.seed)
-    work = _Sweep(model, steps, context, inputs)
+    begun, number, entry, journal = model.clone(), 0, None, context.journal
+    if journal is not None:
+        facts = {
+            "pipeline": format_pipeline(steps),
+            "model": digest_model(model),
+            "calibration data": digest_batches(inputs),
+        }
+        number = journal.begin(facts)
+        entry = journal.load(number, begun, context.store)
+    work = _Sweep(begun, model, steps, context, inputs)
+    if entry is not None:
+        work.go_on(*entry)
     for k in range(len(work.labels)):
-        work.part(k)
-    return model, work.swept(), work.errors
+        if work.part(k) and journal is not None:
+            journal.save(number, begun, work.model, context.store, work.entry())
+            entry = journal.load(number, begun, context.store)
+            assert entry is not None
+            work.go_on(
+                *entry
+            )  # from what a killed compile would find, so that it cannot differ: names that are made up
+    return work.model, work.swept(), work.errors
 
 
 class _Sweep:
-    def __init__(self, model: Model, steps: Sequence[Step], context: Context, batches: Sequence[Batch]) -> None:
-        self._model, self._steps, self._context = model, steps, context
-        self._original = model.clone()
-        self._now, self._float = Partition(model), Partition(self._original)
-        self.labels = self._now.labels
+    def __init__(
+        self, original: Model, model: Model, steps: Sequence[Step], context: Context, batches: Sequence[Batch]
+    ) -> None:
+        self.model, self._steps, self._context = model, steps, context
+        self._float, self._now = Partition(original), Partition(model)
+        self.labels = self._float.labels
         learns = any(isinstance(s.action, BlockPass) and s.action.learns for s in steps)
         shelf = Shelf(context.work, context.activations)
         self._changed_stream = Stream(batches, shelf)
         self._float_stream = Stream(batches if learns else batches[:_MEASURED], shelf)
         self._memos: list[dict[object, object]] = [{} for _ in steps]
-        self._results = [Result.of(model, []) for _ in steps]
+        self._sites: list[list[Site]] = [[] for _ in steps]
+        self._notes: list[list[str]] = [[] for _ in steps]
         self._seconds = [0.0] * len(steps)
+        self._modified: list[bool] = []
         self.errors: list[BlockError] = []
+
+    def go_on(self, model: Model, entry: Entry) -> None:
+        """Takes over what the journal holds."""
+        self.model, self._now = model, self._float.moved(model, entry.owners)
+        self._modified = list(entry.modified)
+        self._memos = [dict(m) for m in entry.memos]
+        self._sites, self._notes = [list(s) for s in entry.sites], [list(n) for n in entry.notes]
+        self._context.used_patterns.update(entry.used)
+
+    def entry(self) -> Entry:
+        """What the journal writes down."""
+        return Entry(
+            owners=self._now.owners,
+            modified=self._modified,
+            sites=self._sites,
+            notes=self._notes,
+            memos=self._memos,
+            used=sorted(self._context.used_patterns),
+        )
 
     def swept(self) -> list[Swept]:
         return [
-            Swept(step, Result.of(self._model, r.sites, r.notes), seconds)
-            for step, r, seconds in zip(self._steps, self._results, self._seconds, strict=True)
+            Swept(step, Result.of(self.model, sites, notes), seconds)
+            for step, sites, notes, seconds in zip(self._steps, self._sites, self._notes, self._seconds, strict=True)
         ]
 
-    def part(self, k: int) -> None:
-        """Works on one part."""
-        label = self.labels[k]
-        self._context.progress(k, len(self.labels), label)
+    def part(self, k: int) -> bool:
+        """Works on one part; returns False if it only had to be run, because the journal knew it."""
+        label, known = self.labels[k], k < len(self._modified)
+        self._context.progress(k, len(self.labels), f"{label}, from the journal" if known else label)
         to_the_end = self._is_last_and_small(k)
         reference = self._float.cut(k, to_the_end=to_the_end)
         self._run_float(k, reference)
-        data = BlockData(label, reference, self._now, k, self._float_stream, self._changed_stream)
-        modified = False
-        for number in range(len(self._steps)):
-            modified |= self._pass(number, k, data)
-        self._run_changed(k, modified, to_the_end)
-        self.errors.append(self._error(label, reference))
+        if not known:
+            data = BlockData(label, reference, self._now, k, self._float_stream, self._changed_stream)
+            changed = [self._pass(number, k, data) for number in range(len(self._steps))]
+            self._modified.append(any(changed))
+        self._run_changed(k, self._modified[k], to_the_end)
+        self.errors.append(BlockError(label, self._sqnr(reference.graph.inputs), self._sqnr(reference.graph.outputs)))
         self._float_stream.retain(self._float.needed_after(k))
         self._changed_stream.retain(self._now.needed_after(k))
+        return not known
 
     def _is_last_and_small(self, k: int) -> bool:
         """Whether a part makes outputs of the network and nothing else, no larger than its activations."""
@@ -202,25 +244,25 @@ class _Sweep:
         context = dataclasses.replace(
             self._context,
             scope=scope,
-            statistics=self._collect(action.needs(self._model), scope, k),
+            statistics=self._collect(action.needs(self.model), scope, k),
             memo=self._memos[number],
             block=data,
             tick=tick,
         )
         exact = action.contract if isinstance(action.contract, Exact) else None
         before = self._probe(k, exact) if exact is not None else {}
-        result = action.call(self._model, context)
+        result = action.call(self.model, context)
         assert isinstance(result, Result)
         if result.modified:
-            dialect.sync_functions(self._model)
+            dialect.sync_functions(self.model)
             self._now.adopt(k)
             if exact is not None:
                 _require_equal(
-                    action.spec_name(), label, tolerance(self._model, exact.tol), before, self._probe(k, exact)
+                    action.spec_name(), label, tolerance(self.model, exact.tol), before, self._probe(k, exact)
                 )
         sites = [dataclasses.replace(s, details={**s.details, "block": label}) for s in result.sites]
-        self._results[number].sites += sites
-        self._results[number].notes += [n for n in result.notes if n not in self._results[number].notes]
+        self._sites[number] += sites
+        self._notes[number] += [n for n in result.notes if n not in self._notes[number]]
         self._seconds[number] += time.perf_counter() - started
         return result.modified
 
@@ -240,7 +282,7 @@ class _Sweep:
         """What a part yields on the first batch, without caches whose coordinates may change."""
         if not self._changed_stream.count:
             return {}
-        caches = set() if contract.cache else {present.name for _, present in self._model.signature.caches}
+        caches = set() if contract.cache else {present.name for _, present in self.model.signature.caches}
         outputs = Session(self._now.cut(k, to_the_end=True)).run(self._changed_stream.batch(0))
         return {name: value for name, value in outputs.items() if name not in caches}
 
@@ -256,9 +298,6 @@ class _Sweep:
             for i in range(self._changed_stream.count):
                 outputs = session.run(self._changed_stream.batch(i))
                 self._changed_stream.put(i, {name: outputs[name] for name in names})
-
-    def _error(self, label: str, reference: Model) -> BlockError:
-        return BlockError(label, self._sqnr(reference.graph.inputs), self._sqnr(reference.graph.outputs))
 
     def _sqnr(self, values: Sequence[ir.Value]) -> float | None:
         signal = noise = 0.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,8 +27,9 @@ from qc.ir.verify import STAGES, check_structure, compare
 from qc.measurement import measure, read_data, rehearse, speed
 from qc.passes.base import Context
 from qc.passes.canonicalize import canonicalize_passes
+from qc.passes.journal import Journal
 from qc.passes.manager import PassManager, PassReport
-from qc.passes.pipeline import Step, parse_pipeline, steps_of
+from qc.passes.pipeline import Step, format_pipeline, parse_pipeline, steps_of
 from qc.plan import Plan, make_plan
 from qc.progress import Progress
 from qc.recipes import Recipe, load_recipe
@@ -73,6 +76,7 @@ def compile(  # noqa: A001  the verb of the product
     settings: Sequence[str] = (),
     seed: int = 0,
     force: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
@@ -92,6 +96,8 @@ def compile(  # noqa: A001  the verb of the product
         settings: ``pass.option=value`` for passes of the recipe.
         seed: Seed of everything random.
         force: Replace an artifact that stands at `out`.
+        resume: Go on with the blocks that a killed compile to the same place has finished, and leave them there if this
+            one fails. The artifact is the same to the byte. The killed compile must have been the same.
         dry_run: Stop after the plan.
         verify: Whether passes are verified numerically.
         progress: Receives events.
@@ -110,10 +116,11 @@ def compile(  # noqa: A001  the verb of the product
     chosen = _recipe(recipe, passes).with_options(settings)
     steps = steps_of(chosen.passes)
     out = Path(out)
-    writer = ArtifactWriter(out, force=force)
+    writer = ArtifactWriter(out, force=force, resume=resume)
     try:
-        with work_directory(out) as work:
+        with work_directory(out, resume=resume) as work:
             clock.start("import")
+            shutil.rmtree(work / "import", ignore_errors=True)  # of a killed compile
             model = source if isinstance(source, Model) else load(source, work=work / "import")  # type: ignore[arg-type]
             plan = make_plan(model, steps, exported=(work / "import").is_dir())
             progress.plan(plan)
@@ -126,7 +133,15 @@ def compile(  # noqa: A001  the verb of the product
             reference = Remembered(ModelRunner(original), store)
             found = find_inputs(original, reference.run, seed)
             _require_finite(original, found)
-            context = Context(store=store, seed=seed, exclude=tuple(exclude), tick=progress.tick)
+            context = Context(
+                store=store,
+                seed=seed,
+                exclude=tuple(exclude),
+                tick=progress.tick,
+                work=work / "activations",
+                activations=None if memory is None else max(0, memory - plan.memory_bytes),
+                journal=Journal(work / "journal", _facts(steps, seed, exclude), resume=resume),
+            )
             phases = _phases(steps, backend)
             reports: list[PassReport] = []
             known = found.outputs
@@ -189,6 +204,18 @@ def lower(model: Model, target: str = "ort-cpu", *, verify: bool = True) -> tupl
     manager = PassManager(list(backend.lowering()), stage="lowering", verify=verify)
     lowered, _ = manager.run(model)
     return lowered, backend.coverage(lowered)
+
+
+def _facts(steps: Sequence[Step], seed: int, exclude: Sequence[str]) -> dict[str, str]:
+    """What the work on blocks depends on, beside the model and the data, which are known later."""
+    packages = ("numpy", "onnx", "onnx-ir", "onnxruntime")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return {
+        "version": f"qc {importlib.metadata.version('qc-compiler')} with {versions}",
+        "recipe": format_pipeline(steps),
+        "seed": str(seed),
+        "list of exclusions": str(list(exclude)),
+    }
 
 
 def _phases(steps: Sequence[Step], backend: Backend) -> dict[str, list[Step]]:

@@ -433,7 +433,7 @@ def test_what_a_killed_compile_left_is_removed_by_the_next(place: Path, text: Pa
     process.kill()
     process.communicate()
     left = hidden(tmp_path)
-    assert any(name.startswith(".qc-work-") for name in left)
+    assert any(name.startswith(".out.work-") for name in left)
     assert any(name.startswith(".out.tmp-") for name in left)
     for name in left:
         os.utime(tmp_path / name, (time.time() - 60,) * 2)

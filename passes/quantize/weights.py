@@ -183,7 +183,7 @@ class _Work:
     def __init__(self, model: ir.Model, context: Context) -> None:
         self.context = context
         self._model = model
-        self._done: dict[tuple[ir.Value, Format], tuple[str, ir.Value, dict[str, object]]]
+        self._done: dict[tuple[ir.Value, str], tuple[str, ir.Value, dict[str, object]]]
         self._done = context.memo.setdefault("done", {})
         self._seen: set[ir.Value] = context.memo.setdefault("seen", set())
         self._replaced: list[ir.Value] = []
@@ -211,7 +211,7 @@ class _Work:
             sweeps: An option of the assignment with a matrix of second moments.
         """
         assert use.weight is not None
-        key = (use.weight.data, format)
+        key = (use.weight.data, str(format))
         if key in self._done:
             first, decoded, facts = self._done[key]
             self._rewire(use, decoded)

@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings=arguments.settings,
         seed=arguments.seed,
         force=arguments.force,
+        resume=arguments.resume,
         dry_run=arguments.dry_run,
         verify=not arguments.no_verify,
         progress=Progress() if arguments.json else choose_progress(),

@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--seed", type=_natural, default=0, help="seed of everything random (default: %(default)s)")
     c.add_argument("--force", action="store_true", help="replace an artifact that stands at DIR")
+    c.add_argument(
+        "--resume", action="store_true", help="go on with the blocks that a killed compile to DIR has finished"
+    )
     c.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     c.add_argument(
         "--no-verify", action="store_true", help="do not compare outputs after each pass (structure is always checked)"

@@ -11,6 +11,7 @@ def canonicalize_passes() -> list[Pass]:
     """The passes that make a float graph canonical, in order."""
     from qc.passes.canonicalize.activations import RecogniseActivations
     from qc.passes.canonicalize.attention import RecogniseAttention
+    from qc.passes.canonicalize.batchnorm import FoldBatchNormalization
     from qc.passes.canonicalize.fold import FoldConstants
     from qc.passes.canonicalize.linear import RecogniseLinear
     from qc.passes.canonicalize.norms import RecogniseNorms
@@ -20,6 +21,7 @@ def canonicalize_passes() -> list[Pass]:
     return [
         FoldConstants(),
         UnstackWeights(),
+        FoldBatchNormalization(),
         RecogniseLinear(),
         RecogniseNorms(),
         RecogniseActivations(),

@@ -99,7 +99,14 @@ def _add(trace: Trace, node: ir.Node, rule: Rule) -> None:
     _sum_of(trace, node, list(range(len(node.inputs))), operator_name(node))
 
 
-def _sum_of(trace: Trace, node: ir.Node, slots: list[int], key: str) -> None:
+@register("extremum")
+def _extremum(trace: Trace, node: ir.Node, rule: Rule) -> None:
+    if not any(v in trace.views for v in node.inputs):
+        return
+    _sum_of(trace, node, list(range(len(node.inputs))), node.op_type, "Clip")
+
+
+def _sum_of(trace: Trace, node: ir.Node, slots: list[int], key: str, scalar: str = "Add:scalar") -> None:
     operands = _Operands(trace, node, slots, "bias")
     if not operands.aligned:
         trace.opaque(node, "mixed axes")
@@ -114,7 +121,7 @@ def _sum_of(trace: Trace, node: ir.Node, slots: list[int], key: str) -> None:
         trace.tie(ids, other)
     trace.limit(ids, key, node)
     if any(p is None and not zero for p, zero in zip(operands.ids, operands.zero, strict=True)):
-        trace.limit(ids, "Add:scalar", node)
+        trace.limit(ids, scalar, node)
     trace.set(node.outputs[0], View.of(operands.axes, ids))
 
 

@@ -80,6 +80,8 @@ OPERATORS: dict[str, Rule] = {
     "Log": _NONLINEAR,
     "Cos": _NONLINEAR,
     "Clip": _rule("elementwise", "scale sign shift mix", "its bounds are one number for all channels"),
+    "Max": _rule("extremum", "sign shift mix", "it is homogeneous for positive factors only"),
+    "Min": _rule("extremum", "sign shift mix", "it is homogeneous for positive factors only"),
     "Pow": _rule("power", "sign shift mix", "a power is homogeneous for positive factors only"),
     # elementwise, of several operands
     "Add": _rule("add"),

@@ -77,11 +77,18 @@ def _rotate() -> type[Pass]:
     return Rotate
 
 
+def _equalize() -> type[Pass]:
+    from qc.passes.transform.equalize import Equalize
+
+    return Equalize
+
+
 _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "quantize-weights": _quantize_weights,
     "quantize-activations": _quantize_activations,
     "smooth": _smooth,
     "awq": _awq,
+    "equalize": _equalize,
     "rotate": _rotate,
 }
 """The passes that a recipe may name; values import on call, so listing the names imports no pass."""

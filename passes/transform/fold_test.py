@@ -80,6 +80,12 @@ CASES = {
         between("lo = Constant <value_float=0.0> () hi = Constant <value_float=1.0> () z = Clip (h, lo, hi)"),
         "permute split",
     ),
+    "Min": Case(between("z = Min (h, g)"), "permute scale split", VECTOR),
+    "Max": Case(between("z = Max (g, h)"), "permute scale split", VECTOR),
+    "Min of two": Case(between("p = qc.Linear:bias (x, w3, b3) z = Min (p, h)"), "permute scale split", GATE),
+    "Min with one number": Case(
+        between("c = Constant <value_float=0.3> () z = Min (h, c)"), "permute split"
+    ),
     "gate": Case(
         between("p = qc.Linear:bias (x, w3, b3) s = qc.Swish <alpha=1.0> (p) z = Mul (s, h)"),
         "permute scale sign split",

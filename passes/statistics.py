@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,12 @@ _MOST_SAMPLES = 1024
 SYNTHETIC_SIZES = {"batch": 4, "seq": 64, "past": 0}
 """Sizes of the inputs that statistics are collected on when nobody gives any."""
 
+_BINS = 1 << 14
+"""Bins of a histogram: at least 16 for each step of an 8-bit grid that holds everything."""
+
+_SMALLEST_EXPONENT = -100
+"""Of the power of two that a histogram reaches to; a value that is always zero has none."""
+
 
 class Statistic(enum.Enum):
     """What can be collected."""
@@ -39,6 +46,10 @@ class Statistic(enum.Enum):
     """``max x_k``, likewise."""
     GRAM = "second moments"
     """``E[x_j x_k]`` of each pair of channels, float64 ``[K, K]``; its diagonal is `SECOND_MOMENT`."""
+    HISTOGRAM = "histogram"
+    """How many entries of x lie where, float64 ``[2, B]``: points in ascending order, and the number around each."""
+    WEIGHTED_HISTOGRAM = "weighted histogram"
+    """Likewise, with each entry of channel k counted ``Request.weights()[k]`` times."""
     SAMPLES = "samples"
     """Rows of x themselves, evenly spaced over all batches, float32 ``[S, K]`` with S between 512 and 1024 where there
     are as many."""
@@ -46,10 +57,18 @@ class Statistic(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A statistic of one value of the main graph."""
+    """A statistic of one value of the main graph.
+
+    Attributes:
+        statistic: What to collect.
+        value: Of what.
+        weights: Yields what each channel counts, for `Statistic.WEIGHTED_HISTOGRAM`. Two requests that differ in
+            nothing else are the same.
+    """
 
     statistic: Statistic
     value: ir.Value
+    weights: Callable[[], np.ndarray] | None = dataclasses.field(default=None, compare=False)
 
 
 def collect(
@@ -167,6 +186,8 @@ def _probe(request: Request, name: str, opset: int) -> _Probe:
             return _GramProbe(value, rank, name)
         case Statistic.SAMPLES:
             return _SampleProbe(value, rank, name)
+        case Statistic.HISTOGRAM | Statistic.WEIGHTED_HISTOGRAM:
+            return _HistogramProbe(value, rank, name, request.weights)
         case statistic:
             return _ChannelProbe(value, rank, name, _METHODS[statistic], opset)
 
@@ -229,6 +250,45 @@ class _GramProbe(_Probe):
     def result(self) -> np.ndarray:
         gram = np.asarray(self._sum)
         return gram * (len(gram) / max(self._size, 1))
+
+
+class _HistogramProbe(_Probe):
+    """Counts in bins of equal width that cover ``[-2^e, 2^e]``.
+
+    The exponent e grows with what is seen; then neighbouring bins are joined, which needs no second look at earlier
+    batches. So memory does not depend on the number of batches, nor the result on their order.
+    """
+
+    def __init__(self, value: ir.Value, rank: int, name: str, weights: Callable[[], np.ndarray] | None) -> None:
+        flat = ir.node("Flatten", [value], {"axis": rank - 1})
+        super().__init__([flat], {f"{name}.rows": flat.outputs[0]})
+        self._weights = None if weights is None else weights()
+        self._counts = np.zeros(_BINS)
+        self._exponent: int | None = None
+
+    def add(self, results: Mapping[str, np.ndarray]) -> None:
+        rows = results[self._names[0]]
+        finite = np.isfinite(rows)
+        largest = float(np.abs(rows, where=finite, out=np.zeros_like(rows)).max(initial=0.0))
+        self._widen(max(math.frexp(largest)[1], _SMALLEST_EXPONENT))
+        assert self._exponent is not None
+        position = rows[finite] * (_BINS / 2 / 2.0**self._exponent) + _BINS / 2
+        bins = np.clip(position.astype(np.int64), 0, _BINS - 1)
+        counted = None if self._weights is None else np.broadcast_to(self._weights, rows.shape)[finite]
+        self._counts += np.bincount(bins, counted, _BINS)
+
+    def _widen(self, exponent: int) -> None:
+        if self._exponent is None:
+            self._exponent = exponent
+        while self._exponent < exponent:
+            joined = self._counts.reshape(-1, 2).sum(1)
+            self._counts = np.zeros(_BINS)
+            self._counts[_BINS // 4 : -_BINS // 4] = joined
+            self._exponent += 1
+
+    def result(self) -> np.ndarray:
+        width = 2.0 ** (1 + (self._exponent or 0)) / _BINS
+        return np.stack([(np.arange(_BINS) - _BINS / 2 + 0.5) * width, self._counts])
 
 
 class _SampleProbe(_Probe):

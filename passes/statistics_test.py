@@ -30,7 +30,7 @@ VECTORS = {
 HEADERS = {"new": "", "old": '<ir_version: 8, opset_import: ["": 13]>\n'}
 
 
-@pytest.mark.parametrize("statistic", Statistic)
+@pytest.mark.parametrize("statistic", EXPECTED)
 @pytest.mark.parametrize("header", HEADERS)
 def test_a_statistic_covers_all_rows_of_all_batches(header: str, statistic: Statistic) -> None:
     model = parse(HEADERS[header] + "g (float[n,2] x) => (float[n,2] y) { z = Neg (x) y = Neg (z) }")
@@ -42,7 +42,7 @@ def test_a_statistic_covers_all_rows_of_all_batches(header: str, statistic: Stat
     assert len(value.uses()) == 1
 
 
-@pytest.mark.parametrize("statistic", Statistic)
+@pytest.mark.parametrize("statistic", EXPECTED)
 @pytest.mark.parametrize("header", HEADERS)
 def test_a_vector_has_one_element_per_channel(header: str, statistic: Statistic) -> None:
     model = parse(HEADERS[header] + "g (float[2] x) => (float[2] y) { z = Neg (x) y = Neg (z) }")
@@ -58,3 +58,32 @@ def test_samples_are_evenly_spaced_over_all_batches_and_no_more_than_asked_for()
     numbers = np.arange(7001, dtype=np.float32)[:, None]
     found = collect(model, [request], [{"x": part} for part in np.array_split(numbers, 13)])[request]
     np.testing.assert_array_equal(found, numbers[::8])
+
+
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 0.25, 0.0])])
+def test_a_histogram_counts_every_entry_of_ragged_batches_of_growing_size(weights: np.ndarray | None) -> None:
+    model = parse("g (float[n,m,3] x) => (float[n,m,3] y) { z = Identity (x) y = Identity (z) }")
+    kind = Statistic.HISTOGRAM if weights is None else Statistic.WEIGHTED_HISTOGRAM
+    yields = None if weights is None else (lambda: weights)
+    request = Request(kind, next(iter(model.graph)).outputs[0], yields)
+    rng = np.random.default_rng(0)
+    sizes = ((2, 5, 0.01), (1, 9, 1.0), (3, 2, 700.0), (2, 4, 0.0))
+    batches = [(rng.standard_normal((n, m, 3)) * scale).astype(np.float32) for n, m, scale in sizes]
+    points, counts = collect(model, [request], [{"x": b} for b in batches])[request]
+    rows = np.concatenate([b.reshape(-1, 3) for b in batches])
+    weight = np.broadcast_to(1.0 if weights is None else weights, rows.shape).reshape(-1)
+    half = (points[1] - points[0]) / 2
+    edges = np.concatenate([points - half, [points[-1] + half]])
+    expected, _ = np.histogram(rows.reshape(-1).astype(np.float64), edges, weights=weight)
+    np.testing.assert_allclose(counts, expected)
+    assert half < np.abs(rows).max() / 4096
+    reverse = collect(model, [request], [{"x": b} for b in reversed(batches)])[request]
+    np.testing.assert_allclose(reverse, [points, counts])
+
+
+def test_a_histogram_leaves_out_what_is_not_finite_and_knows_vectors() -> None:
+    model = parse("g (float[3] x) => (float[3] y) { z = Identity (x) y = Identity (z) }")
+    request = Request(Statistic.HISTOGRAM, next(iter(model.graph)).outputs[0])
+    points, counts = collect(model, [request], [{"x": np.array([np.nan, 2.5, np.inf], np.float32)}])[request]
+    assert counts.sum() == 1
+    assert points[counts > 0] == pytest.approx(2.5, abs=1e-3)

@@ -273,7 +273,7 @@ class _Sweep:
             return {}
         part = self._now.cut(k, to_the_end=True)
         values = {v.name: v for v in (*part.graph.inputs, *(o for n in part.graph for o in n.outputs))}
-        inner = {r: Request(r.statistic, values[r.value.name]) for r in wanted if r.value.name in values}
+        inner = {r: dataclasses.replace(r, value=values[r.value.name]) for r in wanted if r.value.name in values}
         batches = (self._changed_stream.batch(i) for i in range(self._changed_stream.count))
         found = collect(part, list(inner.values()), batches)
         return {r: found[i] for r, i in inner.items() if i in found}

@@ -12,11 +12,15 @@ from qc.backends.ort.packed import float_scale
 from qc.ir import dialect
 from qc.ir.quant import Weight, read_weight
 from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
-from qc.passes.canonicalize._graph import add_constant, drop_unused, made_by, replace
+from qc.passes.canonicalize._graph import add_constant, drop_unused, made_by, replace, stored
 
-__all__ = ["LowerIntegerLinear", "rounded_source"]
+__all__ = ["LowerIntegerLinear", "code_bits", "rounded_source"]
 
 _MICROSOFT = "com.microsoft"
+
+_BYTE = 8
+
+_SMALLEST_SCALE = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class LowerIntegerLinear(Pass):
     | input | q, s, z | r |
     |---|---|---|
     | ``DequantizeLinear(DynamicQuantizeLinear(x))`` | its outputs | none |
+    | ``DequantizeLinear(QuantizeLinear(x, s, z))``, 4 or 8 bits per tensor | ``QuantizeLinear(x, s, z)`` | none |
     | ``qc.DynamicQuantize``, per tensor | ``QuantizeLinear(x / s)`` with s, z found in the same way | none |
     | ``qc.DynamicQuantize``, per token, symmetric | ``QuantizeLinear(x / r)``, 1, 128 | ``max|x| / (h - 1)`` |
 
@@ -75,12 +80,22 @@ class LowerIntegerLinear(Pass):
 
 
 def rounded_source(x: ir.Value | None) -> ir.Node | None:
-    """The node that rounds x at run time, to codes or to a grid; None if x is anything else."""
+    """The node that rounds x, to codes or to a grid; None if x is anything else."""
     if x is not None and dialect.is_op(x.producer(), "DynamicQuantize"):
         return x.producer()
     decode = made_by(x, "DequantizeLinear")
-    source = made_by(decode.inputs[0], "DynamicQuantizeLinear") if decode is not None else None
-    return source if source is not None and tuple(decode.inputs) == tuple(source.outputs) else None  # type: ignore[union-attr]
+    source = made_by(decode.inputs[0], "DynamicQuantizeLinear", "QuantizeLinear") if decode is not None else None
+    if decode is None or source is None:
+        return None
+    grid = source.outputs[1:] if source.op_type == "DynamicQuantizeLinear" else source.inputs[1:]
+    return source if tuple(decode.inputs[1:]) == tuple(grid) else None
+
+
+def code_bits(source: ir.Node) -> int:
+    """Width of the codes that a node found by `rounded_source` makes."""
+    if "bits" in source.attributes:
+        return source.attributes["bits"].as_int()
+    return source.outputs[0].dtype.bitwidth if source.outputs[0].dtype is not None else 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +125,35 @@ def _codes(graph: ir.Graph, source: ir.Node) -> _Codes | None:
     """The codes of an input, with the nodes that make them in front of `source`; None if they do not fit 8 bits."""
     if source.op_type == "DynamicQuantizeLinear":
         return _Codes(*source.outputs)
+    if source.op_type == "QuantizeLinear":
+        return _static_codes(graph, source)
     bits, granularity, symmetric = _grid(source)
-    if bits > 8 or (granularity == "token" and not symmetric):
+    if bits > _BYTE or (granularity == "token" and not symmetric):
         return None
     build = _Builder(graph, source)
     return build.symmetric(bits, granularity == "token") if symmetric else build.asymmetric(bits)
 
 
+def _static_codes(graph: ir.Graph, source: ir.Node) -> _Codes | None:
+    """Codes on a constant grid as unsigned bytes; signed ones and their zero point are shifted."""
+    x, scale, zero = (*source.inputs, None)[:3]
+    step, start = stored(scale), stored(zero)
+    if x is None or scale is None or zero is None or step is None or start is None:
+        return None
+    if step.size != 1 or step.dtype != ir.DataType.FLOAT or start.dtype.bitwidth > _BYTE:
+        return None
+    if start.dtype == ir.DataType.UINT8:
+        return _Codes(source.outputs[0], scale, zero)
+    bits, signed = start.dtype.bitwidth, start.dtype.is_signed()
+    low = 128 - (1 << (bits - 1)) if signed else 0
+    build = _Builder(graph, source)
+    shifted = build.byte("zero_point", int(start.numpy().astype(np.int64).reshape(())) + (128 if signed else 0))
+    return _Codes(build.codes(scale, shifted, bits, low), scale, shifted)
+
+
 def _grid(source: ir.Node) -> tuple[int, str, bool]:
     granularity, _, symmetry = source.overload.partition("_")
-    return source.attributes["bits"].as_int(), granularity, symmetry == "symmetric"
+    return code_bits(source), granularity, symmetry == "symmetric"
 
 
 class _Builder:
@@ -129,8 +163,11 @@ class _Builder:
         self._graph, self._source = graph, source
         x = source.inputs[0]
         assert x is not None
-        self._x, self._clip = x, source.attributes["clip"].as_float()
-        self._smallest = self._float("smallest", 1e-30)
+        self._x = x
+
+    @property
+    def _clip(self) -> float:
+        return self._source.attributes["clip"].as_float()
 
     def symmetric(self, bits: int, token: bool) -> _Codes:
         half = 1 << (bits - 1)
@@ -138,9 +175,9 @@ class _Builder:
         axes = [self._constant("axes", np.array([-1], np.int64))] if token else []
         largest = self._node("ReduceMax", [size, *axes], keepdims=int(token))
         scale = self._node("Mul", [largest, self._float("unit", self._clip / (half - 1))])
-        scale = self._node("Max", [scale, self._smallest])
-        zero = self._constant("zero_point", np.array(128, np.uint8))
-        codes = self._clamped(self._quantized(scale, zero), bits, 128 - half, 127 + half)
+        scale = self._node("Max", [scale, self._float("smallest", _SMALLEST_SCALE)])
+        zero = self.byte("zero_point", 128)
+        codes = self.codes(scale, zero, bits, 128 - half)
         return _Codes(codes, self._float("one", 1.0), zero, scale) if token else _Codes(codes, scale, zero)
 
     def asymmetric(self, bits: int) -> _Codes:
@@ -149,23 +186,28 @@ class _Builder:
         low = self._node("Mul", [clip, self._node("Min", [self._reduced("ReduceMin"), nothing])])
         high = self._node("Mul", [clip, self._node("Max", [self._reduced("ReduceMax"), nothing])])
         scale = self._node("Div", [self._node("Sub", [high, low]), self._float("top", top)])
-        scale = self._node("Max", [scale, self._smallest])
+        scale = self._node("Max", [scale, self._float("smallest", _SMALLEST_SCALE)])
         zero = self._node("Round", [self._node("Div", [self._node("Neg", [low]), scale])])
         zero = self._node("Cast", [zero], ir.DataType.UINT8, to=int(ir.DataType.UINT8))
-        return _Codes(self._clamped(self._quantized(scale, zero), bits, 0, top), scale, zero)
+        return _Codes(self.codes(scale, zero, bits, 0), scale, zero)
 
     def _reduced(self, op_type: str) -> ir.Value:
         return self._node(op_type, [self._x], keepdims=0)
 
-    def _quantized(self, scale: ir.Value, zero: ir.Value) -> ir.Value:
-        steps = self._node("Div", [self._x, scale])
-        return self._node("QuantizeLinear", [steps, self._float("one", 1.0), zero], ir.DataType.UINT8)
-
-    def _clamped(self, codes: ir.Value, bits: int, low: int, high: int) -> ir.Value:
-        if bits == 8:
+    def codes(self, scale: ir.Value, zero: ir.Value, bits: int, low: int) -> ir.Value:
+        """Unsigned bytes ``clamp(round(x / scale) + zero, low, low + 2^bits - 1)``."""
+        inputs = [self._x, scale, zero]
+        if stored(scale) is None and self._source.overload.startswith("token"):
+            inputs = [self._node("Div", [self._x, scale]), self._float("one", 1.0), zero]
+        codes = self._node("QuantizeLinear", inputs, ir.DataType.UINT8)
+        if bits == _BYTE:
             return codes
-        ends = [self._constant(name, np.array(end, np.uint8)) for name, end in (("low", low), ("high", high))]
+        ends = [self.byte("low", low), self.byte("high", low + (1 << bits) - 1)]
         return self._node("Clip", [codes, *ends], ir.DataType.UINT8)
+
+    def byte(self, name: str, number: int) -> ir.Value:
+        """A constant of type uint8."""
+        return self._constant(name, np.array(number, np.uint8))
 
     def _node(self, op: str, inputs: list[ir.Value], dtype: ir.DataType = ir.DataType.FLOAT, **kw: int) -> ir.Value:
         node = ir.node(op, inputs, kw)

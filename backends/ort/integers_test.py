@@ -80,6 +80,29 @@ def test_grids_that_fit_bytes_are_multiplied_as_integers(bits: int, grid: str, b
         assert _gap(before, Session(model, optimize=optimize).run(_X)) < 1e-5
 
 
+@pytest.mark.parametrize("grid", ["", "symmetric=true", "bits=4", "bits=4,symmetric=true"])
+def test_static_grids_that_fit_bytes_are_multiplied_as_integers(grid: str) -> None:
+    model = _linears(f"quantize-weights{{format=int8,group=0}},quantize-activations{{mode=static,{grid}}}", count=3)
+    before = Session(model).run(_X)
+    result = LowerIntegerLinear()(model)
+    assert {s.outcome for s in result.sites} == {Outcome.CHANGED}
+    assert _ops(model) == ["QuantizeLinear"] + ["Clip"] * ("4" in grid) + ["MatMulIntegerToFloat"] * 3
+    kinds = {v.dtype for n in model.graph if n.op_type == "QuantizeLinear" for v in n.outputs}
+    assert kinds == {ir.DataType.UINT8}, "which x86 multiplies faster than signed codes"
+    for optimize in (False, True):
+        assert _gap(before, Session(model, optimize=optimize).run(_X)) < 1e-5
+    assert not LowerIntegerLinear()(model).modified
+
+
+@pytest.mark.parametrize("grid", ["bits=16", "granularity=channel"])
+def test_other_static_grids_run_in_float_and_are_listed_as_slow(grid: str) -> None:
+    model = _linears(f"quantize-weights{{format=int8,group=0}},quantize-activations{{mode=static,{grid}}}")
+    assert not LowerIntegerLinear()(model).modified
+    LowerFloatLinear()(model)
+    slow = {e["op"]: str(e["reason"]) for e in coverage(model).nodes if not e["on_target"]}
+    assert "product that then runs in float" in slow["QuantizeLinear"]
+
+
 @pytest.mark.parametrize("grid", ["granularity=token", "bits=16", "bits=16,granularity=token,symmetric=true"])
 def test_other_grids_run_in_float_and_are_listed_as_slow(grid: str) -> None:
     model = _linears(f"quantize-weights{{format=int8,group=0}},quantize-activations{{{grid}}}")

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qc.backends.ort.integers import rounded_source
+from qc.backends.ort.integers import code_bits, rounded_source
 from qc.backends.ort.packed import Held, PackedWeights, consumes_weight, has_kernel
 from qc.ir import dialect
 from qc.ir.errors import InputError
@@ -71,7 +71,7 @@ class LowerQuantizedWeights(Pass):
     """Fuses Linears with 2, 4 or 8-bit weights into ``MatMulNBits``, look-ups into ``GatherBlockQuantized``.
 
     At accuracy level 4 ``MatMulNBits`` rounds activations to int8 per block, 4e-3 to 1e-2 of the largest output; that
-    is the only inexact step. It makes a dynamic quantization of the same input to 8 bits or more redundant, so the
+    is the only inexact step. It makes a quantization of the same input to 8 bits or more redundant, so the
     kernel reads the value in front of it; one to fewer bits stays, and 4-bit weights are multiplied at level 0 then. At
     level 0 activations stay float and the result is exact, but only 4 bits are fast. The verifying runtime keeps them
     float at either level, so the rounding shows in what is measured on the artifact.
@@ -120,7 +120,7 @@ class LowerQuantizedWeights(Pass):
         x, bias = node.inputs[0], (*node.inputs, None)[2]
         source, level = rounded_source(x), self.accuracy_level
         if source is not None and level == 4:
-            if _bits(source) >= _KERNEL_BITS:
+            if code_bits(source) >= _KERNEL_BITS:
                 x = source.inputs[0]
             elif held.values.bits == _FAST_IN_FLOAT:
                 level = 0  # a second rounding would add to the error of the first
@@ -146,10 +146,6 @@ class LowerQuantizedWeights(Pass):
             gather_axis=0,
             quantize_axis=1,
         )
-
-
-def _bits(source: ir.Node) -> int:
-    return source.attributes["bits"].as_int() if "bits" in source.attributes else 8
 
 
 def _weight_slot(node: ir.Node) -> int:

@@ -124,8 +124,106 @@ def test_an_excluded_layer_keeps_its_input() -> None:
     assert next(n for n in model.graph if n.name == "k").inputs[0].name == "x"
 
 
-@pytest.mark.parametrize("options", [{"bits": 3}, {"granularity": "channel"}, {"mode": "never"}, {"clip": 1.5}])
+BATCHES = [
+    {"x": np.random.default_rng(n).standard_normal((n, 3, 32), np.float32) * np.float32(0.5 + 2 * (n == 3))}
+    for n in (1, 3, 2)
+]
+
+
+def calibrated(options: str, weights: str = "quantize-weights{format=int8,group=0},") -> tuple[Model, PassReport]:
+    steps = parse_pipeline(f"{weights}quantize-activations{{mode=static,{options}}}")
+    model, reports = PassManager(steps).run(fan_out(), calibration=BATCHES)
+    return model, reports[-1]
+
+
+def on_grid(model: Model, given: np.ndarray) -> np.ndarray:
+    """What the layers `q`, `k`, `v` read of an input."""
+    rounded = next(n.inputs[0] for n in model.graph if n.name == "q")
+    model.graph.outputs.append(rounded)
+    return Session(model).run({"x": given})[rounded.name]
+
+
+SEEN = np.concatenate([b["x"] for b in BATCHES])
+
+
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+@pytest.mark.parametrize(("bits", "kind"), [(4, "INT4"), (8, "INT8"), (16, "INT16")])
+def test_static_ranges_are_those_of_all_calibration_batches(symmetric: str, bits: int, kind: str) -> None:
+    model, report = calibrated(f"range=minmax,bits={bits},symmetric={symmetric}")
+    assert {s.outcome for s in report.sites} == {Outcome.CHANGED}
+    ops = [n.op_type for n in model.graph]
+    assert ops.count("QuantizeLinear") == 2
+    quantize = next(n for n in model.graph if n.op_type == "QuantizeLinear")
+    assert quantize.outputs[0].dtype.name == (kind if symmetric == "true" else "U" + kind)
+    span = 2 * np.abs(SEEN).max() if symmetric == "true" else SEEN.max() - SEEN.min()
+    steps = 2**bits - (2 if symmetric == "true" else 1)
+    error = np.abs(on_grid(model, SEEN) - SEEN)
+    assert error.max() <= span / steps / 2 * 1.001
+    assert error.max() > span / steps / 4, "the range is no smaller than it says"
+
+
+def test_channels_have_ranges_of_their_own() -> None:
+    model, _ = calibrated("granularity=channel")
+    channels = SEEN.reshape(-1, 32)
+    error = np.abs(on_grid(model, SEEN) - SEEN).reshape(-1, 32)
+    assert np.all(error.max(0) <= (channels.max(0) - channels.min(0)) / 510 * 1.001)
+
+
+@pytest.mark.parametrize("rule", ["percentile,percentile=99", "mse", "output"])
+def test_rules_that_clip_round_the_bulk_finer(rule: str) -> None:
+    (wide, _), (narrow, _) = calibrated("bits=4,range=minmax"), calibrated(f"bits=4,range={rule}")
+    bulk = np.float32(np.clip(SEEN, -0.5, 0.5))
+    errors = [np.square(on_grid(m, bulk) - bulk).sum() for m in (wide, narrow)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_the_output_rule_weighs_channels_by_the_weights_that_read_them() -> None:
+    model = fan_out()
+    readers = [n for n in model.graph if n.name in ("q", "k", "v")]
+    for node in readers:
+        weight = node.inputs[1]
+        array = weight.const_value.numpy().copy()
+        array[:, 1:] *= 1e-3  # so that channel 0 alone counts
+        weight.const_value = ir.tensor(array, name=weight.name)
+    batch = np.random.default_rng(0).standard_normal((8, 3, 32), np.float32)
+    batch[..., 1:] *= 0.02
+    steps = parse_pipeline("quantize-activations{mode=static,bits=4,float_weights=true}")
+    model, _ = PassManager(steps).run(model, calibration=[{"x": batch}])
+    loss = np.square(on_grid(model, batch) - batch).mean((0, 1))
+    assert loss[0] < 1.5 * (np.abs(batch).max() / 15) ** 2 / 3
+    batch[..., 0] *= 1e-3
+    assert loss[1:].mean() > 0.5 * np.square(batch[..., 1:]).mean(), "the others round to zero"
+
+
+def test_values_that_lose_too_much_get_sixteen_bits() -> None:
+    for least, kinds in ((1, {"UINT8"}), (100, {"UINT16"})):
+        model, report = calibrated(f"least_sqnr={least}")
+        assert {n.outputs[0].dtype.name for n in model.graph if n.op_type == "QuantizeLinear"} == kinds
+        assert {s.details["bits"] for s in report.sites} == {16 if kinds == {"UINT16"} else 8}
+        assert all(30 < s.details["sqnr_db"] < 50 for s in report.sites)
+
+
+def test_a_value_that_is_not_finite_on_calibration_data_is_left_alone() -> None:
+    bad = [{"x": np.where(b["x"] > 2, np.nan, b["x"]).astype(np.float32)} for b in BATCHES]
+    steps = parse_pipeline("quantize-activations{mode=static,float_weights=true}")
+    with pytest.raises(UnsupportedError, match="not finite"):
+        PassManager(steps, verify=False).run(fan_out(), calibration=bad)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3},
+        {"granularity": "channel"},
+        {"mode": "never"},
+        {"clip": 1.5},
+        {"range": "entropy"},
+        {"percentile": 40.0},
+        {"granularity": "token", "mode": "static"},
+        {"bits": 6, "mode": "static"},
+    ],
+)
 def test_other_choices_are_refused_when_the_pass_is_built(options: dict) -> None:
-    (name,) = options
+    name = next(iter(options))
     with pytest.raises(InputError, match=f"Expected {name}"):
         QuantizeActivations(**options)

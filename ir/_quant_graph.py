@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import onnx_ir as ir
@@ -46,7 +47,7 @@ class Weight:
         data: The initializer with the numbers or codes.
         params: The other initializers of the decode node: ``scale``, ``zero_point``...
         format: The format if quantized, None if the weight is float (perhaps stored narrower).
-        shape: Static shape.
+        shape: Static shape; that of a convolution has a kernel, ``[N, K, ...]``.
     """
 
     value: ir.Value
@@ -59,6 +60,11 @@ class Weight:
     def name(self) -> str:
         """Name of the weight: of the initializer with the numbers, without what `emit` adds to that of codes."""
         return (self.data.name or "").removesuffix(_CODES)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape as a matrix ``[N, K]``: a row has all that makes one output channel."""
+        return self.shape[0], math.prod(self.shape[1:])
 
     @property
     def dtype(self) -> ir.DataType:
@@ -90,7 +96,7 @@ class Weight:
         """Reads and decodes the weight: a new float32 array, or a read-only view of the file if stored in float32."""
         if self.format is None:
             return np.asarray(self.tensor.numpy(), dtype=np.float32)
-        return self.quantized().decode()
+        return self.quantized().decode().reshape(self.shape)
 
     def quantized(self) -> QuantizedTensor:
         """Reads the codes and parameters of a quantized weight ``[N, K]``: copies, so that no file stays mapped.
@@ -101,7 +107,7 @@ class Weight:
         if self.format is None:
             raise ValueError(f"Expected a quantized weight, found {self.name!r} in {self.dtype.name}.")
         found = {}
-        for stream in self.format.streams(self.shape):
+        for stream in self.format.streams(self.matrix):
             value = self.data if stream.name == "codes" else self.params.get(stream.name)
             # Codes without a zero point have one of 0.
             found[stream.name] = _read(stream, value, self.format) if value is not None else np.zeros(stream.shape)
@@ -119,7 +125,8 @@ def read_weight(value: ir.Value | None) -> Weight | None:
     """Describes the constant weight that `value` carries, or returns None if it is not one.
 
     No numbers are read. Behind a ``DequantizeLinear``, a weight is recognised if it is rank 2 with groups along one of
-    its axes, one group per row or column, or one scale; any other constant one is not a weight in a format of ours.
+    its axes, one group per row or column, or one scale, or that of a convolution with one scale per output channel or
+    one in all; any other constant one is not a weight in a format of ours.
     """
     if value is None:
         return None
@@ -149,7 +156,7 @@ def read_weight(value: ir.Value | None) -> Weight | None:
 
 def _format_of(node: ir.Node, data: ir.Value, params: dict[str, ir.Value]) -> Format | None:
     tensor, scale = _tensor(data), _tensor(params["scale"])
-    if len(tensor.shape) != 2 or scale.dtype not in _SCALE_TYPES:
+    if len(tensor.shape) < 2 or scale.dtype not in _SCALE_TYPES:
         return None
     zeros = "zero_point" in params and np.any(_tensor(params["zero_point"]).numpy())
     if tensor.dtype in _TABLE_OF_TYPE:
@@ -167,9 +174,11 @@ def _grouping_of(node: ir.Node, shape: tuple[int, ...], scale: tuple[int, ...]) 
     axis, block = (
         node.attributes[k].as_int() if k in node.attributes else d for k, d in (("axis", 1), ("block_size", 0))
     )
-    axis %= 2
+    axis %= len(shape)
     if not block and scale in ((), (1,)) and shape[axis] > 1:
         return None, "tensor"
+    if len(shape) > 2:
+        return (None, "in") if not block and axis == 0 and scale == shape[:1] else None
     groups = -(-shape[axis] // block) if block else 1
     blocked = (shape[0], groups) if axis == 1 else (groups, shape[1])
     if block and scale == blocked:
@@ -187,10 +196,11 @@ def emit(tensor: QuantizedTensor, like: ir.Value, store: Store) -> ir.Node:
 
     Args:
         tensor: The codes.
-        like: The value that the node's output will replace; gives name, type and shape.
+        like: The value that the node's output will replace; gives name, and the shape if that is no matrix.
         store: Where codes and parameters are written.
     """
     format, name, shape = tensor.format, like.name or "weight", tensor.shape
+    whole = tuple(like.shape.numpy()) if like.shape is not None else shape
 
     def constant(stream: Stream) -> ir.Value:
         array = tensor.codes if stream.name == "codes" else tensor.params[stream.name]
@@ -199,6 +209,7 @@ def emit(tensor: QuantizedTensor, like: ir.Value, store: Store) -> ir.Node:
         array = stream.pack(array)
         if format.native is not None:
             array = _as_dequantized(array, stream.name, format)
+            array = array.reshape(whole) if stream.name == "codes" else array
         held = store.put(f"{name}.{stream.name}", array, stream.dtype or ir.DataType.UINT8)
         value = ir.Value(name=f"{name}.{stream.name}", const_value=held, shape=ir.Shape(held.shape.numpy()))
         value.dtype = held.dtype
@@ -210,7 +221,7 @@ def emit(tensor: QuantizedTensor, like: ir.Value, store: Store) -> ir.Node:
     else:
         node = ir.node("DequantizeLinear", inputs, _attributes(format))
     out = node.outputs[0]
-    out.name, out.dtype, out.shape = f"{name}.decoded", ir.DataType.FLOAT, ir.Shape(shape)
+    out.name, out.dtype, out.shape = f"{name}.decoded", ir.DataType.FLOAT, ir.Shape(whole)
     return node
 
 

@@ -328,6 +328,18 @@ def test_a_missing_zero_point_of_unsigned_codes_is_zero() -> None:
 
 def test_codes_of_other_ranks_and_types_are_no_weights() -> None:
     cube = constant("w", np.ones((2, 4, 8), np.int8))
-    assert dequantize(cube, constant("s", np.ones(2, np.float32)), axis=0) is None
+    assert dequantize(cube, constant("s", np.ones(4, np.float32)), axis=1) is None
     wide = constant("w", np.ones((4, 8), np.int16))
     assert dequantize(wide, constant("s", np.ones(4, np.float32)), axis=0) is None
+
+
+def test_codes_with_a_kernel_are_a_weight_with_one_scale_per_output_channel_or_one_in_all() -> None:
+    codes = np.arange(64, dtype=np.int8).reshape(2, 4, 4, 2)
+    channels = dequantize(constant("w", codes), constant("s", np.array([1, 2], np.float32)), axis=0)
+    assert channels is not None
+    assert (str(channels.format), channels.shape, channels.matrix) == ("int8", (2, 4, 4, 2), (2, 32))
+    np.testing.assert_array_equal(channels.numpy()[1, 0, 0], [64, 66])
+    whole = dequantize(constant("w", codes), constant("s", np.array(2, np.float32)))
+    assert whole is not None
+    assert str(whole.format) == "int8:tensor"
+    assert whole.numpy()[1, 3, 3, 1] == 126

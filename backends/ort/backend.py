@@ -48,6 +48,7 @@ class OrtCpu:
 
     def lowering(self) -> Sequence[Step]:
         """The passes that bring a canonical, perhaps quantized model to ONNX Runtime's operators."""
+        from qc.backends.ort.convolutions import LowerFloatConvolution
         from qc.backends.ort.fuse.activations import FuseSwish
         from qc.backends.ort.fuse.attention import MergeHeads
         from qc.backends.ort.fuse.gqa import FuseGroupQueryAttention
@@ -65,6 +66,7 @@ class OrtCpu:
             LowerIntegerLinear(),
             LowerQuantizedWeights(accuracy_level=self.accuracy_level),
             LowerFloatLinear(),  # last of the three: it takes what is left
+            LowerFloatConvolution(),
             FuseSwish(),
             KeepResiduals(),
             InlineDialect(),

@@ -19,8 +19,7 @@ LARGE = 4096
 together less than a thousandth of a network, and a table that small would save less than its decode node costs."""
 
 _REASONS = {
-    "Conv": "convolution weights are not quantized yet",
-    "ConvTranspose": "convolution weights are not quantized yet",
+    "ConvTranspose": "weights of transposed convolutions are not quantized yet",
     "LSTM": "recurrent weights are not quantized yet",
     "GRU": "recurrent weights are not quantized yet",
     "RNN": "recurrent weights are not quantized yet",
@@ -34,6 +33,7 @@ class Kind(enum.Enum):
     HEAD = "head"
     VALUE = "value projection"
     EMBEDDING = "embedding"
+    CONVOLUTION = "convolution"
     OTHER = "other"
 
 
@@ -63,7 +63,7 @@ class Use:
 
 
 def weight_uses(model: ir.Model) -> list[Use]:
-    """Lists the readers of weights in graph order: every Linear, every node with a constant of at least `LARGE`.
+    """Lists the readers of weights in graph order: Linears, convolutions, nodes with a constant of at least `LARGE`.
 
     Nodes in subgraphs are listed with a reason; bodies of model-local functions hold no weights.
     """
@@ -82,6 +82,10 @@ def _uses(node: ir.Node, kinds: Mapping[ir.Node, Kind]) -> Iterator[Use]:
         weight = read_weight(node.inputs[1])
         reason = "" if weight is not None else "its weight is computed, or stored in a form that no format describes"
         yield Use(node, 1, kinds.get(node, Kind.LINEAR), weight, reason)
+        return
+    if node.op_type == "Conv" and node.domain == "":
+        weight = read_weight(node.inputs[1])
+        yield Use(node, 1, Kind.CONVOLUTION, weight, "" if weight is not None else "its weight is computed")
         return
     if node.op_type in ("Cast", "DequantizeLinear", "Decode") and read_weight(node.outputs[0]) is not None:
         return  # a decode node: its consumer is the site

@@ -26,12 +26,13 @@ _SHORTEST_GROUP = 16
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeWeights(BlockPass):
-    """Quantizes the weights of linear layers and embeddings.
+    """Quantizes the weights of linear layers, convolutions and embeddings.
 
     Each weight ``w`` of shape ``[N, K]`` becomes codes, scales and perhaps zero points behind a decode node such that
     ``sum_k m_k (w_k - decoded_k)^2`` of every group is small (see `qc.passes.quantize.assign`), where ``m_k`` is the
     second moment ``E[x_k^2]`` of the input channel, or one. A weight that several consumers read in the same format,
-    such as a tied embedding and head, is quantized and stored once.
+    such as a tied embedding and head, is quantized and stored once. That of a convolution counts as a matrix whose rows
+    have all that makes one output channel.
 
     Every node that reads a large constant is a site; the ones that stay float say why. Scope: the main graph.
 
@@ -44,6 +45,8 @@ class QuantizeWeights(BlockPass):
         head: Format of the output projection, the Linear right before the logits: same, float, or a full spelling.
         value: Format of the projections that make an attention's values: same, float, or a full spelling. They are
             small and their error reaches the output undamped, so a few more bits here pay.
+        convolution: Format of convolutions: float, or a full spelling with one scale per output channel or in all, such
+            as int8 or int8:tensor, which is what the kernels of runtimes multiply.
         metric: What the error of a column counts: moment (``E[x_k^2]``, collected on calibration inputs) or none.
         assign: How codes are chosen: search (the range of each group is searched, codes are nearest) or gptq (in
             linear layers, later columns make up for the errors of earlier ones; see `qc.passes.quantize.gptq`).
@@ -59,6 +62,7 @@ class QuantizeWeights(BlockPass):
     embedding: str = "same"
     head: str = "same"
     value: str = "same"
+    convolution: str = "int8"
     metric: str = "moment"
     assign: str = "search"
     sweeps: int = 0
@@ -94,7 +98,12 @@ class QuantizeWeights(BlockPass):
                 return body
             return None if text == "float" else Format.parse(text)
 
-        choices = {Kind.HEAD: self.head, Kind.EMBEDDING: self.embedding, Kind.VALUE: self.value}
+        choices = {
+            Kind.HEAD: self.head,
+            Kind.EMBEDDING: self.embedding,
+            Kind.VALUE: self.value,
+            Kind.CONVOLUTION: self.convolution,
+        }
         return {Kind.LINEAR: body} | {kind: choice(text) for kind, text in choices.items()}
 
     def needs(self, model: ir.Model) -> list[Request]:
@@ -135,14 +144,17 @@ class QuantizeWeights(BlockPass):
         wanted = self._formats()[use.kind]
         if wanted is None:
             return Site(use.name, Outcome.SKIPPED, f"the recipe keeps the {use.kind.value} in float", facts)
-        columns = use.weight.shape[1]
-        format = fitted(wanted, columns)
+        columns = use.weight.matrix[1]
+        format = wanted if use.kind is Kind.CONVOLUTION else fitted(wanted, columns)
         if use.weight.format is not None:
             facts["format"] = str(use.weight.format)
             if use.weight.format == format:
                 return Site(use.name, Outcome.MATCHED, "already in this format", facts)
             return Site(use.name, Outcome.SKIPPED, f"already quantized to {use.weight.format}", facts)
-        if columns < _SHORTEST_GROUP:
+        if use.kind is Kind.CONVOLUTION and (wanted.native is None or wanted.group is not None or wanted.axis == "out"):
+            reason = f"{wanted} is no format with one scale per output channel or one in all, which a convolution takes"
+            return Site(use.name, Outcome.SKIPPED, reason, facts)
+        if columns < _SHORTEST_GROUP and use.kind is not Kind.CONVOLUTION:
             return Site(use.name, Outcome.SKIPPED, f"its rows of {columns} are shorter than any kernel's group", facts)
         if use.weight.value.dtype not in (None, ir.DataType.FLOAT):
             return Site(use.name, Outcome.SKIPPED, f"it computes in {use.weight.value.dtype.name}, not in FLOAT", facts)
@@ -216,7 +228,7 @@ class _Work:
             first, decoded, facts = self._done[key]
             self._rewire(use, decoded)
             return facts | {"shared_with": first, "bytes_after": 0}
-        numbers = use.weight.raw()
+        numbers = use.weight.raw().reshape(use.weight.matrix)
         with np.errstate(invalid="ignore"):
             finite = np.isfinite(np.sum(numbers, dtype=np.float64))
         if not finite:
@@ -231,7 +243,7 @@ class _Work:
         graph, name = self._model.graph, use.weight.name
         if any(data is use.weight.data for data, _ in self._done):
             name = f"{name}.{format}"
-        node = emit(tensor, ir.Value(name=name), self.context.store)
+        node = emit(tensor, ir.Value(name=name, shape=ir.Shape(use.weight.shape)), self.context.store)
         for value in node.inputs:
             if value is not None:
                 graph.register_initializer(value)

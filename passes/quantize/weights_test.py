@@ -13,6 +13,7 @@ from qc.ir import dialect
 from qc.ir.errors import InputError
 from qc.ir.model import Model, set_role
 from qc.ir.quant import Format, read_weight
+from qc.ir.runtime import Session
 from qc.passes.base import Context, Outcome, Site
 from qc.passes.manager import PassManager, PassReport
 from qc.passes.pipeline import Step, format_pipeline, parse_pipeline
@@ -206,7 +207,7 @@ def test_weights_in_another_format_are_left_alone() -> None:
 def test_every_large_constant_that_stays_float_says_why() -> None:
     b = Builder()
     x = b.input("x", ["batch", 32, 16, 16])
-    conv = b.op("Conv", [x, b.constant("kernel", normal(32, 32, 3, 3))], ["batch", 32, 14, 14])
+    conv = b.op("ConvTranspose", [x, b.constant("kernel", normal(32, 32, 3, 3))], ["batch", 32, 18, 18])
     ids = b.input("ids", ["batch"], ir.DataType.INT64)
     cube = b.op("Gather", [b.constant("cube", normal(8, 32, 32)), ids], ["batch", 32, 32])
     column = b.op("Gather", [b.constant("columns", normal(128, 64)), ids], [128, "batch"], axis=1)
@@ -230,7 +231,7 @@ def test_every_large_constant_that_stays_float_says_why() -> None:
     _, report = run(b.model(conv, cube, column, experts, plain, added, short, computed, good), QuantizeWeights())
     reasons = {s.name: s.reason for s in report.sites if s.outcome is Outcome.SKIPPED}
     assert reasons == {
-        "kernel": "convolution weights are not quantized yet",
+        "kernel": "weights of transposed convolutions are not quantized yet",
         "cube": "batched (expert) weights are not quantized yet",
         "columns": "looks up axis 1 of a table of rank 2; only rows of a matrix are quantized",
         "experts": "batched (expert) weights are not quantized yet",
@@ -239,6 +240,39 @@ def test_every_large_constant_that_stays_float_says_why() -> None:
         "short": "its rows of 8 are shorter than any kernel's group",
         "hyper": "its weight is computed, or stored in a form that no format describes",
     }
+
+
+def convolution() -> Model:
+    b = Builder()
+    x = b.input("x", ["batch", 6, 9, 9])
+    return b.model(b.op("Conv", [x, b.constant("kernel", normal(8, 3, 3, 3))], ["batch", 8, 7, 7], group=2))
+
+
+@pytest.mark.parametrize(("spelling", "scales"), [("int8", 8), ("uint8", 8), ("int4", 8), ("int8:tensor", 1)])
+def test_a_convolution_is_decoded_by_the_standard_operator_with_its_kernel_in_place(spelling: str, scales: int) -> None:
+    original = convolution().graph.initializers["kernel"].const_value.numpy()
+    model, report = run(convolution(), QuantizeWeights(convolution=spelling))
+    decode = next(n for n in model.graph if n.op_type == "DequantizeLinear")
+    assert tuple(decode.inputs[0].shape) == (8, 3, 3, 3)
+    assert decode.inputs[1].const_value.size == scales
+    weight = read_weight(decode.outputs[0])
+    assert weight is not None
+    assert str(weight.format) == spelling
+    # The verifying runtime decodes what we decode, and no element is further off than half a step.
+    model.graph.outputs.append(decode.outputs[0])
+    decoded = Session(model).run({"x": np.zeros((1, 6, 9, 9), np.float32)})[decode.outputs[0].name]
+    np.testing.assert_array_equal(decoded, weight.numpy())
+    step = np.abs(decode.inputs[1].const_value.numpy()).reshape(-1, 1, 1, 1)
+    inside = np.abs(original) <= 0.8 * np.abs(original).max(axis=(1, 2, 3), keepdims=True)  # the range may be cut
+    assert np.all(np.abs(decoded - original)[inside] <= 0.5001 * (step + 0 * original)[inside])
+    assert report.sites[0].details["sqnr_db"] > (15 if "4" in spelling else 35)
+
+
+def test_a_convolution_has_no_kernel_for_groups_of_weights_and_stays_float_if_asked() -> None:
+    (site,) = QuantizeWeights(convolution="int4:g16")(convolution()).sites
+    assert "one scale per output channel" in site.reason
+    (site,) = QuantizeWeights(convolution="float")(convolution()).sites
+    assert site.reason == "the recipe keeps the convolution in float"
 
 
 def test_small_tables_are_not_weights_but_small_layers_are() -> None:

@@ -202,7 +202,7 @@ def _gather(trace: Trace, node: ir.Node, rule: Rule) -> None:
         return
     if axis in view.axes:
         chosen = integers(index)
-        if chosen is None:
+        if chosen is None or not _regular(chosen, dims[axis]):
             trace.opaque(node)
             return
         ids = np.take(view.ids, np.array(chosen).reshape(dims_of(index)), axis=view.axes.index(axis))
@@ -213,6 +213,14 @@ def _gather(trace: Trace, node: ir.Node, rule: Rule) -> None:
         return
     axes = [a if a < axis else a + rank - 1 for a in view.axes]
     trace.set(node.outputs[0], View(tuple(axes), view.ids))
+
+
+def _regular(chosen: Sequence[int], size: object) -> bool:
+    """Whether all channels are chosen, or a range of them.
+
+    Others would divide the channels of everything that they move together with into those chosen and those not.
+    """
+    return len(set(chosen)) == size or len(np.unique(np.diff(chosen))) <= 1
 
 
 @register("gathernd")

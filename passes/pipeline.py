@@ -5,6 +5,7 @@ Both spellings come from the dataclass fields of the passes, so neither can know
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -83,6 +84,12 @@ def _equalize() -> type[Pass]:
     return Equalize
 
 
+def _reassemble() -> type[Pass]:
+    from qc.passes.transform.reassemble import Reassemble
+
+    return Reassemble
+
+
 _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "quantize-weights": _quantize_weights,
     "quantize-activations": _quantize_activations,
@@ -90,6 +97,7 @@ _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "awq": _awq,
     "equalize": _equalize,
     "rotate": _rotate,
+    "reassemble": _reassemble,
 }
 """The passes that a recipe may name; values import on call, so listing the names imports no pass."""
 
@@ -216,7 +224,11 @@ def _convert(value: object, hint: object, where: str) -> object:
         kinds = typing.get_args(hint)
         if type(None) in kinds and (value is None or value in ("none", "null")):
             return None
-        hint = next(k for k in kinds if k is not type(None))
+        *others, last = (k for k in kinds if k is not type(None))
+        for kind in others:
+            with contextlib.suppress(InputError):
+                return _convert(value, kind, where)
+        hint = last
     if typing.get_origin(hint) is tuple:
         items = _split(value.strip("[]")) if isinstance(value, str) else value
         if not isinstance(items, Sequence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from qc.passes.statistics import Request, Statistic
 from qc.passes.transform.actions import Scale
 from qc.passes.transform.fold import fold
 
-__all__ = ["Columns", "Inputs", "centred", "requests", "scale_inputs"]
+__all__ = ["Columns", "Inputs", "centred", "requests", "scale_inputs", "unreadable", "unwritable", "visit"]
 
 _STRONGEST = 1e4
 """Largest factor, and the inverse of the smallest: between them float32 keeps all its digits after a fold."""
@@ -33,12 +34,10 @@ class Inputs:
     Attributes:
         group: The channels.
         products: The weights ``[N, K]`` of linear layers that read them.
-        obstacle: Why no factors can be moved; empty if they can.
     """
 
     group: ChannelGroup
     products: tuple[Use, ...]
-    obstacle: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -72,10 +71,60 @@ Choice = Callable[[Inputs, Columns], tuple[np.ndarray, dict[str, object]]]
 """Returns the factor of each channel, for the weights, and facts for the report."""
 
 
-def requests(model: ir.Model, statistics: Sequence[Statistic]) -> list[Request]:
-    """What to collect so that `scale_inputs` knows these statistics."""
-    found = [i for i in _inputs(model) if not i.obstacle]
+Obstacle = Callable[[Inputs], str]
+"""Says why a transform cannot act on a group; empty if it can."""
+
+Change = Callable[[Inputs, Columns, dict[str, object]], Site]
+"""Transforms a group and returns the site; gets facts for it."""
+
+
+def requests(model: ir.Model, statistics: Sequence[Statistic], obstacle: Obstacle | None = None) -> list[Request]:
+    """What to collect so that `scale_inputs`, or `visit` with this obstacle, knows these statistics."""
+    found = [i for i in _inputs(model) if not (obstacle or _unscalable)(i)]
     return [_request(use, s) for inputs in found for use in inputs.products for s in statistics]
+
+
+def visit(
+    model: ir.Model,
+    context: Context,
+    exclude: Sequence[str],
+    statistics: Sequence[Statistic],
+    obstacle: Obstacle,
+    change: Change,
+) -> Result:
+    """Offers every channel group that a linear layer reads to a transform; each is a site.
+
+    Args:
+        model: Changed in place.
+        context: Statistics and store.
+        exclude: Regular expressions of products whose group is left alone.
+        statistics: What `change` needs, of the input of each product.
+        obstacle: Says which groups are left alone, beside those without statistics.
+        change: Transforms a group.
+    """
+    sites: list[Site] = []
+    exclusion = dataclasses.replace(context, exclude=tuple(exclude))
+    found = _inputs(model, context)
+    for done in range(len(found)):
+        if _outdated(found[done]):
+            found = _inputs(model, context)
+        inputs = found[done]
+        context.progress(done, len(found), inputs.names[0])
+        columns = _columns(inputs, context, statistics)
+        pattern = exclusion.excluded(*inputs.names, *(use.name for use in inputs.products))
+        reason = obstacle(inputs)
+        if not reason and not all(context.covers(u.node) for u in inputs.group.uses):
+            reason = "its channels pass from one block to another, and blocks are worked on one at a time"
+        if not reason and pattern is not None:
+            reason = f"excluded by {pattern}"
+        if not reason and columns is None:
+            reason = "no statistics of its input: no calibration inputs could be made that the model runs on"
+        facts: dict[str, object] = {"group": inputs.group.id, "kind": inputs.group.kind, "products": inputs.names}
+        if reason or columns is None:
+            sites.append(Site(inputs.names[0], Outcome.SKIPPED, reason, facts))
+            continue
+        sites.append(change(inputs, columns, facts))
+    return Result.of(model, sites)
 
 
 def scale_inputs(
@@ -94,34 +143,22 @@ def scale_inputs(
         statistics: What `choose` needs, of the input of each product.
         choose: Says by which factors.
     """
-    sites: list[Site] = []
     scaled: dict[ir.Node, np.ndarray] = {}
-    exclusion = dataclasses.replace(context, exclude=tuple(exclude))
-    found = [i for i in _inputs(model) if context.covers(i.products[0].node)]
-    for done, inputs in enumerate(found):
-        context.progress(done, len(found), inputs.names[0])
-        columns = _columns(inputs, context, statistics)
-        pattern = exclusion.excluded(*inputs.names, *(use.name for use in inputs.products))
-        reason = inputs.obstacle
-        if not reason and not all(context.covers(u.node) for u in inputs.group.uses):
-            reason = "its channels pass from one block to another, and blocks are worked on one at a time"
-        if not reason and pattern is not None:
-            reason = f"excluded by {pattern}"
-        if not reason and columns is None:
-            reason = "no statistics of its input: no calibration inputs could be made that the model runs on"
-        if not reason and any(np.any(scaled.get(u.node, False) & (_index(u) >= 0)) for u in inputs.products):
-            reason = "its products were already scaled together with the other factor of their input"
-        facts: dict[str, object] = {"group": inputs.group.id, "kind": inputs.group.kind, "products": inputs.names}
-        if reason or columns is None:
-            sites.append(Site(inputs.names[0], Outcome.SKIPPED, reason, facts))
-            continue
+
+    def obstacle(inputs: Inputs) -> str:
+        if any(np.any(scaled.get(u.node, False) & (_index(u) >= 0)) for u in inputs.products):
+            return "its products were already scaled together with the other factor of their input"
+        return _unscalable(inputs)
+
+    def change(inputs: Inputs, columns: Columns, facts: dict[str, object]) -> Site:
         factors, chosen = choose(inputs, columns)
         site = _fold(model, inputs, factors, context.store, facts | chosen)
         if site.outcome is Outcome.CHANGED:
             for use in inputs.products:
                 scaled[use.node] = scaled.get(use.node, False) | (_index(use) >= 0)
-        sites.append(site)
-    return Result.of(model, sites)
+        return site
+
+    return visit(model, context, exclude, statistics, obstacle, change)
 
 
 def centred(factors: np.ndarray, used: np.ndarray) -> np.ndarray:
@@ -147,24 +184,42 @@ def _fold(model: ir.Model, inputs: Inputs, factors: np.ndarray, store: Store, fa
     return Site(inputs.names[0], Outcome.CHANGED, "", facts | reach)
 
 
-def _inputs(model: ir.Model) -> list[Inputs]:
+def _inputs(model: ir.Model, context: Context | None = None) -> list[Inputs]:
     found = []
     for group in find_groups(model):
         products = tuple(u for u in group.consumers if dialect.is_op(u.node, "Linear") and 0 not in u.axes)
-        if products and group.kind != "heads":
-            found.append(Inputs(group, products, _obstacle(group, products)))
+        if products and group.kind != "heads" and (context is None or context.covers(products[0].node)):
+            found.append(Inputs(group, products))
     return found
 
 
-def _obstacle(group: ChannelGroup, products: Sequence[Use]) -> str:
+def _outdated(inputs: Inputs) -> bool:
+    """Whether a weight has another size than when the group was found."""
+    uses = inputs.group.family.uses if "split" in inputs.group.admits else inputs.group.uses
+    return any(u.value is not None and math.prod(u.value.shape or ()) != math.prod(u.shape) for u in uses)
+
+
+def _unscalable(inputs: Inputs) -> str:
+    """Why no factors can be moved into the weights that read the channels."""
+    group, products = inputs.group, inputs.products
     if "scale" not in group.admits:
         return str(group.forbids["scale"])
-    if any(use.node.inputs[0].dtype != ir.DataType.FLOAT or use.node.inputs[0].shape is None for use in products):
-        return "its input is not a FLOAT tensor of known rank"
     if len({use.power for use in products}) != 1 or products[0].power == 0:
         return "its products see different powers of the channels"
-    members = {(use.node, use.slot) for use in group.uses}
-    for use in (*group.producers, *group.consumers):
+    return unreadable(inputs) or unwritable(inputs, (*group.producers, *group.consumers))
+
+
+def unreadable(inputs: Inputs) -> str:
+    """Why no statistics of the channels can be collected; empty if they can."""
+    if any(u.node.inputs[0].dtype != ir.DataType.FLOAT or u.node.inputs[0].shape is None for u in inputs.products):
+        return "its input is not a FLOAT tensor of known rank"
+    return ""
+
+
+def unwritable(inputs: Inputs, uses: Sequence[Use]) -> str:
+    """Why some weights of the group cannot be changed; empty if they can."""
+    members = {(use.node, use.slot) for use in (*inputs.group.uses, *uses)}
+    for use in uses:
         weight = read_weight(use.value)
         if weight is None:
             continue

@@ -11,10 +11,25 @@ import numpy as np
 from qc.ir.channels import ChannelGroup
 from qc.ir.errors import InputError
 
-__all__ = ["Action", "Kronecker", "Merge", "Orthogonal", "Permute", "Rotation", "Scale", "Shift", "Split"]
+__all__ = [
+    "Action",
+    "Kronecker",
+    "Lift",
+    "Merge",
+    "Orthogonal",
+    "Permute",
+    "Reassemble",
+    "Rotation",
+    "Scale",
+    "Shift",
+    "Split",
+]
 
 _ORTHOGONAL = 1e-8
 """Largest deviation of ``A.T @ A`` from the identity: what float64 leaves of a product of a few rotations."""
+
+_DAMPING = 0.05
+"""What the squares of merged channels grow by, so that few samples do not decide alone."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,7 +202,65 @@ class Kronecker(Rotation):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Split(Action):
+class Lift(Action):
+    """Other channels in their place: copies that share the value of one, means of several. Subclasses say which.
+
+    `counts` channels ``z[i] / counts[i]`` come in place of ``z[i]``, the first at ``i``, the others behind all. Then
+    each cluster of these becomes one channel, their mean, and consumers get the sum of the members' columns.
+    """
+
+    def counts(self) -> np.ndarray:
+        """How many copies come in place of each channel, ``[width]``, integers from 1."""
+        raise TypeError(f"Bug: {type(self).__name__} does not say how channels are copied")
+
+    def clusters(self) -> np.ndarray:
+        """The cluster of each copy, ``[sum of counts]``, numbered from 0 without gaps."""
+        raise TypeError(f"Bug: {type(self).__name__} does not say how channels are joined")
+
+    @property
+    def sources(self) -> np.ndarray:
+        """The old channel of each copy."""
+        everything = np.arange(len(self.counts()))
+        return np.concatenate([everything, np.repeat(everything, self.counts() - 1)])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The number of members of each cluster."""
+        return np.bincount(self.clusters())
+
+    def is_identity(self) -> bool:
+        return bool(np.all(self.counts() == 1)) and np.array_equal(self.clusters(), np.arange(len(self.clusters())))
+
+    def needs(self) -> tuple[str, ...]:
+        split = ("split",) if np.any(self.counts() != 1) else ()
+        merge = ("merge",) if np.any(self.sizes != 1) else ()
+        return split + merge or ("permute",)
+
+    def check(self, group: ChannelGroup) -> None:
+        copies = self.counts()
+        if copies.shape != (group.width,) or copies.dtype.kind not in "iu" or np.any(copies < 1):
+            raise InputError(f"Expected {group.width} integers from 1 as numbers of copies, found {copies.shape}.")
+        held = np.asarray(self.clusters())
+        if held.shape != (copies.sum(),) or not np.array_equal(np.unique(held), np.arange(held.max() + 1)):
+            raise InputError(f"Expected a cluster for each of {copies.sum()} channels, numbered from 0 without gaps.")
+
+    def made(self, rows: np.ndarray, power: float) -> np.ndarray:
+        """The new channels ``[clusters, ...]`` of what holds this power of the old ones ``[width, ...]``."""
+        return self._joined(rows, power) / self.sizes[:, None]
+
+    def read(self, rows: np.ndarray, power: float = -1.0) -> np.ndarray:
+        """The new columns ``[clusters, ...]`` of what reads the channels, which takes this power of their factors."""
+        return self._joined(rows, power + 1.0)  # a consumer adds all copies up
+
+    def _joined(self, rows: np.ndarray, power: float) -> np.ndarray:
+        sources = self.sources
+        copied = rows[sources] * (1.0 / self.counts().astype(np.float64)[sources, None]) ** power
+        order = np.argsort(self.clusters(), kind="stable")
+        return np.add.reduceat(copied[order], np.cumsum(self.sizes) - self.sizes, axis=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split(Lift):
     """``copies[i]`` channels ``z[i] / copies[i]`` in place of ``z[i]``: the first at ``i``, the others behind all.
 
     Attributes:
@@ -197,23 +270,15 @@ class Split(Action):
     copies: np.ndarray
     name: ClassVar[str] = "split"
 
-    def is_identity(self) -> bool:
-        return bool(np.all(np.asarray(self.copies) == 1))
+    def counts(self) -> np.ndarray:
+        return np.asarray(self.copies)
 
-    def check(self, group: ChannelGroup) -> None:
-        copies = np.asarray(self.copies)
-        if copies.shape != (group.width,) or copies.dtype.kind not in "iu" or np.any(copies < 1):
-            raise InputError(f"Expected {group.width} integers from 1 as numbers of copies, found {copies.shape}.")
-
-    @property
-    def sources(self) -> np.ndarray:
-        """The old channel of each new one."""
-        width = len(self.copies)
-        return np.concatenate([np.arange(width), np.repeat(np.arange(width), np.asarray(self.copies) - 1)])
+    def clusters(self) -> np.ndarray:
+        return np.arange(int(np.sum(self.copies)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Merge(Action):
+class Merge(Lift):
     """One channel, the mean of the members, in place of each cluster. Changes the function, unless members are equal.
 
     ``z'[c] = mean(z[i] for assignment[i] == c)``; consumers get the sum of the members' columns.
@@ -225,13 +290,54 @@ class Merge(Action):
     assignment: np.ndarray
     name: ClassVar[str] = "merge"
 
-    def is_identity(self) -> bool:
-        return bool(np.array_equal(self.assignment, np.arange(len(self.assignment))))
+    def counts(self) -> np.ndarray:
+        return np.ones(len(self.assignment), int)
 
-    def check(self, group: ChannelGroup) -> None:
-        held = np.asarray(self.assignment)
-        if held.shape != (group.width,) or not np.array_equal(np.unique(held), np.arange(held.max() + 1)):
-            raise InputError(f"Expected a cluster for each of {group.width} channels, numbered from 0 without gaps.")
+    def clusters(self) -> np.ndarray:
+        return np.asarray(self.assignment)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reassemble(Lift):
+    """Splits channels and merges others in one step, such that the width may stay the same.
+
+    With samples X of the channels, X' of the new ones, and sums of columns W', consumers get for the merged channels m
+
+        ``W'_m + (X W^T - X' W'^T)^T X'_m (X'_m^T X'_m + D)^-1``
+
+    which brings their outputs closest to what they were, but for a small diagonal D.
+
+    Attributes:
+        copies: ``[width]``, integers from 1.
+        assignment: ``[sum of copies]``, the cluster of each copy.
+        samples: Rows of the channels, ``[S, width]``; None to take the sums.
+    """
+
+    copies: np.ndarray
+    assignment: np.ndarray
+    samples: np.ndarray | None = None
+    name: ClassVar[str] = "reassemble"
+
+    def counts(self) -> np.ndarray:
+        return np.asarray(self.copies)
+
+    def clusters(self) -> np.ndarray:
+        return np.asarray(self.assignment)
+
+    def read(self, rows: np.ndarray, power: float = -1.0) -> np.ndarray:
+        columns = super().read(rows, power)
+        merged = np.flatnonzero(self.sizes > 1)
+        if self.samples is None or power != -1.0 or not len(merged):
+            return columns
+        samples = np.asarray(self.samples, np.float64)
+        new = self.made(samples.T, 1.0).T
+        joined = new[:, merged]
+        gram = joined.T @ joined
+        gram[np.diag_indices(len(gram))] *= 1 + _DAMPING
+        gram[np.diag_indices(len(gram))] += np.finfo(np.float64).tiny
+        missing = joined.T @ (samples @ rows - new @ columns)
+        columns[merged] += np.linalg.solve(gram, missing)
+        return columns
 
 
 def _determinant(matrix: np.ndarray, inside: np.ndarray) -> float:

@@ -21,9 +21,9 @@ from qc.ir.errors import UnsupportedError
 from qc.ir.store import Store
 from qc.passes.transform._edits import Edits, on_channels, positions, require_float
 from qc.passes.transform._rotate import rotate
-from qc.passes.transform._runtime import insert
+from qc.passes.transform._runtime import insert, lift_factors
 from qc.passes.transform._shift import shift
-from qc.passes.transform.actions import Action, Merge, Permute, Rotation, Scale, Shift, Split
+from qc.passes.transform.actions import Action, Lift, Permute, Rotation, Scale, Shift
 
 __all__ = ["Folded", "apply", "fold"]
 
@@ -34,7 +34,7 @@ class Folded:
 
     Attributes:
         weights: Names of the rewritten weights; empty if nothing changed.
-        added: Operators that now run additionally, with their cost in multiplications per token.
+        added: Operators that now run additionally, with their arithmetic operations per token.
         state: Cache inputs whose content is now in other coordinates.
     """
 
@@ -82,14 +82,24 @@ def fold(
     if not missing:
         return apply(model, group, action, store, dtype=dtype)
     if runtime and group.consumers:
-        require_float(group.consumers)
-        weights, added = insert(group, action, store, dtype)
-        dialect.sync_functions(model)
-        return Folded(tuple(weights), tuple(added))
+        return _insert(model, group, action, store, dtype)
     raise UnsupportedError(
         f"Channel group {group.id} ({group.kind}, {group.width} channels) does not admit {missing[0]!r}: "
         f"{group.forbids[missing[0]]}."
     )
+
+
+def _insert(model: ir.Model, group: ChannelGroup, action: Action, store: Store, dtype: type[np.floating]) -> Folded:
+    edits, scaled = Edits(dtype), False
+    if isinstance(action, Lift):  # what makes the channels may take up the factors
+        untied = len(np.unique(group.cells)) == group.width
+        scaled = "scale" in group.admits and untied and all(u.power == -1.0 for u in group.consumers)
+    require_float(group.uses if scaled else group.consumers)
+    if scaled:
+        _scale(group, lift_factors(action), edits)
+    weights, added = insert(group, action, edits, store, dtype, scaled=scaled)
+    dialect.sync_functions(model)
+    return Folded(tuple(weights), tuple(added), group.family.state if scaled else ())
 
 
 def apply(
@@ -108,10 +118,8 @@ def apply(
             shift(model, group, np.asarray(action.offsets, np.float64), edits)
         case Rotation():
             rotate(model, family, action, edits)
-        case Split():
-            _split(group, action, edits)
-        case Merge():
-            _merge(group, np.asarray(action.assignment), edits)
+        case Lift():
+            _lift(group, action, edits)
     weights = edits.commit(store)
     dialect.sync_functions(model)
     return Folded(tuple(weights), state=family.state)
@@ -140,39 +148,19 @@ def _permute(group: ChannelGroup, order: np.ndarray, edits: Edits) -> None:
         edits.add(use.node, use.slot, key, lambda w, u=use, s=source: on_channels(w, u, lambda rows: rows[s]))
 
 
-def _split(group: ChannelGroup, action: Split, edits: Edits) -> None:
-    """Copies channels throughout the family; the factor 1 / copies goes where the group's factors go."""
-    sources = action.sources
-    shares = 1.0 / np.asarray(action.copies, np.float64)[sources]
+def _lift(group: ChannelGroup, action: Lift, edits: Edits) -> None:
+    """Copies and joins channels throughout the family; the factor 1 / copies goes where the group's factors go."""
     powers = {(u.node, u.slot, u.role): u.power for u in group.uses}
     for use in _resizable(group):
+        change = action.read if use.role == "consumer" else action.made
         power = powers.get((use.node, use.slot, use.role), 0.0)
-        exponent = power + (1.0 if use.role == "consumer" else 0.0)  # a consumer adds all copies up
-        factors = (shares**exponent)[:, None]
-        key = ("split", use.role, power, use.axes)
         edits.add(
             use.node,
             use.slot,
-            key,
-            lambda w, u=use, f=factors: on_channels(w, u, lambda rows: rows[np.argsort(u.index)][sources] * f),
+            (action.name, use.role, power, use.axes),
+            lambda w, u=use, f=change, p=power: on_channels(w, u, lambda rows: f(rows[np.argsort(u.index)], p)),
         )
-    _resize(group, len(sources))
-
-
-def _merge(group: ChannelGroup, assignment: np.ndarray, edits: Edits) -> None:
-    clusters = int(assignment.max()) + 1
-    members = np.zeros((clusters, group.width))
-    members[assignment, np.arange(group.width)] = 1.0
-    means = members / members.sum(axis=1, keepdims=True)
-    for use in _resizable(group):
-        matrix = members if use.role == "consumer" else means
-        edits.add(
-            use.node,
-            use.slot,
-            ("merge", use.role, use.axes),
-            lambda w, u=use, m=matrix: on_channels(w, u, lambda rows: m @ rows[np.argsort(u.index)]),
-        )
-    _resize(group, clusters)
+    _resize(group, len(action.sizes))
 
 
 def _resizable(group: ChannelGroup) -> list:

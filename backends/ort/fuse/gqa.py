@@ -41,7 +41,7 @@ class FuseGroupQueryAttention(Pass):
 
     The kernel writes new keys and values behind the old ones, also in place when past and present are one buffer; the
     length of the text comes from the model's attention mask: ``seqlens_k = sum(mask) - 1``, ``total = len(mask)``. The
-    projections go in unsplit where one product makes all three in this order. Mask arithmetic, and the input of
+    projections go in as one tensor. Mask arithmetic, and the input of
     positions, that nothing reads any more are removed.
 
     Exact where the mask of each row is ones, followed by zeros if at all, and positions run from the number of cached
@@ -130,8 +130,8 @@ def _fuse(model: ir.Model, node: ir.Node, lengths: _Lengths, masks: dict[ir.Valu
     for cache, new in ((keys, fused.outputs[1]), (values, fused.outputs[2])):
         _take_over(new, cache.present)
     split_again(fused, back, q_heads, channels)
-    packed = fused.inputs[1] is None
-    return {"kernel": "GroupQueryAttention", "rotary": rotation is not None, "window": window, "packed": packed}
+    copied = any(n.op_type == "Concat" for n in extra)
+    return {"kernel": "GroupQueryAttention", "rotary": rotation is not None, "window": window, "copied": copied}
 
 
 def _cache(node: ir.Node, slot: int) -> _Cache:
@@ -203,12 +203,27 @@ def _rotation(model: ir.Model, q: ir.Value, k: ir.Value) -> _Rotation | None:
 
 
 def _projections(heads: list[ir.Value], graph: ir.Graph | None, extra: list[ir.Node]) -> list[ir.Value | None]:
-    """Queries, keys and values ``[batch, sequence, heads * channels]``; all in the first if one product made them."""
+    """Queries, keys and values ``[batch, sequence, heads * channels]``, one behind the other in the first input.
+
+    That costs a copy where no single product made them, and is the faster for it all the same: the kernel turns and
+    rotates one tensor instead of three.
+    """
     merged = [_merged(value, graph, extra) for value in heads]
-    split = made_by(merged[0], "Split")
-    if split is not None and tuple(split.outputs) == tuple(merged) and attribute(split, "axis", 0) in (-1, 2):
-        return [split.inputs[0], None, None]
-    return list(merged)
+    parts = list(merged)
+    for end in (3, 2):
+        split = made_by(merged[0], "Split")
+        if split is not None and tuple(split.outputs) == tuple(merged[:end]) and attribute(split, "axis", 0) in (-1, 2):
+            parts = [split.inputs[0], *merged[end:]]
+            break
+    if len(parts) > 1:
+        concat = ir.node("Concat", parts, {"axis": -1})
+        out = concat.outputs[0]
+        out.dtype = heads[0].dtype
+        if all(v.shape is not None and isinstance(v.shape[-1], int) for v in parts):
+            out.shape = ir.Shape([*parts[0].shape.dims[:-1], sum(v.shape[-1] for v in parts)])
+        extra.append(concat)
+        parts = [out]
+    return [parts[0], None, None]
 
 
 def _merged(value: ir.Value, graph: ir.Graph | None, extra: list[ir.Node]) -> ir.Value:
@@ -306,6 +321,15 @@ class _Lengths:
         shape = ir.node("Shape", [mask])
         longest = ir.node("Gather", [shape.outputs[0], second], {"axis": 0})
         total = ir.node("Cast", [longest.outputs[0]], {"to": int(ir.DataType.INT32)})
+        for node, short in (
+            (count, False),
+            (last, False),
+            (lengths, True),
+            (shape, False),
+            (longest, False),
+            (total, True),
+        ):
+            node.outputs[0].dtype = ir.DataType.INT32 if short else ir.DataType.INT64
         graph.insert_before(before, [*nodes, count, last, lengths, shape, longest, total])
         return [lengths.outputs[0], total.outputs[0]]
 

@@ -125,7 +125,7 @@ def test_rotation_cache_and_causal_attention_become_one_kernel_on_the_packed_pro
     lengths = ["ReduceSum", "Sub", "Cast", "Shape", "Gather", "Cast"]
     assert _ops(model) == [*lengths, "GroupQueryAttention", "Neg"]
     assert result.sites[0].details == {
-        "kernel": "GroupQueryAttention", "rotary": True, "window": -1, "packed": True,
+        "kernel": "GroupQueryAttention", "rotary": True, "window": -1, "copied": False,
     }  # fmt: skip
     assert [v.name for v in model.graph.inputs] == ["ids", "qkv", "attention_mask", "past_key", "past_value"]
     assert model.signature.output("present_key").index == 0
@@ -146,7 +146,7 @@ def test_norms_of_queries_and_keys_stay_in_front_of_the_kernel(build, keeps):
     assert _ops(model).count("RMSNormalization") == 2
     assert "Transpose" not in _ops(model)
     assert result.sites[0].details["rotary"]
-    assert not result.sites[0].details["packed"]
+    assert result.sites[0].details["copied"]
 
 
 @pytest.mark.parametrize("options", ["<interleaved = 1>", "<rotary_embedding_dim = 8>"])
@@ -163,7 +163,7 @@ def test_attention_without_rotation_is_fused_too(build, keeps):
     model = _model(build, _CAUSAL + _HEADS + attend)
     result = keeps(FuseGroupQueryAttention(), model, _FEEDS)
     assert not result.sites[0].details["rotary"]
-    assert result.sites[0].details["packed"]
+    assert not result.sites[0].details["copied"]
 
 
 def test_a_rotation_of_unknown_positions_stays_in_front_of_the_kernel(build, keeps):

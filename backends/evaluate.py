@@ -20,7 +20,7 @@ from qc.backends.target import Runner
 from qc.ir.errors import InputError
 from qc.ir.model import Signature
 
-__all__ = ["KEYS", "WINDOW", "WINDOWS", "embedding", "evaluate"]
+__all__ = ["KEYS", "WINDOW", "WINDOWS", "embedding", "evaluate", "text_windows"]
 
 WINDOW = 256
 """Tokens in a window, unless said otherwise."""
@@ -120,14 +120,24 @@ def embedding(hidden: np.ndarray, mask: np.ndarray, pooling: str, *, normalize: 
 _POOLINGS = frozenset({"mean", "max", "cls", "lasttoken"})
 
 
-def _text(runner: Runner, reference: Runner | None, tokens: Sequence[int], window: int, windows: int) -> dict[str, Any]:
+def text_windows(runner: Runner, tokens: Sequence[int], window: int, windows: int) -> np.ndarray:
+    """The windows of a text that `evaluate` scores a model on, ``[windows, window]`` token ids.
+
+    Raises:
+        InputError: If the text or the windows are too short.
+    """
     if window < 2 or windows < 1:
         raise InputError(f"Expected windows of at least 2 tokens, and at least one; found {windows} of {window}.")
     if len(tokens) < 2:
         raise InputError(f"Expected a text of at least 2 tokens, found {len(tokens)}. Give a longer text.")
     window = min(window, len(tokens), context_limit(runner.provenance) or window)
     count = min(windows, len(tokens) // window)
-    ids = np.asarray(tokens[: count * window], np.int64).reshape(count, window)
+    return np.asarray(tokens[: count * window], np.int64).reshape(count, window)
+
+
+def _text(runner: Runner, reference: Runner | None, tokens: Sequence[int], window: int, windows: int) -> dict[str, Any]:
+    ids = text_windows(runner, tokens, window, windows)
+    count, window = ids.shape
     nll, nll_reference, divergence, agreed = [], [], [], []
     for row in ids:
         own = _logits(runner, row)

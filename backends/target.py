@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from qc.backends.parts import PartRunner
 from qc.ir.errors import InputError
 from qc.ir.model import Model, Signature
 from qc.passes.pipeline import Step
@@ -92,6 +93,15 @@ class Backend(Protocol):
             directory: The artifact.
             threads: Threads within an operator; 0 for one per core.
             spinning: Whether idle threads may wait actively; off where two artifacts are compared in one process.
+        """
+        ...
+
+    def open_in_parts(self, directory: Path, work: Path) -> PartRunner:
+        """Loads an emitted directory in the target's own runtime, a part of it at a time, to save memory.
+
+        Args:
+            directory: The artifact.
+            work: Where activations are written.
         """
         ...
 

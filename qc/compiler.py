@@ -24,7 +24,7 @@ from qc.ir.model import Model
 from qc.ir.probe import Found, find_inputs, run_in_turn
 from qc.ir.store import Store
 from qc.ir.verify import STAGES, check_structure, compare
-from qc.measurement import measure, read_data, rehearse, speed
+from qc.measurement import measure, measured_batches, read_data, rehearse, speed
 from qc.passes.base import Context
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.journal import Journal
@@ -163,10 +163,14 @@ def compile(  # noqa: A001  the verb of the product
                 backend.emit(model, writer.directory)
                 clock.start("measure")
                 rehearse(reference, plan, data)  # the float model and the artifact take turns in memory
-                runner = backend.open(writer.directory)
+                if plan.in_parts:
+                    runner = backend.open_in_parts(writer.directory, work / "activations")
+                    runner.prepare(measured_batches(runner, plan, data))
+                else:
+                    runner = backend.open(writer.directory)
                 _require_same(runner, found.batches, unlowered)
                 accuracy = measure(runner, reference, plan, data, found)
-                figures = speed(runner, found.batches) if found.batches else {}
+                figures = speed(runner, found.batches) if found.batches and not plan.in_parts else {}
                 report = build_report(
                     plan=plan,
                     reports=reports,

@@ -14,7 +14,7 @@ import numpy as np
 
 from qc.backends.bench import Protocol, take_turns
 from qc.backends.decoding import context_limit
-from qc.backends.evaluate import WINDOW, evaluate
+from qc.backends.evaluate import WINDOW, evaluate, text_windows
 from qc.backends.inputs import text_batches, text_inputs
 from qc.backends.target import Runner
 from qc.backends.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from qc.ir.model import Model
 from qc.ir.probe import Found
 from qc.plan import Plan, evaluation_windows
 
-__all__ = ["Data", "measure", "read_data", "rehearse", "speed"]
+__all__ = ["Data", "measure", "measured_batches", "read_data", "rehearse", "speed"]
 
 _CALIBRATION_WINDOWS = 4
 """Windows of text for statistics: second moments of channels change little beyond a thousand tokens."""
@@ -113,12 +113,17 @@ def _windows(model: Model, path: Path, text: str, tokenizer: Tokenizer) -> Data:
 
 def rehearse(reference: Runner, plan: Plan, data: Data) -> None:
     """Runs the float model on what `measure` will ask of it, while nothing else is in memory."""
-    if data.tokens is not None:
-        window, windows = evaluation_windows(plan.parameters)
-        evaluate(reference, text_tokens=data.tokens, window=window, windows=windows)
-    for batch in data.batches or ():
+    for batch in measured_batches(reference, plan, data):
         reference.run(batch)
     _return_freed_memory()
+
+
+def measured_batches(runner: Runner, plan: Plan, data: Data) -> list[Mapping[str, np.ndarray]]:
+    """The inputs on which `measure` runs a model, the probe aside."""
+    if data.tokens is None:
+        return list(data.batches or ())
+    rows = text_windows(runner, data.tokens, *evaluation_windows(plan.parameters))
+    return [text_inputs(runner.signature, row[None]) for row in rows]
 
 
 def measure(runner: Runner, reference: Runner, plan: Plan, data: Data, probe: Found) -> dict[str, object]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from qc.ir.blocks import find_blocks
 from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.quant import Format
@@ -25,11 +26,14 @@ _EXPORT_MEMORY, _EXPORT_NODE = 410 << 20, 84 << 10
 _DECODED_COPIES = 2
 """Float32 copies of a weight that the verifying runtime holds at once: decoded, and transposed."""
 
-_REPACKED = 1.1
-"""Memory of weights that a runtime has repacked for its kernels, relative to their files."""
+_REPACKED = 1.2
+"""Memory of weights that a runtime has repacked for its kernels, relative to their files: 4 bits in blocks of 32."""
 
 _LOGITS_COPIES = 3
 """Float32 copies of the widest activation of a window of text: computed, returned, and those around them."""
+
+_WHOLE = 512 << 20
+"""Memory of repacked weights up to which an artifact is loaded whole to be measured; a larger one a part at a time."""
 
 _WINDOW, _SHORT_WINDOW = 256, 64
 _LARGE = 500_000_000
@@ -59,6 +63,7 @@ class Plan:
         artifact_bytes: Expected size of the artifact's weights.
         memory_bytes: Expected peak of anonymous memory of all processes (mapped weights do not count). Either the
             import decides, or the largest weight in float32, or the artifact, which is loaded to be measured.
+        in_parts: Whether the artifact is so large that it is measured a part at a time, and its speed not at all.
         disk_bytes: Space needed beside the artifact's place while working, the artifact included.
         steps: The pipeline.
     """
@@ -68,6 +73,7 @@ class Plan:
     artifact_bytes: int
     memory_bytes: int
     disk_bytes: int
+    in_parts: bool
     steps: Sequence[Step]
 
     def check(self, directory: Path, memory: int | None) -> None:
@@ -122,12 +128,15 @@ def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) ->
     widest = max((shape[0] * _together(shape, count) for shape, count in shapes.items() if len(shape) == 2), default=0)
     length, count = evaluation_windows(parameters)
     window = 4 * length * widest if model.signature.is_decoder else 0
-    working = _BASE_MEMORY + _LOGITS_COPIES * window + max(_DECODED_COPIES * decoded, int(_REPACKED * loaded))
+    repacked = int(_REPACKED * loaded)
+    in_parts = repacked > _WHOLE and bool(find_blocks(model.graph).runs)
+    working = _BASE_MEMORY + _LOGITS_COPIES * window
+    working += max(_DECODED_COPIES * decoded, _WHOLE if in_parts else repacked)
     # The import is over by now, but counts for what the machine must have.
     export = _EXPORT_MEMORY + _EXPORT_NODE * sum(1 for _ in model.graph.all_nodes()) if exported else 0
     memory = max(working, export)
     disk = _STORED_COPIES * artifact + count * window + (64 << 20)
-    return Plan(parameters, source, artifact, memory, disk, steps)
+    return Plan(parameters, source, artifact, memory, disk, in_parts, steps)
 
 
 def evaluation_windows(parameters: int) -> tuple[int, int]:

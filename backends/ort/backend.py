@@ -6,12 +6,17 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from qc.backends.parts import PartRunner
 from qc.backends.target import Coverage, Runner, Target
 from qc.ir.model import Model
 from qc.ir.quant import named_formats
+from qc.passes._activations import Shelf
 from qc.passes.pipeline import Step
 
 __all__ = ["OrtCpu"]
+
+_KEPT = 16 << 20
+"""Bytes of activations and results between parts that stay in memory."""
 
 
 def _formats(accuracy_level: int) -> tuple[str, ...]:
@@ -91,3 +96,10 @@ class OrtCpu:
         from qc.backends.ort.runner import open_runner
 
         return open_runner(directory, threads=threads, spinning=spinning)
+
+    def open_in_parts(self, directory: Path, work: Path) -> PartRunner:
+        """Loads an emitted directory, a part of it at a time."""
+        from qc.ir.runtime import Session
+
+        model = Model.load(directory)
+        return PartRunner(model, lambda part: Session(part, optimize=True).run, Shelf(work, _KEPT))

@@ -50,6 +50,7 @@ def _data(result: CompileResult, output: str) -> dict[str, object]:
             "artifact_bytes": plan.artifact_bytes,
             "memory_bytes": plan.memory_bytes,
             "disk_bytes": plan.disk_bytes,
+            "in_parts": plan.in_parts,
             "passes": [str(s) for s in plan.steps],
         },
         "report": dict(result.report),
@@ -65,14 +66,24 @@ def _print(result: CompileResult, output: str) -> None:
         ("artifact", output),
         ("size", f"{byte_size(summary['artifact_bytes'])} (source weights {byte_size(summary['source_bytes'])})"),
         *accuracy_rows(result.report["accuracy"]),
-        ("speed here", ", ".join(_SPEED[key].format(value) for key, value in result.speed.items())),
+        (
+            "speed here",
+            ", ".join(_SPEED[key].format(v) for key, v in result.speed.items()) or _no_speed(result, output),
+        ),
         ("kernels", f"{coverage['on_target']} nodes on target, {coverage['off_target']} on a slow path"),
         ("left in float", " ".join([f"{s['site']} ({s['reason']})" for s in left[:1]] + _more(left)) or "none"),
         ("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())),
     ]
     print_table("", ("", ""), rows)
-    use = f"qc run {output} --prompt TEXT" if "decode_tok_s" in result.speed else f"qc run {output} --input IN.npz"
+    text = result.artifact is not None and result.artifact.signature.is_decoder
+    use = f"qc run {output} --prompt TEXT" if text else f"qc run {output} --input IN.npz"
     print(f"\nnext: qc report {output}; {use}; qc bench {output}")
+
+
+def _no_speed(result: CompileResult, output: str) -> str:
+    if result.plan.in_parts:
+        return f"not measured: the artifact was loaded in parts, to save memory; qc bench {output}"
+    return "not measured: no inputs"
 
 
 def _more(left: list[dict]) -> list[str]:

@@ -14,7 +14,9 @@ import onnx_ir as ir
 
 from qc.ir._quant_affine import Affine
 from qc.ir._quant_format import Format
+from qc.ir._quant_learned import Learned, Nested, Planes, Power, SignedLowRank, Vector
 from qc.ir._quant_packing import TRITS, row_bytes, slices
+from qc.ir._quant_remainder import Columns, LowRank, Remainder, Sparse
 from qc.ir._quant_scales import MicroScale, NanoScale, NoScale, Scale, TwoLevel
 from qc.ir._quant_tables import Select, Table
 from qc.ir._quant_types import Stream
@@ -26,6 +28,7 @@ DECODES = "qc.decodes"
 
 _FLOAT = int(ir.DataType.FLOAT)
 _INT32 = int(ir.DataType.INT32)
+_INT64 = int(ir.DataType.INT64)
 
 
 def signature(format: Format, shape: Sequence[int]) -> str:
@@ -62,7 +65,7 @@ class _Body:
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
 
-    def op(self, op_type: str, *inputs: ir.Value | np.ndarray, **attributes: int | str) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | np.ndarray, **attributes: int | str | list[int]) -> ir.Value:
         operands = [self.constant(i) if isinstance(i, np.ndarray) else i for i in inputs]
         node = ir.node(op_type, operands, attributes)
         node.outputs[0].name = f"v{len(self.nodes)}"
@@ -119,7 +122,8 @@ class _Body:
 
 def _decode(body: _Body, format: Format, shape: tuple[int, int], held: Mapping[str, ir.Value]) -> ir.Value:
     values = format.values
-    rows, columns = shape if format.axis != "out" else shape[::-1]
+    inner = shape if format.remainder is None else format.remainder.inner(shape)
+    rows, columns = inner if format.axis != "out" else inner[::-1]
     groups, width = format.groups(columns), format.width(columns)
     per_group, count = width // values.tile * values.books, columns // values.tile * values.books
     codes = held["codes"]
@@ -138,12 +142,13 @@ def _decode(body: _Body, format: Format, shape: tuple[int, int], held: Mapping[s
         params[param.name] = array
     units = _units(values, body, codes, params)
     if not isinstance(format.scale, NoScale):
-        scale = body.op("Unsqueeze", _scale(format.scale, body, held, format.grid(shape)), np.array([-1]))
+        scale = body.op("Unsqueeze", _scale(format.scale, body, held, format.grid(inner)), np.array([-1]))
         units = body.op("Mul", body.reshape(units, rows, groups, width), scale)
     dense = body.reshape(units, rows, groups * width)
     if groups * width != columns:
         dense = body.columns(dense, 0, columns)
-    return body.op("Transpose", dense) if format.axis == "out" else body.op("Identity", dense)
+    dense = body.op("Transpose", dense) if format.axis == "out" else dense
+    return body.op("Identity", _remainder(format.remainder, body, dense, shape, held))
 
 
 @functools.singledispatch
@@ -173,6 +178,87 @@ def _(values: Select, body: _Body, codes: ir.Value, params: Mapping[str, ir.Valu
     first = body.op("Mul", params["kind"], np.array(1 << values.bits, np.int32))
     index = body.op("Add", codes, body.op("Unsqueeze", first, np.array([-1])))
     return body.op("Gather", values.values.reshape(-1), index)
+
+
+@_units.register
+def _(values: Learned, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
+    return body.op("GatherElements", body.cast(params["table"]), codes, axis=1)
+
+
+@_units.register
+def _(values: Nested, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
+    return body.op("GatherElements", body.cast(params[f"table{values.bits}"]), codes, axis=1)
+
+
+@_units.register
+def _(values: Planes, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
+    tables = body.op("MatMul", body.cast(params["plane_scale"]), np.ascontiguousarray(values.signs.T))
+    return body.op("GatherElements", tables, codes, axis=1)
+
+
+@_units.register
+def _(values: Vector, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
+    books = body.reshape(body.cast(params["codebooks"]), -1, values.tile)
+    first = np.arange(values.books, dtype=np.int32) * np.int32(1 << values.bits)
+    index = body.op("Add", body.reshape(codes, -1, values.books), first)
+    total = None
+    for c in range(values.books):
+        part = body.op("Gather", books, body.columns(index, c, c + 1))
+        total = part if total is None else body.op("Add", total, part)
+    assert total is not None
+    return total
+
+
+@_units.register
+def _(values: Power, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
+    table = np.arange(values.low, -values.low).astype(np.float64)
+    inverse = body.op("Div", np.array(1, np.float64), body.cast(params["exponent"], int(ir.DataType.DOUBLE)))
+    sizes = body.op("Mul", np.sign(table), body.op("Pow", np.abs(table), inverse))
+    return body.op("Gather", body.cast(sizes), codes)
+
+
+@_units.register
+def _(values: SignedLowRank, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
+    left = body.op("Transpose", body.cast(params["left"]), perm=[1, 0, 2])
+    right = body.op("Squeeze", body.cast(params["right"]), np.array([0]))
+    sizes = body.op("Transpose", body.op("MatMul", left, right), perm=[1, 2, 0])
+    signs = body.op("Sub", body.op("Mul", body.cast(codes), np.array(2, np.float32)), np.array(1, np.float32))
+    shape = body.op("Shape", sizes)
+    terms = body.op("Mul", body.op("Reshape", signs, shape), sizes)
+    return body.op("ReduceSum", terms, np.array([-1]), keepdims=0)
+
+
+def _remainder(
+    remainder: Remainder | None, body: _Body, dense: ir.Value, shape: tuple[int, int], held: Mapping[str, ir.Value]
+) -> ir.Value:
+    """`Remainder.decode`."""
+    if isinstance(remainder, LowRank):
+        return body.op(
+            "Add", dense, body.op("MatMul", body.cast(held["lowrank_left"]), body.cast(held["lowrank_right"]))
+        )
+    if isinstance(remainder, Sparse):
+        return _add_sparse(body, dense, remainder.count(shape), shape, held)
+    if remainder is None:
+        return dense
+    if isinstance(remainder, Columns):
+        own = _decode(body, remainder.format, (shape[0], remainder.count(shape[1])), remainder.own(held))  # type: ignore[arg-type]
+        dense = body.op("Concat", dense, own, axis=1)
+    return body.op("Gather", dense, body.cast(held["order"], _INT32), axis=1)
+
+
+def _add_sparse(
+    body: _Body, dense: ir.Value, count: int, shape: tuple[int, int], held: Mapping[str, ir.Value]
+) -> ir.Value:
+    """Rows from their counts: a one where each row but the first begins, added up."""
+    ends = body.op("CumSum", body.cast(held["sparse_counts"], _INT64), np.array(0, np.int64))
+    starts = body.op("Slice", ends, np.array([0]), np.array([shape[0] - 1]))
+    ones = np.ones(shape[0] - 1, np.int64)
+    steps = body.op("ScatterElements", np.zeros(count + 1, np.int64), starts, ones, axis=0, reduction="add")
+    rows = body.op("Slice", body.op("CumSum", steps, np.array(0, np.int64)), np.array([0]), np.array([count]))
+    flat = body.op("Add", body.op("Mul", rows, np.array(shape[1], np.int64)), body.cast(held["sparse_columns"], _INT64))
+    values = body.cast(held["sparse_values"])
+    added = body.op("ScatterElements", body.reshape(dense, -1), flat, values, axis=0, reduction="add")
+    return body.reshape(added, *shape)
 
 
 def _scale(scale: Scale, body: _Body, held: Mapping[str, ir.Value], grid: tuple[int, int]) -> ir.Value:

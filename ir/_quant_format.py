@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir._quant_affine import Affine
+from qc.ir._quant_learned import SignedLowRank
+from qc.ir._quant_remainder import Remainder
 from qc.ir._quant_scales import FloatScale, NoScale, Scale
 from qc.ir._quant_spelling import parse
 from qc.ir._quant_tables import Table
@@ -30,12 +32,15 @@ class Format:
         scale: Storage of the scales.
         axis: Where groups lie: ``in`` (along K; None is per output channel), ``out`` (along N; None is per input
             channel) or ``tensor`` (one scale for all).
+        remainder: What is done to the decoded values, if anything; grouping, values and scale then describe the dense
+            part.
     """
 
     values: ValueMap
     group: int | None = None
     scale: Scale = dataclasses.field(default_factory=FloatScale)
     axis: str = "in"
+    remainder: Remainder | None = None
 
     def __post_init__(self) -> None:
         if self.group is not None and self.group < 1:
@@ -45,10 +50,12 @@ class Format:
         if self.values.scaled == isinstance(self.scale, NoScale):
             wanted = "scales" if self.values.scaled else "no scales, its values are absolute"
             raise InputError(f"Expected {self.values} with {wanted}; found {self.scale or 'none'}.")
+        if self.group is not None and (self.group % self.values.tile or isinstance(self.values, SignedLowRank)):
+            raise InputError(f"Expected groups that {self.values} can express, found {self.group}.")
 
     @classmethod
     def parse(cls, text: str) -> Format:
-        """Reads the spelling that `str` writes: ``int4``, ``uint4:g32``, ``nf4:g64:q8x256``, or a standard name.
+        """Reads the spelling that `str` writes: ``int4``, ``nf4:g64:q8x256``, ``lut3+sparse0.45``, or a standard name.
 
         Values come first: ``int`` is symmetric, ``uint`` asymmetric; see `qc formats`. Then the grouping, absent for
         per output channel: ``gN`` along K, ``in`` or ``inN`` along N, ``tensor``. Then the storage of scales: ``f32``
@@ -67,7 +74,7 @@ class Format:
         else:
             group = "" if self.group is None else f":g{self.group}"
         scale = "" if self.scale == FloatScale() or isinstance(self.scale, NoScale) else f":{self.scale}"
-        return f"{self.values}{group}{scale}"
+        return f"{self.values}{group}{scale}" + ("" if self.remainder is None else f"+{self.remainder}")
 
     def groups(self, columns: int) -> int:
         """Number of groups along an axis of `columns` elements; the last one may be shorter."""
@@ -85,7 +92,7 @@ class Format:
     @property
     def native(self) -> ir.DataType | None:
         """Element type of codes and zero points if ``DequantizeLinear`` expresses the format, else None."""
-        if self.scale not in (FloatScale(), FloatScale(ir.DataType.FLOAT16)):
+        if self.remainder is not None or self.scale not in (FloatScale(), FloatScale(ir.DataType.FLOAT16)):
             return None
         if isinstance(self.values, Affine):
             return self.values.dtype
@@ -107,16 +114,19 @@ class Format:
         Raises:
             InputError: If the format cannot express the shape.
         """
+        if self.remainder is not None:
+            dense = dataclasses.replace(self, remainder=None)
+            return [*(s.packed for s in dense.streams(self.remainder.inner(shape))), *self.remainder.streams(shape)]
         rows, columns = shape if self.axis != "out" else shape[::-1]
         count, rest = divmod(columns, self.values.tile)
         if rest:
             raise InputError(f"Expected rows of a multiple of {self.values.tile} for {self.values}, found {columns}.")
         grid = self.grid(shape)
-        codes = Stream("codes", (rows, count * self.values.books), bits=self.values.bits)
+        codes = Stream("codes", (rows, count * self.values.books), bits=self.values.bits, low=self.values.low)
         params = [p.stream(*grid, columns) for p in self.values.params]
         found = [codes, *self.scale.streams(*grid), *params]
         if self.native is not None:
-            found = [dataclasses.replace(s, dtype=self.native, bits=None) if s.name != "scale" else s for s in found]
+            found = [dataclasses.replace(s, dtype=self.native) if s.name != "scale" else s for s in found]
         return found if self.axis == "in" else [dataclasses.replace(s, by_row=False) for s in found]
 
     def stored_bits(self, shape: tuple[int, ...]) -> int:
@@ -148,10 +158,14 @@ class Format:
         units = units.reshape(rows, groups, width)
         scale = self.scale.decode(params)
         dense = (units * scale.reshape(*scale.shape, 1)).reshape(rows, -1)[:, :columns]
-        return dense.T if self.axis == "out" else dense
+        dense = dense.T if self.axis == "out" else dense
+        return dense if self.remainder is None else self.remainder.decode(dense, params)
 
     def nearest(self, weight: np.ndarray, params: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The codes nearest to a float32 weight ``[N, K]`` under given parameters, each element on its own."""
+        """The codes nearest to a float32 matrix under given parameters, each element (or tile) on its own.
+
+        The matrix is the weight ``[N, K]``, or the dense part of it if there is a remainder.
+        """
         weight = weight.T if self.axis == "out" else weight
         rows, columns = weight.shape
         groups, width = self.groups(columns), self.width(columns)
@@ -205,7 +219,8 @@ class QuantizedTensor:
         """``(N, K)``."""
         values = self.format.values
         shape = self.codes.shape[0], self.codes.shape[1] // values.books * values.tile
-        return shape[::-1] if self.format.axis == "out" else shape
+        shape = shape[::-1] if self.format.axis == "out" else shape
+        return (shape[0], len(self.params["order"])) if "order" in self.params else shape
 
     def decode(self) -> np.ndarray:
         """The weight that the codes stand for, float32 ``[N, K]``."""
@@ -214,7 +229,8 @@ class QuantizedTensor:
     @property
     def sliceable(self) -> bool:
         """Whether rows can be decoded without the others."""
-        return self.format.axis == "in"
+        remainder = self.format.remainder
+        return self.format.axis == "in" and (remainder is None or remainder.sliceable)
 
     def rows(self, part: slice | np.ndarray) -> QuantizedTensor:
         """Some of the rows, sharing memory if `part` is a slice; of `sliceable` tensors."""

@@ -113,7 +113,10 @@ class Weight:
             found[stream.name] = _read(stream, value, self.format) if value is not None else np.zeros(stream.shape)
         codes = found.pop("codes")
         self.release()
-        return QuantizedTensor(self.format, _as_codes(codes, self.format), _params(found, self.format))
+        if self.format.native is not None:
+            codes = codes.astype(np.int8 if self.format.values.low else np.uint8)
+            found = {k: v.astype(np.uint8) if k == "zero_point" else v for k, v in found.items()}
+        return QuantizedTensor(self.format, codes, found)
 
     @functools.cached_property
     def tensor(self) -> ir.TensorProtocol:
@@ -204,8 +207,6 @@ def emit(tensor: QuantizedTensor, like: ir.Value, store: Store) -> ir.Node:
 
     def constant(stream: Stream) -> ir.Value:
         array = tensor.codes if stream.name == "codes" else tensor.params[stream.name]
-        if stream.name == "codes" and format.native is None and format.values.low:
-            array = array - np.int16(format.values.low)  # packed codes are not negative
         array = stream.pack(array)
         if format.native is not None:
             array = _as_dequantized(array, stream.name, format)
@@ -256,21 +257,6 @@ def _read(stream: Stream, value: ir.Value, format: Format) -> np.ndarray:
     if format.axis == "out" and stored.ndim == 2:
         stored = stored.T
     return np.array(stored).reshape(stream.shape)
-
-
-def _as_codes(codes: np.ndarray, format: Format) -> np.ndarray:
-    """Codes as assignments make them: signed if the lowest is negative."""
-    low = format.values.low
-    if not low:
-        return codes if codes.dtype == np.uint16 else codes.astype(np.uint8)
-    return (codes if format.native is not None else codes.astype(np.int16) + low).astype(np.int8)
-
-
-def _params(found: dict[str, np.ndarray], format: Format) -> dict[str, np.ndarray]:
-    """Parameters in numpy's own types where there are such."""
-    if "zero_point" in found and format.native is not None:
-        found["zero_point"] = found["zero_point"].astype(np.uint8)
-    return found
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qc.ir._quant_affine import Affine
+from qc.ir._quant_learned import Learned, Nested, Planes, Power, SignedLowRank, Vector
+from qc.ir._quant_remainder import parse_remainder
 from qc.ir._quant_scales import FloatScale, NoScale, Scale, parse_scale
 from qc.ir._quant_tables import Select, Table, table_names
 from qc.ir._quant_types import ValueMap
@@ -36,6 +38,12 @@ def _affine(match: re.Match[str]) -> Affine:
 _VALUES: tuple[tuple[str, Callable[[re.Match[str]], ValueMap]], ...] = (
     (r"(int|uint|mid|zint)(\d+)", _affine),
     (r"bitmod(\d+)", lambda m: Select(int(m[1]))),
+    (r"lut(\d+)", lambda m: Learned(int(m[1]))),
+    (r"nested(\d+)-(\d+)", lambda m: Nested(int(m[1]), int(m[2]))),
+    (r"(vq|aq)(\d+)x(\d+)(?:x(\d+))?", lambda m: Vector(int(m[2]), int(m[3]), int(m[4] or 1), m[1] == "aq")),
+    (r"(bin|fdb)(\d+)", lambda m: Planes(int(m[2]), m[1] == "bin")),
+    (r"pow(\d+)", lambda m: Power(int(m[1]))),
+    (r"bitstack(\d+)x(\d+)", lambda m: SignedLowRank(int(m[1]), int(m[2]))),
     ("|".join([*table_names(), "fp4", "fp6", "fp8"]), lambda m: Table(m[0])),
 )
 """What spells which value map."""
@@ -47,9 +55,12 @@ def parse(text: str, make: type[Format]) -> Format:
     Raises:
         InputError: If it is none.
     """
-    values, grouping, scale = _split(STANDARD.get(text, text), text)
-    group, axis = grouping
-    return make(values, group, scale, axis)
+    spelling, plus, rest = STANDARD.get(text, text).partition("+")
+    values, (group, axis), scale = _split(spelling, text)
+    remainder = parse_remainder(rest, make.parse) if plus else None
+    if plus and remainder is None:
+        raise _refused(text)
+    return make(values, group, scale, axis, remainder)
 
 
 def _split(spelling: str, text: str) -> tuple[ValueMap, tuple[int | None, str], Scale]:

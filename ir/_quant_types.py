@@ -22,7 +22,9 @@ class Stream:
         name: ``codes``, ``scale``, ``zero_point``, ``table``...
         shape: As `QuantizedTensor` holds it, one element per code.
         dtype: Element type as stored; None for packed codes.
-        bits: Width of a packed code, lowest 0 (`qc.ir._quant_packing`); None if `dtype` says it.
+        bits: Width of a packed code, or of an element type that holds codes (`qc.ir._quant_packing`); None if
+            `dtype` says it.
+        low: The smallest code, which is packed as 0.
         by_row: Whether the first axis is that of the weight's rows, so that rows can be decoded alone.
     """
 
@@ -30,12 +32,13 @@ class Stream:
     shape: tuple[int, ...]
     dtype: ir.DataType | None = None
     bits: int | None = None
+    low: int = 0
     by_row: bool = True
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the stored tensor: packed rows are bytes."""
-        if self.bits is None:
+        if self.bits is None or self.dtype is not None:
             return self.shape
         return (*self.shape[:-1], row_bytes(self.shape[-1], self.bits))
 
@@ -48,13 +51,21 @@ class Stream:
     def pack(self, array: np.ndarray) -> np.ndarray:
         """The array as stored, one element per code of `dtype`."""
         array = np.asarray(array).reshape(self.shape)
-        return array if self.bits is None else pack(array, self.bits)
+        if self.bits is None or self.dtype is not None:
+            return array
+        return pack(array - np.int16(self.low) if self.low else array, self.bits)
 
     def unpack(self, stored: np.ndarray) -> np.ndarray:
         """The inverse of `pack`."""
-        if self.bits is None:
+        if self.bits is None or self.dtype is not None:
             return np.asarray(stored).reshape(self.shape)
-        return unpack(np.asarray(stored).reshape(self.stored_shape), self.bits, self.shape[-1])
+        codes = unpack(np.asarray(stored).reshape(self.stored_shape), self.bits, self.shape[-1])
+        return (codes.astype(np.int16) + self.low).astype(np.int8) if self.low else codes
+
+    @property
+    def packed(self) -> Stream:
+        """The same as bytes, also where ONNX has an element type for it: an integer of `bits`."""
+        return self if self.bits is None else dataclasses.replace(self, dtype=None)
 
 
 @dataclasses.dataclass(frozen=True)

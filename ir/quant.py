@@ -16,6 +16,8 @@ from qc.ir._quant_affine import Affine
 from qc.ir._quant_body import DECODES
 from qc.ir._quant_format import Format, QuantizedTensor
 from qc.ir._quant_graph import Weight, emit, read_weight, require_opset
+from qc.ir._quant_learned import Learned, Nested, Planes, Power, SignedLowRank, Vector, nearest_vectors
+from qc.ir._quant_remainder import Columns, LowRank, Order, Remainder, Sparse
 from qc.ir._quant_scales import FloatScale, MicroScale, NanoScale, NoScale, Scale, TwoLevel
 from qc.ir._quant_spelling import STANDARD
 from qc.ir._quant_tables import Select, Table, table_names
@@ -25,29 +27,49 @@ __all__ = [
     "DECODES",
     "STANDARD",
     "Affine",
+    "Columns",
     "FloatScale",
     "Format",
+    "Learned",
+    "LowRank",
     "MicroScale",
     "NanoScale",
+    "Nested",
     "NoScale",
+    "Order",
     "Param",
+    "Planes",
+    "Power",
     "QuantizedTensor",
+    "Remainder",
     "Scale",
     "Select",
+    "SignedLowRank",
+    "Sparse",
     "Stream",
     "Table",
     "TwoLevel",
     "ValueMap",
+    "Vector",
     "Weight",
     "emit",
     "named_formats",
+    "nearest_vectors",
     "read_weight",
     "require_opset",
 ]
+
+
+_STORED = (
+    "bitmod3", "bitmod4", *(f"pow{b}" for b in range(2, 9)), *(f"lut{b}" for b in range(1, 9)), "nested3-6",
+    "nested3-8", "bin1", "bin2", "bin3", "fdb2", "vq8x4", "vq8x4:in", "vq12x8:in", "aq8x8x2", "bitstack1x16",
+    "bitstack2x16", "bitstack3x16",
+)  # fmt: skip
+"""Value maps that store more than scales; any other numbers may stand in their names."""
 
 
 def named_formats() -> dict[str, Format]:
     """The formats that exist by name: value maps, to be combined with a group and a scale, and standard formats."""
     affine = [f"{kind}{bits}" for kind, first in (("int", 2), ("uint", 1), ("mid", 1), ("zint", 2)) for bits in
               range(first, 9)]  # fmt: skip
-    return {name: Format.parse(name) for name in (*affine, *table_names(), "bitmod3", "bitmod4", *STANDARD)}
+    return {name: Format.parse(name) for name in (*affine, *table_names(), *_STORED, *STANDARD)}

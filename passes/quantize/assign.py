@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -13,6 +14,7 @@ import onnx_ir as ir
 from qc.ir.errors import InputError
 from qc.ir.quant import Affine, FloatScale, Format, QuantizedTensor
 from qc.passes.quantize._fit import fit_scales
+from qc.passes.quantize._remainder import assign_with_remainder
 from qc.passes.quantize._search import Search, search
 
 __all__ = ["Search", "assign", "run_parallel", "sqnr_db"]
@@ -63,6 +65,10 @@ def assign(
             raise InputError(f"Expected {columns} finite non-negative column weights for {name!r}.")
     effort = Search() if effort is None else effort
     plan = _plain(format)
+    if format.remainder is not None:
+        return assign_with_remainder(
+            weight, format, metric, functools.partial(assign, name=name, threads=threads, effort=effort)
+        )
     if plan is None:
         return _assign_in_two(weight, format, metric, name, threads, effort)
     tensor = QuantizedTensor(
@@ -103,9 +109,11 @@ def _assign_in_two(
 ) -> QuantizedTensor:
     """First the parameters of all groups, then codes for what is stored of them: scales may depend on one another."""
     source = weight.T if format.axis == "out" else weight
-    if format.axis == "tensor":
+    if format.axis == "tensor" or any(p.scope != "group" for p in format.values.params):
         step = len(source)
-        importance = None if metric is None else np.tile(metric, step)
+        importance = metric if format.axis != "out" else None
+        if metric is not None and format.axis == "tensor":
+            importance = np.tile(metric, step)
     else:
         step = _rows_per_chunk(source.shape[1])
         importance = metric if format.axis == "in" else None  # alike for all elements of a group along N
@@ -118,8 +126,7 @@ def _assign_in_two(
     found = run_parallel(find, starts, threads)
     params = format.scale.encode(np.concatenate([scale for scale, _ in found]), name)
     params |= {key: np.concatenate([p[key] for _, p in found]) for key in found[0][1]}
-    streams = {s.name: s for s in format.streams(weight.shape)}
-    by_row = {key: streams[key].by_row for key in params}
+    by_row = {s.name: s.by_row for s in format.streams(weight.shape)}
 
     def project(start: int) -> np.ndarray:
         part = slice(start, start + step)

@@ -77,7 +77,8 @@ def formats(arguments: argparse.Namespace) -> int:
 
     data = []
     for name, format in named_formats().items():
-        grouped = {g: format if name in STANDARD else dataclasses.replace(format, group=g) for g in (32, 128)}
+        free = name not in STANDARD and format.values.scaled
+        grouped = {g: dataclasses.replace(format, group=g) if free else format for g in (32, 128)}
         bits = {f"g{g}": f.stored_bits((4096, 4096)) / 4096**2 for g, f in grouped.items()}
         about = STANDARD.get(name, format.values.about)
         data.append({"name": name, "about": about, **bits})

@@ -1,9 +1,12 @@
-"""What transforms restore of the accuracy that outlier channels cost: recipes on a model with planted outliers.
+"""What transforms restore of the accuracy that outlier channels cost, for several widths of weights and activations.
 
-    python benchmarks/transforms.py [--recipes w4 awq-w4 ...] [--factors 1 20 100] [--channels 8] [--windows 32]
+    python benchmarks/transforms.py [--text FILE] [--model builtin:tiny-llama] [--schemes W8A8 W4A4 ...]
+        [--transforms none smooth rotate ...] [--factors 1 20 100] [--channels 8] [--windows 16]
 
-Plants outliers that leave the function of the built-in decoder unchanged, runs the passes of each recipe, and prints
-how far the result is from the float model on the built-in text.
+Plants outliers behind every norm that leave the function of the model unchanged, applies a transform, rounds weights
+(one scale per output channel) and activations, and prints by how much the perplexity is above that of the float model,
+in percent, and the KL divergence to it. The end of the text calibrates, its beginning measures. Embedding and head
+stay float.
 """
 
 from __future__ import annotations
@@ -22,42 +25,78 @@ from qc.backends.evaluate import evaluate
 from qc.backends.reference import ModelRunner
 from qc.frontend import load
 from qc.ir.model import Model
-from qc.measurement import read_data
+from qc.measurement import Data, read_data
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
-from qc.passes.pipeline import steps_of
-from qc.recipes import load_recipe
+from qc.passes.pipeline import parse_pipeline
 
-RECIPES = ("w8a8-dynamic", "smooth-w8a8", "w4", "awq-w4")
+SCHEMES = {
+    "W8A8 static": ("int8", "mode=static"),
+    "W8A8 dynamic": ("int8", "bits=8"),
+    "W8A8": ("int8", "bits=8,granularity=token"),
+    "W6A6": ("int6", "bits=6,granularity=token"),
+    "W4A8": ("int4", "bits=8,granularity=token"),
+    "W4A4": ("int4", "bits=4,granularity=token"),
+}
+"""Format of the weights, and options of `quantize-activations`: static and dynamic with one range for a whole tensor,
+the others with one per token."""
+
+_ROTATE = "rotate{online-hidden=true,online-heads=true}"
+
+TRANSFORMS = {
+    "none": "",
+    "smooth": "smooth",
+    "awq": "awq{format=FORMAT,group=0}",
+    "rotate, folded": "rotate",
+    "rotate": _ROTATE,
+    "rotate, smooth": f"{_ROTATE},smooth",
+}
+"""Pipelines; FORMAT stands for the format of the weights. ``rotate`` is with rotations at run time."""
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--model", default="builtin:tiny-llama", help="a text decoder")
+    parser.add_argument("--text", help="a text file; default: the sample that comes with the model")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
+    parser.add_argument("--transforms", nargs="+", default=list(TRANSFORMS), choices=TRANSFORMS)
     parser.add_argument("--factors", type=float, nargs="+", default=[1, 20, 100], help="of the planted channels")
     parser.add_argument("--channels", type=int, default=8, help="planted behind every norm")
-    parser.add_argument("--windows", type=int, default=32, help="of text")
+    parser.add_argument("--windows", type=int, default=16, help="of 256 tokens")
     options = parser.parse_args()
-    original = load("builtin:tiny-llama")
-    data = read_data(original, None)
-    assert data.tokens is not None
+    original = load(options.model)
+    data = read_data(original, options.text)
     reference = ModelRunner(original.clone())
     for action in canonicalize_passes():
         original = Model.of(action(original).model)
-    print(f"{'outliers':>8}  {'recipe':<16}{'KL':>9}{'ppl':>9}{'top-1':>8}")
+    width = max(map(len, options.transforms))
+    print(f"{'':>5}  {'':<{width}}" + "".join(f"{s:>17}" for s in options.schemes))
     for factor in options.factors:
-        for recipe in options.recipes:
-            model = original.clone()
-            plant_outliers(model, factor, options.channels, np.random.default_rng(0))
-            steps = steps_of(load_recipe(recipe).passes)
-            model, _ = PassManager(steps, verify=False).run(model, calibration=data.calibration)
-            found = evaluate(ModelRunner(model), reference, text_tokens=data.tokens, windows=options.windows)
-            print(
-                f"{f'×{factor:g}':>8}  {recipe:<16}{found['kl']:9.4f}{found['ppl']:9.3f}{found['top1']:8.3f}",
-                flush=True,
-            )
-    print(f"float: perplexity {found['ppl_reference']:.3f}")
+        planted = original.clone()
+        plant_outliers(planted, factor, options.channels, np.random.default_rng(0))
+        for transform in options.transforms:
+            print(f"{f'×{factor:g}':>5}  {transform:<{width}}", end="", flush=True)
+            for scheme in options.schemes:
+                found = measure(planted.clone(), transform, scheme, reference, data, options.windows)
+                above = 100 * (found["ppl"] / found["ppl_reference"] - 1)
+                print(f"{above:8.2f}% {found['kl']:7.4f}", end="", flush=True)
+            print()
+
+
+def measure(
+    model: Model, transform: str, scheme: str, reference: ModelRunner, data: Data, windows: int
+) -> dict[str, float]:
+    """What `evaluate` says of the model after transform and rounding."""
+    format, activations = SCHEMES[scheme]
+    steps = [
+        TRANSFORMS[transform].replace("FORMAT", format),
+        f"quantize-weights{{format={format},group=0,embedding=float,head=float}}",
+        f"quantize-activations{{{activations}}}",
+    ]
+    pipeline = ",".join(filter(None, steps))
+    model, _ = PassManager(parse_pipeline(pipeline), verify=False).run(model, calibration=data.calibration)
+    return evaluate(ModelRunner(model), reference, text_tokens=data.tokens, windows=windows)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Rotate(Pass):
                 folded = work.fold(group, readers)
                 if folded and self.online_heads and group.kind == "value":
                     work.across_heads(group, readers)
-            elif self.online_hidden and group.producers:
+            elif self.online_hidden and group.forbids["orthogonal"].operator != "input":
                 work.in_front(readers, work.factors)
             else:
                 work.skip(_name(readers[0]), str(group.forbids["orthogonal"]))

@@ -60,7 +60,7 @@ class OrtCpu:
         from qc.backends.ort.fuse.inline import InlineDialect
         from qc.backends.ort.fuse.require import RequireKernels
         from qc.backends.ort.fuse.residuals import KeepResiduals
-        from qc.backends.ort.integers import LowerIntegerLinear
+        from qc.backends.ort.integers import LowerIntegerLinear, LowerIntegerMatMul
         from qc.backends.ort.kernels import LowerFloatLinear, LowerQuantizedWeights
         from qc.passes.fuse.pack_projections import PackProjections
 
@@ -69,6 +69,7 @@ class OrtCpu:
             FuseGroupQueryAttention(),  # after packing: the kernel takes the packed projection unsplit
             MergeHeads(),
             LowerIntegerLinear(),
+            LowerIntegerMatMul(),
             LowerQuantizedWeights(accuracy_level=self.accuracy_level),
             LowerFloatLinear(),  # last of the three: it takes what is left
             LowerFloatConvolution(),

@@ -14,7 +14,7 @@ from qc.ir.quant import Weight, read_weight
 from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
 from qc.passes.canonicalize._graph import add_constant, drop_unused, made_by, replace, stored
 
-__all__ = ["LowerIntegerLinear", "code_bits", "rounded_source"]
+__all__ = ["LowerIntegerLinear", "LowerIntegerMatMul", "code_bits", "rounded_source"]
 
 _MICROSOFT = "com.microsoft"
 
@@ -71,12 +71,39 @@ class LowerIntegerLinear(Pass):
                     continue
                 reason = "no integer kernel takes this grid of its input"
             sites.append(Site(site_name(node), Outcome.SKIPPED, reason))
-        result = Result.of(model, sites)
-        if result.modified:
-            model.opset_imports.setdefault(_MICROSOFT, 1)
-            drop_unused(model)
-            dialect.sync_functions(model)
-        return result
+        return _finish(model, sites)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerIntegerMatMul(Pass):
+    """Fuses a ``MatMul`` of two activations on static grids, each with one scale, into ``MatMulIntegerToFloat``.
+
+    ``MatMul((p - y) r, (q - z) s) = MatMulIntegerToFloat(p, q, r, s, y, z)``. Exact up to the rounding of the scales.
+    """
+
+    contract: ClassVar[Contract] = Exact(1e-4)
+
+    def call(self, model: ir.Model, context: object = None) -> Result:
+        sites = []
+        for node in [n for n in model.graph if n.domain == "" and n.op_type == "MatMul"]:
+            held = [_decoded_codes(v) for v in node.inputs]
+            if held[0] is None or held[1] is None:
+                continue
+            (p, r, y), (q, s, z) = held
+            replace(node.outputs[0], [ir.node("MatMulIntegerToFloat", [p, q, r, s, y, z], domain=_MICROSOFT)], node)
+            sites.append(Site(site_name(node), Outcome.CHANGED, details={"kernel": "MatMulIntegerToFloat"}))
+        return _finish(model, sites)
+
+
+def _decoded_codes(x: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """Codes, scale and zero point of an activation in bytes on one static grid; None if x is anything else."""
+    decode = made_by(x, "DequantizeLinear")
+    codes, scale, zero = (*decode.inputs, None, None)[:3] if decode is not None else (None, None, None)
+    step, start = stored(scale), stored(zero)
+    if codes is None or scale is None or zero is None or step is None or start is None or stored(codes) is not None:
+        return None
+    one = step.size == 1 and step.dtype == ir.DataType.FLOAT and start.dtype in (ir.DataType.UINT8, ir.DataType.INT8)
+    return (codes, scale, zero) if one else None
 
 
 def rounded_source(x: ir.Value | None) -> ir.Node | None:
@@ -241,6 +268,15 @@ def _fuse(node: ir.Node, codes: _Codes, weight: Weight, turned: ir.Value) -> Non
         if bias is not None:
             nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias]))
     replace(node.outputs[0], nodes, like=node)
+
+
+def _finish(model: ir.Model, sites: list[Site]) -> Result:
+    result = Result.of(model, sites)
+    if result.modified:
+        model.opset_imports.setdefault(_MICROSOFT, 1)
+        drop_unused(model)
+        dialect.sync_functions(model)
+    return result
 
 
 def _turned(graph: ir.Graph, weight: Weight) -> ir.Value:

@@ -14,7 +14,7 @@ from qc.passes.canonicalize._graph import add_constant
 from qc.passes.quantize._ranges import Grid, Observed
 from qc.passes.statistics import Request, Statistic
 
-__all__ = ["STATIC_BITS", "column_power", "observed", "requests", "write"]
+__all__ = ["STATIC_BITS", "column_power", "observed", "pair", "requests", "write"]
 
 _TYPES = {
     (4, False): ir.DataType.UINT4,
@@ -69,16 +69,21 @@ def _readers(x: ir.Value) -> Sequence[Weight]:
 
 def write(model: ir.Model, x: ir.Value, grid: Grid, before: ir.Node) -> ir.Value:
     """Puts `x` on a grid in front of `before`; returns the decoded value."""
+    nodes = pair(model, x, grid, str(x.name))
+    model.graph.insert_before(before, nodes)
+    return nodes[-1].outputs[0]
+
+
+def pair(model: ir.Model, x: ir.Value, grid: Grid, name: str) -> list[ir.Node]:
+    """The nodes that put `x` on a grid and decode it, not yet in the graph; their constants are."""
     graph, dtype = model.graph, _TYPES[grid.bits, grid.symmetric]
     graph.opset_imports[""] = max(graph.opset_imports.get("", 0), _OPSET)
-    scale = add_constant(graph, f"{x.name}.scale", ir.tensor(grid.scale))
-    zero = add_constant(graph, f"{x.name}.zero_point", ir.tensor(grid.zero.astype(dtype.numpy()), dtype=dtype))
-    assert x.shape is not None
-    attributes = {"axis": x.shape.rank() - 1} if grid.scale.ndim else {}
+    scale = add_constant(graph, f"{name}.scale", ir.tensor(grid.scale))
+    zero = add_constant(graph, f"{name}.zero_point", ir.tensor(grid.zero.astype(dtype.numpy()), dtype=dtype))
+    attributes = {"axis": x.shape.rank() - 1} if grid.scale.ndim and x.shape is not None else {}
     quantize = ir.node("QuantizeLinear", [x, scale, zero], attributes)
     decode = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], attributes)
     for value, suffix, kind in ((quantize, "codes", dtype), (decode, "quantized", ir.DataType.FLOAT)):
         out = value.outputs[0]
-        out.name, out.dtype, out.shape = f"{x.name}.{suffix}", kind, x.shape
-    graph.insert_before(before, [quantize, decode])
-    return decode.outputs[0]
+        out.name, out.dtype, out.shape = f"{name}.{suffix}", kind, x.shape
+    return [quantize, decode]

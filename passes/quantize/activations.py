@@ -13,6 +13,7 @@ from qc.ir import dialect
 from qc.ir.errors import InputError
 from qc.ir.quant import read_weight
 from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns, site_name
+from qc.passes.quantize._attention import operands, why_not, write_out
 from qc.passes.quantize._ranges import RULES, Grid, choose
 from qc.passes.quantize._static import STATIC_BITS, observed, requests, write
 from qc.passes.statistics import Request
@@ -55,6 +56,7 @@ class QuantizeActivations(BlockPass):
         percentile: The share of entries that `range=percentile` covers at either end, in percent.
         least_sqnr: Static values that keep less than this on their grid, in decibels, get 16 bits; 0 for none.
         float_weights: Whether to quantize the inputs of layers with float weights too.
+        attention: Whether both products of attentions without a cache are quantized too; static only.
         exclude: Regular expressions of layers whose input is left as it is.
     """
 
@@ -69,6 +71,7 @@ class QuantizeActivations(BlockPass):
     percentile: float = 99.99
     least_sqnr: float = 0.0
     float_weights: bool = False
+    attention: bool = False
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class QuantizeActivations(BlockPass):
             raise InputError(f"Expected clip of quantize-activations above 0 and at most 1, found {self.clip}.")
         if not 50 < self.percentile <= 100:
             raise InputError(f"Expected percentile of quantize-activations in 50 to 100, found {self.percentile}.")
+        if self.attention and self.mode != "static":
+            raise InputError("Expected attention of quantize-activations in mode static, found mode dynamic.")
         check_patterns(self.exclude)
 
     def _expect(self, option: str, choices: tuple[object, ...]) -> None:
@@ -92,13 +97,17 @@ class QuantizeActivations(BlockPass):
         if self.mode == "dynamic":
             return []
         read = dict.fromkeys(n.inputs[0] for n in _linears(model) if not self._why_not(n))
-        return [r for x in read for r in requests(x, self._rule, points=self._wants_points)]  # type: ignore[arg-type]
+        found = [r for x in read for r in requests(x, self._rule, points=self._wants_points)]  # type: ignore[arg-type]
+        products = [v for n in self._attentions(model) if not why_not(n) for v in operands(n)]
+        return found + [r for x in products for r in requests(x, self._plain_rule, points=self._wants_points)]
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
         context = dataclasses.replace(context, exclude=(*context.exclude, *self.exclude))
         work = _Work(self, model, context)
-        return Result.of(model, [self._site(n, work) for n in _linears(model) if context.covers(n)])
+        sites = [self._site(n, work) for n in _linears(model) if context.covers(n)]
+        sites += [self._attention_site(n, work) for n in self._attentions(model) if context.covers(n)]
+        return Result.of(model, sites)
 
     def _site(self, node: ir.Node, work: _Work) -> Site:
         name, x = site_name(node), node.inputs[0]
@@ -118,6 +127,24 @@ class QuantizeActivations(BlockPass):
         node.replace_input_with(0, rounded)
         return Site(name, Outcome.CHANGED, "", facts | {"value": x.name})
 
+    def _attention_site(self, node: ir.Node, work: _Work) -> Site:
+        name = site_name(node)
+        pattern = work.context.excluded(name)
+        reason = f"excluded by {pattern}" if pattern is not None else why_not(node)
+        if reason:
+            return Site(name, Outcome.SKIPPED, reason)
+        grids = []
+        for x in operands(node):
+            seen = observed(x, self._plain_rule, work.context.statistics)
+            if seen is None:
+                return Site(name, Outcome.SKIPPED, "its operands were not observed on calibration data")
+            grids.append(choose(seen, self._plain_rule, self.bits, self.symmetric, self.percentile))
+        work.write_out(node, grids)
+        return Site(name, Outcome.CHANGED, "", {"bits": self.bits, "mode": self.mode, "granularity": "tensor"})
+
+    def _attentions(self, model: ir.Model) -> list[ir.Node]:
+        return [n for n in model.graph if n.op_type == "Attention" and n.domain == ""] if self.attention else []
+
     def _why_not(self, node: ir.Node) -> str:
         """Why the input of a Linear cannot be quantized; empty if it can, or is already."""
         x, weight = node.inputs[0], read_weight(node.inputs[1])
@@ -132,6 +159,11 @@ class QuantizeActivations(BlockPass):
     @property
     def _rule(self) -> str:
         return "minmax" if self.granularity == "channel" or self.bits == _WIDE else self.range
+
+    @property
+    def _plain_rule(self) -> str:
+        """The rule for values that no weight reads."""
+        return "mse" if self._rule == "output" else self._rule
 
     @property
     def _wants_points(self) -> bool:
@@ -183,6 +215,10 @@ class _Work:
         if grid.scale.ndim == 0:
             facts["scale"] = float(grid.scale)
         return write(self._model, x, grid, before), facts
+
+    def write_out(self, node: ir.Node, grids: list[Grid]) -> None:
+        """Puts the products of an attention on grids."""
+        write_out(self._model, node, grids)
 
     def _dynamic(self, x: ir.Value, before: ir.Node) -> ir.Value:
         nodes = self._options.dynamic(x)

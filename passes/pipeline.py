@@ -90,6 +90,30 @@ def _reassemble() -> type[Pass]:
     return Reassemble
 
 
+def _smooth_percentile() -> type[Pass]:
+    from qc.passes.transform.percentile import SmoothPercentile
+
+    return SmoothPercentile
+
+
+def _smooth_powers() -> type[Pass]:
+    from qc.passes.transform.powers import SmoothPowers
+
+    return SmoothPowers
+
+
+def _outlier_tune() -> type[Pass]:
+    from qc.passes.transform.outlier_tune import OutlierTune
+
+    return OutlierTune
+
+
+def _permute() -> type[Pass]:
+    from qc.passes.transform.permute import PermuteChannels
+
+    return PermuteChannels
+
+
 _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "quantize-weights": _quantize_weights,
     "quantize-activations": _quantize_activations,
@@ -98,6 +122,10 @@ _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "equalize": _equalize,
     "rotate": _rotate,
     "reassemble": _reassemble,
+    "smooth-percentile": _smooth_percentile,
+    "smooth-powers": _smooth_powers,
+    "outlier-tune": _outlier_tune,
+    "permute-channels": _permute,
 }
 """The passes that a recipe may name; values import on call, so listing the names imports no pass."""
 

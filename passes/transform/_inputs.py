@@ -16,9 +16,23 @@ from qc.ir.store import Store
 from qc.passes.base import Context, Outcome, Result, Site
 from qc.passes.statistics import Request, Statistic
 from qc.passes.transform.actions import Scale
-from qc.passes.transform.fold import fold
+from qc.passes.transform.fold import Folded, fold
 
-__all__ = ["Columns", "Inputs", "centred", "requests", "scale_inputs", "unreadable", "unwritable", "visit"]
+__all__ = [
+    "Columns",
+    "Inputs",
+    "centred",
+    "linear_readers",
+    "operators",
+    "requests",
+    "scale_inputs",
+    "unreadable",
+    "unscalable",
+    "unscalable_at_run_time",
+    "unseparable",
+    "unwritable",
+    "visit",
+]
 
 _STRONGEST = 1e4
 """Largest factor, and the inverse of the smallest: between them float32 keeps all its digits after a fold."""
@@ -53,12 +67,27 @@ class Inputs:
         Returns:
             ``[width of the group]``.
         """
-        found = np.zeros(self.group.width)
+        return self.tied(np.maximum(self.greatest(columns), 0.0))
+
+    def greatest(self, columns: Sequence[np.ndarray]) -> np.ndarray:
+        """The maximum over products and repeated columns.
+
+        Args:
+            columns: For each product ``[K]``.
+
+        Returns:
+            ``[width of the group]``; 0 for channels that no product reads.
+        """
+        found = np.full(self.group.width, -np.inf)
         for use, numbers in zip(self.products, columns, strict=True):
             index = _index(use)
             np.maximum.at(found, index[index >= 0], numbers[index >= 0])
+        return np.where(np.isfinite(found), found, 0.0)
+
+    def tied(self, numbers: np.ndarray) -> np.ndarray:
+        """The maximum over the cells of the group, of non-negative numbers ``[width of the group]``."""
         cells = np.zeros(self.group.width)
-        np.maximum.at(cells, self.group.cells, found)
+        np.maximum.at(cells, self.group.cells, numbers)
         return cells[self.group.cells]
 
     def spread(self, factors: np.ndarray, use: Use) -> np.ndarray:
@@ -78,9 +107,13 @@ Change = Callable[[Inputs, Columns, dict[str, object]], Site]
 """Transforms a group and returns the site; gets facts for it."""
 
 
+After = Callable[[Inputs, Columns, np.ndarray], Mapping[str, object]]
+"""What else is done to a group after its channels were divided by these factors; returns facts."""
+
+
 def requests(model: ir.Model, statistics: Sequence[Statistic], obstacle: Obstacle | None = None) -> list[Request]:
     """What to collect so that `scale_inputs`, or `visit` with this obstacle, knows these statistics."""
-    found = [i for i in _inputs(model) if not (obstacle or _unscalable)(i)]
+    found = [i for i in _inputs(model) if not (obstacle or unscalable)(i)]
     return [_request(use, s) for inputs in found for use in inputs.products for s in statistics]
 
 
@@ -128,7 +161,14 @@ def visit(
 
 
 def scale_inputs(
-    model: ir.Model, context: Context, exclude: Sequence[str], statistics: Sequence[Statistic], choose: Choice
+    model: ir.Model,
+    context: Context,
+    exclude: Sequence[str],
+    statistics: Sequence[Statistic],
+    choose: Choice,
+    *,
+    obstacle: Obstacle | None = None,
+    after: After | None = None,
 ) -> Result:
     """Divides the input channels of matrix products by factors and multiplies the weights by them.
 
@@ -142,23 +182,28 @@ def scale_inputs(
         exclude: Regular expressions of products whose group is left alone.
         statistics: What `choose` needs, of the input of each product.
         choose: Says by which factors.
+        obstacle: Says which groups are left alone: `unscalable`, or `unscalable_at_run_time` to insert multiplications.
+        after: What else to do to each group.
     """
     scaled: dict[ir.Node, np.ndarray] = {}
 
-    def obstacle(inputs: Inputs) -> str:
+    def taken(inputs: Inputs) -> str:
         if any(np.any(scaled.get(u.node, False) & (_index(u) >= 0)) for u in inputs.products):
             return "its products were already scaled together with the other factor of their input"
-        return _unscalable(inputs)
+        return (obstacle or unscalable)(inputs)
 
     def change(inputs: Inputs, columns: Columns, facts: dict[str, object]) -> Site:
         factors, chosen = choose(inputs, columns)
-        site = _fold(model, inputs, factors, context.store, facts | chosen)
-        if site.outcome is Outcome.CHANGED:
-            for use in inputs.products:
-                scaled[use.node] = scaled.get(use.node, False) | (_index(use) >= 0)
-        return site
+        changed = _fold(model, inputs, factors, context.store)
+        more = after(inputs, columns, factors) if after is not None else {}
+        facts |= {**chosen, **changed, **more}
+        if not changed and not more:
+            return Site(inputs.names[0], Outcome.MATCHED, "no factors are better than those it has", facts)
+        for use in inputs.products:
+            scaled[use.node] = scaled.get(use.node, False) | (_index(use) >= 0)
+        return Site(inputs.names[0], Outcome.CHANGED, "", facts)
 
-    return visit(model, context, exclude, statistics, obstacle, change)
+    return visit(model, context, exclude, statistics, taken, change)
 
 
 def centred(factors: np.ndarray, used: np.ndarray) -> np.ndarray:
@@ -173,24 +218,38 @@ def centred(factors: np.ndarray, used: np.ndarray) -> np.ndarray:
     return result
 
 
-def _fold(model: ir.Model, inputs: Inputs, factors: np.ndarray, store: Store, facts: dict[str, object]) -> Site:
-    power = inputs.products[0].power
-    folded = fold(model, inputs.group, Scale(factors ** (1 / power)), store)
+def _fold(model: ir.Model, inputs: Inputs, factors: np.ndarray, store: Store) -> dict[str, object]:
+    """Divides the channels by factors; returns facts, none if nothing changed."""
+    runtime = "scale" not in inputs.group.admits
+    power = -1.0 if runtime else inputs.products[0].power
+    folded = fold(model, inputs.group, Scale(factors ** (1 / power)), store, runtime=runtime)
     if not folded.modified:
-        return Site(inputs.names[0], Outcome.MATCHED, "no factors are better than those it has", facts)
+        return {}
     reach: dict[str, object] = {"smallest": float(factors.min()), "largest": float(factors.max())}
+    if folded.added:
+        reach["added"] = operators(folded)
     if folded.state:
         reach["state"] = list(folded.state)
-    return Site(inputs.names[0], Outcome.CHANGED, "", facts | reach)
+    return reach
+
+
+def operators(folded: Folded) -> list[dict[str, object]]:
+    """The operators that a fold added, for the report."""
+    return [{"operator": operator, "operations": cost} for operator, cost in folded.added]
 
 
 def _inputs(model: ir.Model, context: Context | None = None) -> list[Inputs]:
     found = []
     for group in find_groups(model):
-        products = tuple(u for u in group.consumers if dialect.is_op(u.node, "Linear") and 0 not in u.axes)
+        products = linear_readers(group)
         if products and group.kind != "heads" and (context is None or context.covers(products[0].node)):
             found.append(Inputs(group, products))
     return found
+
+
+def linear_readers(group: ChannelGroup) -> tuple[Use, ...]:
+    """The weights ``[N, K]`` of linear layers that read the channels."""
+    return tuple(u for u in group.consumers if dialect.is_op(u.node, "Linear") and 0 not in u.axes)
 
 
 def _outdated(inputs: Inputs) -> bool:
@@ -199,7 +258,7 @@ def _outdated(inputs: Inputs) -> bool:
     return any(u.value is not None and math.prod(u.value.shape or ()) != math.prod(u.shape) for u in uses)
 
 
-def _unscalable(inputs: Inputs) -> str:
+def unscalable(inputs: Inputs) -> str:
     """Why no factors can be moved into the weights that read the channels."""
     group, products = inputs.group, inputs.products
     if "scale" not in group.admits:
@@ -207,6 +266,22 @@ def _unscalable(inputs: Inputs) -> str:
     if len({use.power for use in products}) != 1 or products[0].power == 0:
         return "its products see different powers of the channels"
     return unreadable(inputs) or unwritable(inputs, (*group.producers, *group.consumers))
+
+
+def unscalable_at_run_time(inputs: Inputs) -> str:
+    """Why factors can neither be moved into weights nor multiplied with at run time."""
+    if "scale" in inputs.group.admits:
+        return unscalable(inputs)
+    return unseparable(inputs) or unreadable(inputs) or unwritable(inputs, inputs.group.consumers)
+
+
+def unseparable(inputs: Inputs) -> str:
+    """Why no operator can be inserted in front of everything that reads the channels; empty if it can."""
+    if any(not np.array_equal(np.sort(use.index), np.arange(inputs.group.width)) for use in inputs.products):
+        return "its products read other channels too"
+    if len(inputs.products) != len(inputs.group.consumers):
+        return "other operators than linear layers read its channels"
+    return ""
 
 
 def unreadable(inputs: Inputs) -> str:

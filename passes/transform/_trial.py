@@ -13,6 +13,7 @@ from qc.ir.quant import Format, read_weight
 from qc.passes.quantize.assign import assign
 from qc.passes.quantize.weights import fitted
 from qc.passes.statistics import Statistic
+from qc.passes.transform._inputs import Inputs
 
 __all__ = ["GRANULARITIES", "STATISTICS", "Product", "Quantizers", "Trial", "stored"]
 
@@ -130,6 +131,15 @@ class Trial:
             size = float(np.vdot(expected, expected))
             total += float(np.square(found - expected).sum(dtype=np.float64)) / (size if size > 0 else 1.0)
         return total
+
+    def scaled(self, inputs: Inputs, factors: np.ndarray) -> float:
+        """The error with channels divided by factors, ``[width of the group]``."""
+
+        def change(use: Use, product: Product) -> Product:
+            s = inputs.spread(factors, use).astype(np.float32)
+            return Product(product.x / s, product.low / s, product.high / s, product.rows * s)
+
+        return self.error(change)
 
 
 def stored(use: Use, count: int) -> np.ndarray:

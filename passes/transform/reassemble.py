@@ -14,7 +14,7 @@ from qc.ir.errors import InputError
 from qc.ir.store import Store
 from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns
 from qc.passes.statistics import Request, Statistic
-from qc.passes.transform._inputs import Columns, Inputs, requests, unreadable, unwritable, visit
+from qc.passes.transform._inputs import Columns, Inputs, operators, requests, unreadable, unseparable, unwritable, visit
 from qc.passes.transform._matching import Matching
 from qc.passes.transform._trial import STATISTICS, Product, Quantizers, Trial, stored
 from qc.passes.transform.actions import Reassemble as Reassembly
@@ -106,11 +106,8 @@ def _obstacle(inputs: Inputs) -> str:
     group = inputs.group
     if group.kind in ("value", "key"):
         return "its channels belong to attention heads, which must keep their width"
-    if any(not np.array_equal(np.sort(use.index), np.arange(group.width)) for use in inputs.products):
-        return "its products read other channels too"
-    if len(inputs.products) != len(group.consumers):
-        return "other operators than linear layers read its channels"
-    return unreadable(inputs) or unwritable(inputs, group.family.uses if _folds(inputs) else group.uses)
+    uses = group.family.uses if _folds(inputs) else group.uses
+    return unseparable(inputs) or unreadable(inputs) or unwritable(inputs, uses)
 
 
 def _folds(inputs: Inputs) -> bool:
@@ -223,6 +220,6 @@ def _apply(model: ir.Model, inputs: Inputs, action: Reassembly | None, store: St
         "copies": int(copies.sum() - len(copies)),
         "merged": int(sizes[sizes > 1].sum()),
         "width": len(sizes),
-        "added": [{"operator": operator, "operations": cost} for operator, cost in folded.added],
+        "added": operators(folded),
     }
     return Site(name, Outcome.CHANGED, "", facts)

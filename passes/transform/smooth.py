@@ -12,7 +12,16 @@ from qc.ir.errors import InputError
 from qc.ir.quant import read_weight
 from qc.passes.base import BlockPass, Context, Contract, Exact, Result, check_patterns
 from qc.passes.statistics import Request, Statistic
-from qc.passes.transform._inputs import Columns, Inputs, centred, requests, scale_inputs
+from qc.passes.transform._inputs import (
+    Columns,
+    Inputs,
+    centred,
+    requests,
+    scale_inputs,
+    unscalable,
+    unscalable_at_run_time,
+)
+from qc.passes.transform._trial import STATISTICS, Quantizers, Trial
 
 __all__ = ["Smooth"]
 
@@ -20,6 +29,9 @@ _STATISTICS = (Statistic.ABS_MAX,)
 
 _FLOOR = 1e-5
 """Weights of a channel count as at least this share of the largest: a column of zeros says nothing about factors."""
+
+_STEPS = 20
+"""Steps from 0 to 1 of the search."""
 
 _ROWS = 1 << 22
 """Elements of a weight that are read at a time."""
@@ -38,35 +50,85 @@ class Smooth(BlockPass):
     Channels that are always zero keep their scale. Left alone, with the reason: channels whose factors something on the
     way does not let through, and weights that are shared with other layers. A cache holds scaled values.
 
+    ``alpha`` may be searched for each group, among 0, 0.05, ..., 1 and leaving it as it is: the one of the least error
+    of the outputs of its layers on samples of their input, with weights and activations rounded as the passes behind
+    this one will do it.
+
+    Where no weight can take up the factors, such as behind an activation function that is not homogeneous, or a norm
+    whose output is also added to something, they can be multiplied with at run time (`runtime`). A static quantizer
+    behind takes the multiplication up as a scale per channel.
+
     Source: SmoothQuant, arXiv 2211.10438, equation 4, on every group that admits it instead of the outputs of norms
-    alone.
+    alone; the search is ours.
 
     Attributes:
-        alpha: How much of the difficulty moves into the weights, from 0 to 1.
+        alpha: How much of the difficulty moves into the weights, from 0 to 1, or ``search``.
+        runtime: Whether to multiply at run time where weights cannot take up factors.
+        bits: Bits that activations will have, for the search.
+        granularity: What will share a range of them, for the search: ``tensor`` or ``token``.
+        weights: Format that weights will have, for the search.
         exclude: Regular expressions of sites or weights to leave as they are.
     """
 
     contract: ClassVar[Contract] = Exact(cache=False)
 
-    alpha: float = 0.5
+    alpha: float | str = 0.5
+    runtime: bool = False
+    bits: int = 8
+    granularity: str = "tensor"
+    weights: str = "int8"
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"Expected an alpha from 0 to 1 for smooth, found {self.alpha}.")
+        number = isinstance(self.alpha, float) and 0 <= self.alpha <= 1
+        if not number and self.alpha != "search":
+            raise InputError(f"Expected an alpha from 0 to 1 for smooth, or 'search'; found {self.alpha!r}.")
+        Quantizers.parse(self.spec_name(), self.weights, self.bits, self.granularity)
         check_patterns(self.exclude)
 
+    @property
+    def sequential(self) -> bool:
+        return self.alpha == "search"  # samples of the inputs of all layers at once would take much memory
+
+    @property
+    def _statistics(self) -> tuple[Statistic, ...]:
+        return (Statistic.ABS_MAX, *(STATISTICS if self.alpha == "search" else ()))
+
     def needs(self, model: ir.Model) -> list[Request]:
-        return requests(model, _STATISTICS)
+        return requests(model, self._statistics, self._obstacle)
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
-        return scale_inputs(model, context, self.exclude, _STATISTICS, self._choose)
+        quantizers = Quantizers.parse(self.spec_name(), self.weights, self.bits, self.granularity, context.threads)
 
-    def _choose(self, inputs: Inputs, columns: Columns) -> tuple[np.ndarray, dict[str, object]]:
-        activation = inputs.largest(columns[Statistic.ABS_MAX])
-        weight = inputs.largest([_column_maxima(use.value) for use in inputs.products])
-        return _factors(activation, weight, self.alpha), {"alpha": self.alpha}
+        def choose(inputs: Inputs, columns: Columns) -> tuple[np.ndarray, dict[str, object]]:
+            activation = inputs.largest(columns[Statistic.ABS_MAX])
+            weight = inputs.largest([_column_maxima(use.value) for use in inputs.products])
+            if self.alpha != "search":
+                return _factors(activation, weight, float(self.alpha)), {"alpha": self.alpha}
+            trial = Trial(inputs.products, columns, quantizers)
+            return _search(inputs, trial, activation, weight)
+
+        return scale_inputs(model, context, self.exclude, self._statistics, choose, obstacle=self._obstacle)
+
+    def _obstacle(self, inputs: Inputs) -> str:
+        return (unscalable_at_run_time if self.runtime else unscalable)(inputs)
+
+
+def _search(
+    inputs: Inputs, trial: Trial, activation: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, dict[str, object]]:
+    best, alpha, before = np.ones(len(weight)), None, trial.scaled(inputs, np.ones(len(weight)))
+    lowest = before
+    for candidate in np.linspace(0, 1, _STEPS + 1):
+        factors = _factors(activation, weight, candidate)
+        error = trial.scaled(inputs, factors)
+        if error < lowest:
+            best, alpha, lowest = factors, round(float(candidate), 4), error
+    facts: dict[str, object] = {"alpha": alpha}
+    if before > 0:
+        facts["error"] = round(lowest / before, 4)
+    return best, facts
 
 
 def _factors(activation: np.ndarray, weight: np.ndarray, alpha: float) -> np.ndarray:

@@ -62,9 +62,11 @@ class OrtCpu:
         from qc.backends.ort.fuse.residuals import KeepResiduals
         from qc.backends.ort.integers import LowerIntegerLinear, LowerIntegerMatMul
         from qc.backends.ort.kernels import LowerFloatLinear, LowerQuantizedWeights
+        from qc.backends.ort.widen import WidenWeights
         from qc.passes.fuse.pack_projections import PackProjections
 
         passes = (
+            WidenWeights(accuracy_level=self.accuracy_level),
             PackProjections(),
             FuseGroupQueryAttention(),  # after packing: the kernel takes the packed projection unsplit
             MergeHeads(),

@@ -65,6 +65,8 @@ def _obstacle(layer: ir.Node) -> str:
     weight = read_weight(layer.inputs[1])
     if weight is None:
         return "its weight is computed"
+    if weight.format is not None and not all(s.by_row for s in weight.format.streams(weight.shape)):
+        return f"its rows are not stored on their own in {weight.format}"
     if len(weight.value.uses()) > 1 or len(weight.data.uses()) > 1:
         return "its weight is used elsewhere too, and would be stored twice"
     if len(layer.inputs) > 2 and read_weight(layer.inputs[2]) is None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qc import inspection
+from qc import format_errors, inspection
 from qc.cli.output import byte_size, figure, print_json, print_table
 from qc.frontend import load
+from qc.ir.errors import InputError
 from qc.ir.text import to_text
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
@@ -15,6 +16,8 @@ from qc.passes.manager import PassManager
 __all__ = ["run"]
 
 _ROWS = 30
+_SHOWN = ("mid2:g64:f16", "lut3", "uint3:g64:f16", "uint4:g32:f16", "nf4:g64:q8x256", "mxfp4", "int8")
+"""Formats that have a column for every weight."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -25,10 +28,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.graph:
         print(to_text(model))
         return 0
-    wanted = [name for name in ("sizes", "blocks", "groups", "outliers") if getattr(arguments, name)] or ["sizes"]
+    wanted = [name for name in _PRINTERS if getattr(arguments, name)] or ["formats" if arguments.plot else "sizes"]
     data: dict[str, object] = {}
     for name in wanted:
-        data |= getattr(inspection, name)(model)
+        data |= format_errors.formats(model) if name == "formats" else getattr(inspection, name)(model)
+    if arguments.plot:
+        if "compared" not in data:
+            raise InputError("Expected --formats beside --plot: the plot shows errors of formats.")
+        Path(arguments.plot).write_text(format_errors.plot(data), encoding="utf-8")
     if arguments.json:
         print_json(data)
         return 0
@@ -126,4 +133,22 @@ def _outliers(data: dict) -> None:
     )
 
 
-_PRINTERS = {"sizes": _sizes, "blocks": _blocks, "groups": _groups, "outliers": _outliers}
+def _formats(data: dict) -> None:
+    names = [e["format"] for e in data["compared"]]
+    print_table(
+        "relative squared error in each format (mean over weights), with plain assignment and no calibration",
+        ("format", "bits/weight", "error"),
+        ((e["format"], f"{e['bits_per_weight']:.3f}", figure(e["error"])) for e in data["compared"]),
+        numeric=(1, 2),
+    )
+    shown = [n for n in names if n in _SHOWN]
+    found = ({e["format"]: figure(e["error"]) for e in w["errors"]} | {"": w["name"]} for w in data["weights"][:_ROWS])
+    print_table(
+        f"by weight, the first {_ROWS}; all of them and all formats with --json",
+        ("weight", *shown),
+        ((row[""], *(row.get(n, "-") for n in shown)) for row in found),
+        numeric=tuple(range(1, len(shown) + 1)),
+    )
+
+
+_PRINTERS = {"sizes": _sizes, "blocks": _blocks, "groups": _groups, "outliers": _outliers, "formats": _formats}

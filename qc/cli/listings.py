@@ -73,6 +73,7 @@ def targets(arguments: argparse.Namespace) -> int:
 
 def formats(arguments: argparse.Namespace) -> int:
     """Lists the weight formats with the bits that they store per weight."""
+    from qc.backends.ort.widen import runs_as
     from qc.ir.quant import STANDARD, named_formats
 
     data = []
@@ -81,14 +82,16 @@ def formats(arguments: argparse.Namespace) -> int:
         grouped = {g: dataclasses.replace(format, group=g) if free else format for g in (32, 128)}
         bits = {f"g{g}": f.stored_bits((4096, 4096)) / 4096**2 for g, f in grouped.items()}
         about = STANDARD.get(name, format.values.about)
-        data.append({"name": name, "about": about, **bits})
+        data.append({"name": name, "about": about, **bits, "ort_cpu": runs_as(grouped[128], 4096)})
     if arguments.json:
         print_json({"formats": data})
         return 0
-    rows = ((d["name"], d["about"], d["g32"], d["g128"]) for d in data)
-    print_table("", ("name", "about", "bits/weight :g32", ":g128"), rows, numeric=(2, 3))
-    print("\nA full spelling adds the group and, for half-precision scales, f16: uint4:g32, int8:g128:f16.")
-    print("Without a group, a row has one scale.")
+    rows = ((d["name"], d["about"], f"{d['g32']:.3f}", f"{d['g128']:.3f}", d["ort_cpu"]) for d in data)
+    print_table("", ("name", "about", "bits/weight :g32", ":g128", "on ort-cpu (:g128)"), rows, numeric=(2, 3))
+    print(
+        "\nA full spelling adds the grouping, the storage of scales and a remainder: uint4:g32, int8:g128:f16, int8:in,"
+    )
+    print("nf4:g64:q8x256, lut3+sparse0.45, mid1:g128:f16+columns10:int8. Without a group, a row has one scale.")
     return 0
 
 

@@ -121,6 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--blocks", action="store_true", help="the repeated blocks, found from the graph")
     c.add_argument("--groups", action="store_true", help="the channel groups: what may be done to which channels")
     c.add_argument("--outliers", action="store_true", help="channels of activations and weights that stand out")
+    c.add_argument("--formats", action="store_true", help="the error of every weight in every format, at its bits")
+    c.add_argument("--plot", metavar="FILE.svg", help="with --formats: error against bits as a picture")
     c.add_argument("--graph", action="store_true", help="the readable text form")
     _json(c)
 

@@ -1,7 +1,8 @@
 """Puts both products of an attention on grids: ``softmax(Q' K'^T s + M)' V'``.
 
-An ``Attention`` that is one operator hides its probabilities, so it is written out first. What is added to the scores
-or selects among them (masks) is no operand of a product and stays as it is.
+An ``Attention`` that is one operator hides its probabilities, so it is written out first. The scale of the scores goes
+into the step with which codes of queries are decoded, and a mask that selects is turned into one that adds: either
+would take a pass over all scores otherwise. Masks are no operands of a product and stay as they are.
 """
 
 from __future__ import annotations
@@ -81,12 +82,13 @@ def write_out(model: ir.Model, node: ir.Node, grids: list[Grid]) -> None:
     width = q.shape[3] if q.shape is not None else 1
     given = node.attributes["scale"].as_float() if "scale" in node.attributes else 0.0
     scale = given or float(width) ** -0.5  # type: ignore[arg-type]
-    turned = on_grid(k, grids[1], f"{node.outputs[0].name}.keys", [0, 1, 3, 2])
-    scores = add("MatMul", [on_grid(q, grids[0], f"{node.outputs[0].name}.queries"), turned])
-    scores = add("Mul", [scores, number("scale", scale)])
+    queries = on_grid(q, grids[0], f"{node.outputs[0].name}.queries")
+    nodes[-1].replace_input_with(1, number("scale", float(grids[0].scale) * scale))
+    scores = add("MatMul", [queries, on_grid(k, grids[1], f"{node.outputs[0].name}.keys", [0, 1, 3, 2])])
     if mask is not None and mask.dtype == ir.DataType.BOOL:
-        scores = add("Where", [mask, scores, number("lowest", _LOWEST)])
-    elif mask is not None:
+        mask = add("Where", [mask, number("nothing", 0.0), number("lowest", _LOWEST)])
+        mask.shape = (*node.inputs, None)[3].shape
+    if mask is not None:
         scores = add("Add", [scores, mask])
     shares = add("Softmax", [scores], axis=-1)
     unit = Grid.of(0.0, 1.0, grids[2].bits, symmetric=False)

@@ -114,11 +114,18 @@ def _permute() -> type[Pass]:
     return PermuteChannels
 
 
+def _tune() -> type[Pass]:
+    from qc.passes.tune.learn import Tune
+
+    return Tune
+
+
 _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "quantize-weights": _quantize_weights,
     "quantize-activations": _quantize_activations,
     "smooth": _smooth,
     "awq": _awq,
+    "tune": _tune,
     "equalize": _equalize,
     "rotate": _rotate,
     "reassemble": _reassemble,

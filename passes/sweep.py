@@ -21,6 +21,7 @@ from qc.ir.digest import digest_batches, digest_model
 from qc.ir.errors import ContractError, InputError
 from qc.ir.model import Model
 from qc.ir.probe import find_inputs
+from qc.ir.quant import Weight
 from qc.ir.runtime import Session
 from qc.ir.verify import compare, tolerance
 from qc.passes._activations import Shelf, Stream
@@ -80,11 +81,13 @@ class BlockData:
         count: Number of batches.
         reference: The float part: a model of its own, with the names of the network.
         targets: Names of the outputs to come close to.
+        originals: The float weights that passes of this sweep have replaced, by the value that is read instead.
     """
 
     def __init__(self, label: str, reference: Model, partition: Partition, k: int, float_: Stream, changed: Stream):
         self.label, self.reference, self.count = label, reference, float_.count
         self.targets = tuple(str(v.name) for v in reference.graph.outputs)
+        self.originals: dict[ir.Value, Weight] = {}
         self._partition, self._k, self._float, self._changed = partition, k, float_, changed
 
     def part(self) -> Model:

@@ -257,6 +257,8 @@ class _Work:
             "bytes_after": tensor.stored_bits // 8,
         } | found
         self._done[key] = (use.name, node.outputs[0], facts)
+        if self.context.block is not None:
+            self.context.block.originals[node.outputs[0]] = use.weight
         self._rewire(use, node.outputs[0])
         return facts
 

@@ -31,27 +31,29 @@ from qc.passes.manager import PassManager
 from qc.passes.pipeline import parse_pipeline
 
 SCHEMES = {
-    "W8A8 static": ("int8", "mode=static"),
-    "W8A8 dynamic": ("int8", "bits=8"),
-    "W8A8": ("int8", "bits=8,granularity=token"),
-    "W6A6": ("int6", "bits=6,granularity=token"),
-    "W4A8": ("int4", "bits=8,granularity=token"),
-    "W4A4": ("int4", "bits=4,granularity=token"),
+    "W8A8 static": ("int8", 8, "tensor", "static"),
+    "W8A8 dynamic": ("int8", 8, "tensor", "dynamic"),
+    "W8A8": ("int8", 8, "token", "dynamic"),
+    "W6A6": ("int6", 6, "token", "dynamic"),
+    "W4A8": ("int4", 8, "token", "dynamic"),
+    "W4A4": ("int4", 4, "token", "dynamic"),
 }
-"""Format of the weights, and options of `quantize-activations`: static and dynamic with one range for a whole tensor,
-the others with one per token."""
+"""Format of the weights; bits of activations, what shares a range of them, and when it is found."""
 
 _ROTATE = "rotate{online-hidden=true,online-heads=true}"
+_REASSEMBLE = "reassemble{bits=BITS,granularity=GRANULARITY,weights=FORMAT,optional=true}"
 
 TRANSFORMS = {
     "none": "",
     "smooth": "smooth",
     "awq": "awq{format=FORMAT,group=0}",
+    "reassemble": _REASSEMBLE,
+    "smooth, reassemble": f"smooth,{_REASSEMBLE}",
     "rotate, folded": "rotate",
     "rotate": _ROTATE,
     "rotate, smooth": f"{_ROTATE},smooth",
 }
-"""Pipelines; FORMAT stands for the format of the weights. ``rotate`` is with rotations at run time."""
+"""Pipelines, with words in capitals in place of what the scheme says; ``rotate`` is with rotations at run time."""
 
 
 def main() -> None:
@@ -88,11 +90,14 @@ def measure(
     model: Model, transform: str, scheme: str, reference: ModelRunner, data: Data, windows: int
 ) -> dict[str, float]:
     """What `evaluate` says of the model after transform and rounding."""
-    format, activations = SCHEMES[scheme]
+    format, bits, granularity, mode = SCHEMES[scheme]
+    transforms = TRANSFORMS[transform]
+    for word, held in {"FORMAT": format, "BITS": bits, "GRANULARITY": granularity}.items():
+        transforms = transforms.replace(word, str(held))
     steps = [
-        TRANSFORMS[transform].replace("FORMAT", format),
+        transforms,
         f"quantize-weights{{format={format},group=0,embedding=float,head=float}}",
-        f"quantize-activations{{{activations}}}",
+        f"quantize-activations{{mode={mode},bits={bits},granularity={granularity}}}",
     ]
     pipeline = ",".join(filter(None, steps))
     model, _ = PassManager(parse_pipeline(pipeline), verify=False).run(model, calibration=data.calibration)

@@ -14,7 +14,7 @@ from qc.ir.channels import ChannelGroup, Use, find_groups
 from qc.ir.quant import read_weight
 from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site, check_patterns
 from qc.passes.transform._bounds import Bounds
-from qc.passes.transform._inputs import centred
+from qc.passes.transform._inputs import Inputs, centred, unwritable
 from qc.passes.transform.actions import Scale
 from qc.passes.transform.fold import fold
 
@@ -161,7 +161,7 @@ class _Group:
         pattern = context.excluded(*names)
         if pattern is not None:
             return f"excluded by {pattern}"
-        return _unwritable(self.group, self.uses)
+        return unwritable(Inputs(self.group, tuple(self.uses)), self.uses)
 
     def ranges(self) -> tuple[np.ndarray, np.ndarray]:
         """The share of each channel of the largest of its weight: where factors multiply, and where they divide."""
@@ -228,16 +228,3 @@ def _settle(work: Sequence[_Group], context: Context) -> None:
 
 def _is_product(node: ir.Node) -> bool:
     return dialect.is_op(node, "Linear") or (node.domain == "" and node.op_type in ("Conv", "MatMul"))
-
-
-def _unwritable(group: ChannelGroup, uses: Sequence[Use]) -> str:
-    """Why some weights of a group cannot be changed; empty if they can."""
-    members = {(use.node, use.slot) for use in group.uses}
-    for use in uses:
-        weight = read_weight(use.value)
-        if weight is None or weight.format is not None:
-            return f"{use.name} is quantized: put transforms in front of quantization"
-        direct = [pair for pair in weight.data.uses() if pair[0] is not weight.value.producer()]
-        if any(tuple(pair) not in members for pair in (*weight.value.uses(), *direct)):
-            return f"{use.name} is also read elsewhere, and would have to be stored twice"
-    return ""

@@ -238,7 +238,7 @@ def _gathernd(trace: Trace, node: ir.Node, rule: Rule) -> None:
             return
         ids = np.take(ids, np.array(chosen).reshape(index[:-1]), axis=0)
         axes = [*range(moved), *axes]
-        trace.limit(view.ids, "Slice", node)
+        trace.limit(view.ids, "GatherND", node)
     trace.set(node.outputs[0], View.of(axes, ids))
 
 

@@ -17,6 +17,10 @@ from tiny_models import ARCHITECTURES
 from qc.ir.channels import find_groups
 from qc.ir.model import Model
 from qc.ir.store import Store
+from qc.passes.base import Outcome
+from qc.passes.manager import PassManager
+from qc.passes.pipeline import parse_pipeline
+from qc.passes.transform.actions import Merge, Split
 from qc.passes.transform.fold import fold
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the warnings of torch are not ours
@@ -58,6 +62,30 @@ def test_all_actions_together_hold_in_float32(name: str, models: Path) -> None:
         model = original.clone()
         act_everywhere(model, action, np.float32)
         assert difference(expected, run(model, "float32")) < 1e-4, action
+
+
+def test_merging_the_copies_that_a_split_made_keeps_the_function(models: Path) -> None:
+    model = canonical("mobilenetv2", models)
+    expected, rng, store, count = run(model), np.random.default_rng(0), Store(), 0
+    for number in range(len(find_groups(model))):
+        group = find_groups(model)[number]
+        if not {"split", "merge"} <= group.admits:
+            continue
+        copies = Split(rng.integers(1, 4, group.width))
+        fold(model, group, copies, store, dtype=np.float64)
+        fold(model, find_groups(model)[number], Merge(copies.sources), store, dtype=np.float64)
+        count += 1
+    assert count == 7
+    assert difference(expected, run(model)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_rotations_hold_with_all_that_run_additionally(name: str, models: Path) -> None:
+    pipeline = "rotate{online-hidden=true,online-heads=true,online-keys=true}"
+    _, (report,) = PassManager(parse_pipeline(pipeline)).run(canonical(name, models))  # the manager compares
+    assert report.differences
+    reasons = {s.reason.partition(" forbids")[0] for s in report.sites if s.outcome is Outcome.SKIPPED}
+    assert reasons <= {"input", "Pad"}, "what admits no rotation is rotated at run time, but for what the caller gives"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -60,6 +60,8 @@ class Manifest:
         provenance: Facts about the source that the frontend recorded.
         source: The files that were compiled, by name.
         accuracy: What was measured on the artifact in its own runtime.
+        calibration: What statistics were collected on: ``source``, ``batches``, ``sha256`` of their content; empty if
+            on inputs made up.
         sizes: Sizes in bytes, by what they count; ``artifact`` is all files but the manifest.
         files: All files but the manifest, by path relative to the artifact, with ``/``.
         qc: Version of qc that wrote it.
@@ -77,6 +79,7 @@ class Manifest:
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     source: Mapping[str, FileEntry] = dataclasses.field(default_factory=dict)
     accuracy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     files: Mapping[str, FileEntry] = dataclasses.field(default_factory=dict)
     qc: str = ""
@@ -94,6 +97,7 @@ class Manifest:
         seed: int = 0,
         source: Mapping[str, FileEntry] | None = None,
         accuracy: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
         sizes: Mapping[str, int] | None = None,
     ) -> Manifest:
         """Describes a compile; the artifact's writer adds the files.
@@ -107,6 +111,7 @@ class Manifest:
             seed: The compile's seed.
             source: From `source_files`.
             accuracy: From `qc.backends.evaluate`.
+            calibration: What it was calibrated on.
             sizes: Further sizes in bytes, for example of the float weights.
         """
         signature = model.signature
@@ -122,6 +127,7 @@ class Manifest:
             provenance=model.provenance,
             source=dict(source or {}),
             accuracy=dict(accuracy or {}),
+            calibration=dict(calibration or {}),
             sizes=dict(sizes or {}),
             qc=importlib.metadata.version("qc-compiler"),
         )
@@ -255,8 +261,8 @@ def _parse(data: dict[str, Any]) -> Manifest:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or name == MANIFEST or path.as_posix() != name:
             raise ValueError(f"file name {name!r} does not lie within the artifact")
-    for key in ("provenance", "accuracy", "sizes"):
-        fields[key] = dict(data[key])
+    for key in ("provenance", "accuracy", "calibration", "sizes"):
+        fields[key] = dict(data.get(key, {}) if key == "calibration" else data[key])
     fields["passes"] = tuple(dict(p) for p in data["passes"])
     return Manifest(**fields)
 

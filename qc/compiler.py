@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from qc.backends.reference import ModelRunner, Remembered
 from qc.backends.target import Backend, Coverage, Runner, backend_for
 from qc.backends.workspace import work_directory
 from qc.frontend import load
+from qc.ir.digest import digest_batches
 from qc.ir.errors import ContractError, InputError
 from qc.ir.model import Model
 from qc.ir.probe import Found, find_inputs, run_in_turn
 from qc.ir.store import Store
 from qc.ir.verify import STAGES, check_structure, compare
-from qc.measurement import measure, measured_batches, read_data, rehearse, speed
+from qc.measurement import Data, measure, measured_batches, read_data, rehearse, speed
 from qc.passes.base import Context
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.journal import Journal
@@ -70,7 +71,8 @@ def compile(  # noqa: A001  the verb of the product
     target: str = "ort-cpu",
     recipe: str = "w4",
     passes: str | None = None,
-    calib: str | Path | None = None,
+    calib: str | Path | Iterable[Mapping[str, object]] | None = None,
+    samples: int | None = None,
     memory: int | None = None,
     exclude: Sequence[str] = (),
     settings: Sequence[str] = (),
@@ -89,8 +91,10 @@ def compile(  # noqa: A001  the verb of the product
         target: Name of a target.
         recipe: Name or file of a recipe; ignored if `passes` is given.
         passes: A pipeline as a string, in place of a recipe.
-        calib: A text file, for encoders one sentence a line: its end calibrates, its beginning measures. Else the
-            model's own sample text, else random inputs.
+        calib: What to calibrate on, see `qc.calibration`: a text file (its end calibrates, its beginning measures),
+            JSON lines, token ids, arrays, images, or any iterable of inputs by name. Else the model's own sample text,
+            else random inputs.
+        samples: How many windows, texts or batches of it to use at most.
         memory: Bytes of anonymous memory that the compile may use.
         exclude: Regular expressions of sites to leave in float.
         settings: ``pass.option=value`` for passes of the recipe.
@@ -127,7 +131,7 @@ def compile(  # noqa: A001  the verb of the product
             plan.check(out, memory)
             if dry_run:
                 return CompileResult(None, plan, (), {}, {}, clock.stop())
-            data = read_data(model, calib)
+            data = read_data(model, calib, samples=samples, seed=seed)
             original = model.clone()
             store = Store(work / "store")
             reference = Remembered(ModelRunner(original), store)
@@ -190,6 +194,7 @@ def compile(  # noqa: A001  the verb of the product
                     seed=seed,
                     source=source_files(_weight_files(original)),
                     accuracy=accuracy,
+                    calibration=_described(data),
                 )
                 writer.describe(manifest)
             artifact = Artifact.open(out)
@@ -208,6 +213,13 @@ def lower(model: Model, target: str = "ort-cpu", *, verify: bool = True) -> tupl
     manager = PassManager(list(backend.lowering()), stage="lowering", verify=verify)
     lowered, _ = manager.run(model)
     return lowered, backend.coverage(lowered)
+
+
+def _described(data: Data) -> dict[str, object]:
+    """What the manifest says about the calibration data."""
+    if data.calibration is None:
+        return {}
+    return {"source": data.name, "batches": len(data.calibration), "sha256": digest_batches(data.calibration)}
 
 
 def _facts(steps: Sequence[Step], seed: int, exclude: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from qc.backends.decoding import context_limit
 from qc.backends.evaluate import WINDOW, evaluate, text_windows
 from qc.backends.inputs import text_batches, text_inputs
 from qc.backends.target import Runner
-from qc.backends.tokenizer import Tokenizer
+from qc.calibration import read_batches, read_documents
 from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.probe import Found
@@ -27,6 +27,14 @@ __all__ = ["Data", "measure", "measured_batches", "read_data", "rehearse", "spee
 
 _CALIBRATION_WINDOWS = 4
 """Windows of text for statistics: second moments of channels change little beyond a thousand tokens."""
+
+_MOST_BATCHES = 128
+"""Batches of arrays to calibrate on."""
+
+_OTHER_SUFFIXES = frozenset(
+    {".jsonl", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+)
+"""Files that are no plain text."""
 
 _MOST_SENTENCES = 256
 """Sentences that an encoder is calibrated on, and as many that it is measured on: several thousand tokens each."""
@@ -49,63 +57,98 @@ class Data:
     calibration: Sequence[Mapping[str, np.ndarray]] | None = None
 
 
-def read_data(model: Model, calib: str | Path | None) -> Data:
+def read_data(
+    model: Model,
+    calib: str | Path | Iterable[Mapping[str, object]] | None,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Data:
     """Finds the data for `model`: the end of a text calibrates, its beginning measures, and they do not overlap.
 
-    An encoder reads each line as a sentence, a decoder the whole text in windows.
+    An encoder reads each line as a sentence, a decoder the whole text in windows. Other data, see `qc.calibration`:
+    of several texts, half of them, chosen by `seed`, calibrate and the others measure; arrays only calibrate.
 
     Args:
         model: The model.
-        calib: A text file; None for the sample text that travels with the model, or random data.
+        calib: A file, a directory, or inputs by name; None for the sample text that travels with the model, or random
+            data.
+        samples: Windows, texts or batches to calibrate on at most; None for as many as statistics of channels need.
+        seed: Of the choice among more of them.
 
     Raises:
-        InputError: If the text is missing or cannot be tokenized, or the model takes no text.
+        InputError: If the data are missing, unreadable, or do not fit the model.
     """
     decoder = model.signature.is_decoder
-    if not decoder and model.signature.input("tokens") is None:
-        if calib is not None:
-            raise InputError(
-                "Expected a text decoder or encoder for --calib, found a model that takes no tokens. Leave --calib out."
-            )
+    if calib is not None and not isinstance(calib, (str, Path)):
+        batches = read_batches(calib, model, samples or _MOST_BATCHES, seed)
+        return _with_measured(model, Data("given inputs", calibration=batches))
+    if not decoder and model.signature.input("tokens") is None and calib is None:
         return Data("random inputs")
     path = Path(calib) if calib is not None else model.assets.get("sample.txt")
     if path is None and not decoder:
         return Data("random inputs")
     if path is None:
-        bound = int(model.provenance.get("vocab_size", 0)) or 256
-        return Data("random tokens", np.random.default_rng(0).integers(0, bound, 4 * WINDOW).tolist())
-    if not path.is_file():
-        raise InputError(f"Expected a text file at {path}, found none. Check --calib.")
-    tokenizer = model.assets.get("tokenizer.json")
-    if tokenizer is None:
-        raise InputError("Expected a tokenizer.json beside the model to read --calib text with, found none.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"Expected UTF-8 text in {path}, found other bytes ({error}).") from error
-    read = _windows if decoder else _sentences
-    return read(model, path, text, Tokenizer(tokenizer.parent))
+        return Data("random tokens", _random_tokens(model))
+    if not path.exists():
+        raise InputError(f"Expected calibration data at {path}, found none. Check --calib.")
+    if path.suffix not in _OTHER_SUFFIXES and not path.is_dir() and model.signature.input("tokens") is None:
+        raise InputError(
+            f"Expected arrays or images to calibrate a model that takes no tokens on, found {path.name}. "
+            "Give an .npz file, or a directory of .npz files or images."
+        )
+    documents = read_documents(path, model)
+    if documents is None:
+        batches = read_batches(path, model, samples or _MOST_BATCHES, seed)
+        return _with_measured(model, Data(path.name, calibration=batches))
+    if documents.continuous:
+        return _windows(model, path, documents.ids[0], samples or _CALIBRATION_WINDOWS)
+    return _texts(model, path, documents.ids, samples or _MOST_SENTENCES, seed)
 
 
-def _sentences(model: Model, path: Path, text: str, tokenizer: Tokenizer) -> Data:
-    """The lines of a text as sentences for an encoder, cut to its context."""
-    limit = context_limit(model.provenance)
-    sentences = [tokenizer.encode_sentence(line)[:limit] for line in text.splitlines() if line.strip()]
-    count = min(_MOST_SENTENCES, len(sentences) // 2)
+def _random_tokens(model: Model) -> list[int]:
+    bound = int(model.provenance.get("vocab_size", 0)) or 256
+    return np.random.default_rng(0).integers(0, bound, 4 * WINDOW).tolist()
+
+
+def _with_measured(model: Model, data: Data) -> Data:
+    """Decoders that are calibrated on arrays are measured on the text that travels with them."""
+    if not model.signature.is_decoder:
+        return data
+    measured = read_data(model, None)
+    return dataclasses.replace(data, name=f"{measured.name}, calibrated on {data.name}", tokens=measured.tokens)
+
+
+def _texts(model: Model, path: Path, texts: Sequence[Sequence[int]], most: int, seed: int) -> Data:
+    """Texts that have nothing to do with each other, cut to the model's context."""
+    limit = (
+        min(context_limit(model.provenance) or WINDOW, WINDOW)
+        if model.signature.is_decoder
+        else (context_limit(model.provenance))
+    )
+    texts = [list(t[:limit]) for t in texts]
+    count = min(most, len(texts) // 2)
     if not count:
-        raise InputError(f"Expected at least 2 lines of text in {path}, one sentence each. Give a longer text.")
-    measured, calibration = (text_batches(model.signature, part) for part in (sentences[:count], sentences[-count:]))
-    return Data(path.name, batches=measured, calibration=calibration)
+        unit = "texts" if path.suffix in _OTHER_SUFFIXES else "lines, one sentence each,"
+        raise InputError(f"Expected at least 2 {unit} in {path}, to calibrate on one and measure on another; found 1.")
+    if path.suffix in _OTHER_SUFFIXES:  # a file of lines is in an order; one of records often is not
+        order = np.random.default_rng([seed, len(texts)]).permutation(len(texts))
+        texts = [texts[i] for i in order.tolist()]
+    measured, calibration = texts[:count], texts[-count:]
+    if model.signature.is_decoder:
+        tokens = [i for text in texts[:-count] for i in text]
+        return Data(path.name, tokens, calibration=text_batches(model.signature, calibration))
+    batches = (text_batches(model.signature, part) for part in (measured, calibration))
+    return Data(path.name, batches=next(batches), calibration=next(batches))
 
 
-def _windows(model: Model, path: Path, text: str, tokenizer: Tokenizer) -> Data:
-    """A text as windows of consecutive tokens for a decoder."""
-    tokens = tokenizer.encode(text)
+def _windows(model: Model, path: Path, tokens: Sequence[int], most: int) -> Data:
+    """A text as windows of consecutive tokens."""
     # A short text still gives each side something: half of its windows, down to windows of half the text.
     window = min(WINDOW, len(tokens) // 2, context_limit(model.provenance) or WINDOW)
     if window < 2:
         raise InputError(f"Expected at least 4 tokens of text in {path}, found {len(tokens)}. Give a longer text.")
-    count = min(_CALIBRATION_WINDOWS, len(tokens) // window // 2)
+    count = min(most, len(tokens) // window // 2)
     rows = np.array(tokens[-count * window :], np.int64).reshape(count, 1, window)
     batches = [text_inputs(model.signature, row) for row in rows]
     return Data(path.name, tokens[: -count * window], calibration=batches)

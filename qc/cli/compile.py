@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         recipe=arguments.recipe,
         passes=arguments.passes,
         calib=arguments.calib,
+        samples=arguments.samples,
         memory=parse_bytes(arguments.memory) if arguments.memory is not None else None,
         exclude=arguments.exclude,
         settings=arguments.settings,

@@ -44,8 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--calib",
         metavar="FILE",
-        help="UTF-8 text that calibrates a decoder or encoder (a sentence a line) and that it is measured on; default: "
+        help="what to calibrate on: text (a sentence a line for encoders; it is measured on too), .jsonl with text, "
+        "messages or input_ids, .npy token ids, .npz arrays, an image, or a directory of arrays or images; default: "
         "sample.txt beside the model, else random inputs",
+    )
+    c.add_argument(
+        "--samples", type=_positive, metavar="N", help="calibrate on at most so many windows, texts or batches"
     )
     c.add_argument("--memory", metavar="SIZE", help="refuse to start if more memory is needed, such as 8G")
     c.add_argument(

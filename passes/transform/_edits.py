@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +19,9 @@ __all__ = ["Edits", "on_channels", "positions", "read", "require_float"]
 
 Change = Callable[[np.ndarray], np.ndarray]
 
+_AT_ONCE = 1 << 22
+"""Elements of a weight that are changed at a time: in float64, with the copies that a change makes, 0.2 GiB."""
+
 
 class Edits:
     """Changes of weights by the place where they are read. Nothing happens before `commit`."""
@@ -28,7 +33,7 @@ class Edits:
             dtype: Element type of the new weights.
         """
         self._dtype = dtype
-        self._changes: dict[tuple[ir.Node, int], list[tuple[object, Change]]] = {}
+        self._changes: dict[tuple[ir.Node, int], list[tuple[object, Change, Use | None]]] = {}
         self._last: list[Callable[[], None]] = []
 
     def add(self, node: ir.Node, slot: int, key: object, change: Change) -> None:
@@ -40,7 +45,19 @@ class Edits:
             key: Equal keys mean equal changes, so that readers of one weight go on sharing it.
             change: Gets a float64 array that it may write into, returns the new one.
         """
-        self._changes.setdefault((node, slot), []).append((key, change))
+        self._changes.setdefault((node, slot), []).append((key, change, None))
+
+    def rows(self, use: Use, key: object, change: Change) -> None:
+        """Applies `change` to the channels of a weight, ``[positions, any part of the rest]``, as `on_channels` does.
+
+        The number of positions stays. A large weight is changed in parts.
+
+        Args:
+            use: The weight.
+            key: As in `add`.
+            change: As in `add`.
+        """
+        self._changes.setdefault((use.node, use.slot), []).append((key, change, use))
 
     def finally_(self, change: Callable[[], None]) -> None:
         """Calls `change` after the weights were changed."""
@@ -52,13 +69,11 @@ class Edits:
         replaced: list[ir.Value] = []
         for (node, slot), changes in self._changes.items():
             value = node.inputs[slot] if slot < len(node.inputs) else None
-            key = (value if value is not None else node, slot if value is None else 0, *(k for k, _ in changes))
+            key = (value if value is not None else node, slot if value is None else 0, *(k for k, _, _ in changes))
             if key not in made:
-                array = read(value) if value is not None else np.zeros(bias_shape(node))
-                for _, change in changes:
-                    array = change(array)
+                array = self._changed(node, value, [(change, use) for _, change, use in changes])
                 name = _stem(value) if value is not None else f"{_stem(node.inputs[1])}.bias"
-                made[key] = _store(node, name, array.astype(self._dtype), store)
+                made[key] = _store(node, name, array, store)
             _read_instead(node, slot, made[key])
             if value is not None:
                 replaced.append(value)
@@ -66,6 +81,37 @@ class Edits:
             change()
         _drop(replaced, made.values())
         return [str(v.name) for v in made.values()]
+
+    def _changed(
+        self, node: ir.Node, value: ir.Value | None, changes: Sequence[tuple[Change, Use | None]]
+    ) -> np.ndarray:
+        weight = read_weight(value)
+        axis = _free_axis(weight.shape, [use for _, use in changes]) if weight is not None else None
+        if weight is None or axis is None:
+            array = read(value) if value is not None else np.zeros(bias_shape(node))
+            for change, use in changes:
+                array = change(array) if use is None else on_channels(array, use, change)
+            return array.astype(self._dtype)
+        raw, array = weight.raw(), np.empty(weight.shape, self._dtype)
+        step = max(1, _AT_ONCE * weight.shape[axis] // math.prod(weight.shape))
+        for start in range(0, weight.shape[axis], step):
+            here = (*[slice(None)] * axis, slice(start, start + step))
+            part = np.array(raw[here], np.float64)
+            for change, use in changes:
+                assert use is not None
+                part = on_channels(part, dataclasses.replace(use, shape=part.shape), change)
+            array[here] = part
+        del raw  # a view of the file
+        weight.release()
+        return array
+
+
+def _free_axis(shape: tuple[int, ...], uses: Sequence[Use | None]) -> int | None:
+    """The longest axis of a large weight that carries no channels of any use; None if it must be changed as a whole."""
+    if math.prod(shape) <= _AT_ONCE or any(use is None or use.shape != shape for use in uses):
+        return None
+    free = [a for a in range(len(shape)) if not any(a in use.axes for use in uses if use is not None)]
+    return max(free, key=lambda a: shape[a], default=None)
 
 
 def require_float(uses: tuple[Use, ...]) -> None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qc.ir.channels import ChannelGroup, Family, Use, find_groups
 from qc.ir.errors import UnsupportedError
-from qc.passes.transform._edits import Edits, on_channels, positions, read
+from qc.passes.transform._edits import Edits, positions, read
 from qc.passes.transform._shift import shift
 from qc.passes.transform.actions import Rotation
 
@@ -87,7 +87,7 @@ def _absorb(group: ChannelGroup, gain: Use, edits: Edits) -> None:
             raise UnsupportedError(f"The gain {gain.name} is zero at some channels, so {use.name} cannot take it up.")
         factors = np.where(use.index >= 0, (np.sign(by_channel) * np.abs(by_channel) ** power)[use.index], 1.0)[:, None]
         key = ("absorb", use.axes, factors.tobytes())
-        edits.add(use.node, use.slot, key, lambda w, u=use, f=factors: on_channels(w, u, lambda rows: rows * f))
+        edits.rows(use, key, lambda rows, f=factors: rows * f)
 
 
 def _turn(use: Use, rotation: Rotation, width: int, centred: bool, edits: Edits) -> None:
@@ -101,7 +101,7 @@ def _turn(use: Use, rotation: Rotation, width: int, centred: bool, edits: Edits)
         return turned
 
     key = ("turn", use.axes, use.index.tobytes(), centred)
-    edits.add(use.node, use.slot, key, lambda w: on_channels(w, use, change))
+    edits.rows(use, key, change)
 
 
 def _to_rms(node: ir.Node) -> None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qc.ir.channels import ChannelGroup, Use
 from qc.ir.errors import UnsupportedError
-from qc.passes.transform._edits import Edits, on_channels, read
+from qc.passes.transform._edits import Edits, read
 
 __all__ = ["shift"]
 
@@ -58,7 +58,7 @@ def _times(model: ir.Model, group: ChannelGroup, start: ir.Node) -> dict[ir.Valu
 def _add(edits: Edits, use: Use, offsets: np.ndarray) -> None:
     by_position = np.where(use.index >= 0, offsets[use.index], 0.0)[:, None]
     key = ("add", use.axes, by_position.tobytes())
-    edits.add(use.node, use.slot, key, lambda w: on_channels(w, use, lambda rows: rows + by_position))
+    edits.rows(use, key, lambda rows: rows + by_position)
 
 
 def _subtract(edits: Edits, use: Use, offsets: np.ndarray) -> None:

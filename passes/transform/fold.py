@@ -134,7 +134,7 @@ def _scale(group: ChannelGroup, factors: np.ndarray, edits: Edits) -> None:
         inside = use.index >= 0
         by_position = np.where(inside, own[use.index], 1.0)[:, None]
         key = ("scale", use.power, use.parity, use.axes, use.index.tobytes())
-        edits.add(use.node, use.slot, key, lambda w, u=use, f=by_position: on_channels(w, u, lambda rows: rows * f))
+        edits.rows(use, key, lambda rows, f=by_position: rows * f)
 
 
 def _permute(group: ChannelGroup, order: np.ndarray, edits: Edits) -> None:
@@ -145,7 +145,7 @@ def _permute(group: ChannelGroup, order: np.ndarray, edits: Edits) -> None:
         source = np.arange(len(use.index))
         source[places] = places[order]
         key = ("permute", use.axes, use.index.tobytes())
-        edits.add(use.node, use.slot, key, lambda w, u=use, s=source: on_channels(w, u, lambda rows: rows[s]))
+        edits.rows(use, key, lambda rows, s=source: rows[s])
 
 
 def _lift(group: ChannelGroup, action: Lift, edits: Edits) -> None:

@@ -20,6 +20,7 @@ from qc.ir.model import Model
 from qc.ir.runtime import Session
 from qc.ir.store import Store
 from qc.ir.text import parse
+from qc.passes.transform import _edits
 from qc.passes.transform.actions import Action, Merge, Orthogonal, Permute, Scale, Shift, Split
 from qc.passes.transform.fold import Folded, apply, fold
 
@@ -333,3 +334,16 @@ def test_the_weights_of_a_fold_are_written_to_the_store(tmp_path: Path) -> None:
     group = next(g for g in find_groups(model) if g.producers and g.consumers)
     fold(model, group, Scale(np.linspace(1, 2, 64)), Store(tmp_path))
     assert (tmp_path / "weights.bin").stat().st_size >= 4 * 64 * (6 + 5)
+
+
+@pytest.mark.parametrize("action", ["scale", "permute", "orthogonal", "shift"])
+def test_a_large_weight_is_changed_in_parts_to_the_same_numbers(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for limit in (1 << 22, 7):
+        monkeypatch.setattr(_edits, "_AT_ONCE", limit)
+        model = build(CASES["residual"])
+        group = group_of(model, CASES["residual"])
+        fold(model, group, random_action(group, action, np.random.default_rng(2)), Store(), dtype=np.float64)
+        results.append({n: v.const_value.numpy() for n, v in model.graph.initializers.items()})
+    for name, whole in results[0].items():
+        np.testing.assert_allclose(results[1][name], whole, rtol=1e-12, atol=1e-12)

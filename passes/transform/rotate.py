@@ -179,7 +179,7 @@ class _Work:
                 continue
             edits = Edits()
             for use in uses:
-                edits.add(use.node, use.slot, "in front", lambda w, r=rotation: r.turn(w.T).T)
+                edits.rows(use, "in front", rotation.turn)
             edits.commit(self._context.store)
             for use in uses:
                 use.node.replace_input_with(0, turned)

@@ -16,10 +16,10 @@ import numpy as np
 
 from qc.backends.artifact import Artifact
 from qc.backends.decoding import context_limit
-from qc.backends.target import Runner
-from qc.backends.traffic import copy_bandwidth, streamed_bytes
+from qc.backends.target import Runner, backend_for
+from qc.backends.traffic import copy_bandwidth
 from qc.ir.errors import InputError
-from qc.ir.model import Model, Port
+from qc.ir.model import Port
 
 __all__ = ["Protocol", "bench", "take_turns"]
 
@@ -81,7 +81,7 @@ def bench(a: Artifact, b: Artifact | None = None, protocol: Protocol | None = No
         figures["load_ms"] = loads[name]
         figures.update(bytes_per_token=None, bandwidth_gb_s=None, bandwidth_fraction=None)
         if figures["decode_tok_s"] is not None:
-            read = streamed_bytes(Model.load(artifact.directory))
+            read = backend_for(artifact.manifest.target).streamed_bytes(artifact.directory)
             speed = read * figures["decode_tok_s"]
             figures.update(bytes_per_token=read, bandwidth_gb_s=speed / 1e9, bandwidth_fraction=speed / copy)
     return {**found, "copy_gb_s": copy / 1e9, "protocol": dataclasses.asdict(protocol)}

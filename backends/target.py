@@ -9,12 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
-from qc.backends.parts import PartRunner
 from qc.ir.errors import InputError
 from qc.ir.model import Model, Signature
 from qc.passes.pipeline import Step
 
-__all__ = ["Backend", "Coverage", "Runner", "Target", "backend_for", "target_names"]
+__all__ = ["Backend", "Coverage", "PreparedRunner", "Runner", "Target", "backend_for", "target_names"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +25,14 @@ class Target:
         about: One line for the listing.
         runtime: The runtime's package and the lowest version that loads what we emit: ``("onnxruntime", "1.26")``.
         formats: Spellings of weight formats that run on a fused kernel: ``int4:g32`` ...
+        stage: The stage (`qc.ir.verify.STAGES`) of a model that is lowered for it.
     """
 
     name: str
     about: str
     runtime: tuple[str, str]
     formats: tuple[str, ...]
+    stage: str = "lowered"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,14 @@ class Runner(Protocol):
         ...
 
 
+class PreparedRunner(Runner, Protocol):
+    """A runner that does better when it knows what it will be asked."""
+
+    def prepare(self, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Says what will be run."""
+        ...
+
+
 class Backend(Protocol):
     """Turns a `Model` into a runtime's files, and loads them."""
 
@@ -86,6 +95,10 @@ class Backend(Protocol):
         """Writes the runtime's files of a lowered model into an empty directory. Deterministic to the byte."""
         ...
 
+    def streamed_bytes(self, directory: Path) -> int:
+        """Bytes of weights that an emitted model reads to yield one token; of tables that are only indexed, none."""
+        ...
+
     def open(self, directory: Path, *, threads: int = 0, spinning: bool = True) -> Runner:
         """Loads an emitted directory in the target's own runtime.
 
@@ -96,7 +109,7 @@ class Backend(Protocol):
         """
         ...
 
-    def open_in_parts(self, directory: Path, work: Path) -> PartRunner:
+    def open_in_parts(self, directory: Path, work: Path) -> PreparedRunner:
         """Loads an emitted directory in the target's own runtime, a part of it at a time, to save memory.
 
         Args:
@@ -106,13 +119,21 @@ class Backend(Protocol):
         ...
 
 
-def _ort_cpu() -> Backend:
+def _ort_cpu(options: str) -> Backend:
     from qc.backends.ort.backend import OrtCpu
 
+    if options:
+        raise InputError(f"Expected the target ort-cpu without options, found {options!r}.")
     return OrtCpu()
 
 
-_TARGETS: dict[str, Callable[[], Backend]] = {"ort-cpu": _ort_cpu}
+def _tvm_cpu(options: str) -> Backend:
+    from qc.backends.tvm.backend import TvmCpu
+
+    return TvmCpu.parse(options)
+
+
+_TARGETS: dict[str, Callable[[str], Backend]] = {"ort-cpu": _ort_cpu, "tvm-cpu": _tvm_cpu}
 
 
 def target_names() -> list[str]:
@@ -121,13 +142,14 @@ def target_names() -> list[str]:
 
 
 def backend_for(target: str) -> Backend:
-    """Returns the backend of a target by name.
+    """Returns the backend of a target by name, perhaps with options behind a colon: ``tvm-cpu:avx2``.
 
     Raises:
         InputError: If there is no such target.
     """
-    if target not in _TARGETS:
+    name, _, options = target.partition(":")
+    if name not in _TARGETS:
         raise InputError(
             f"Expected a target among {', '.join(target_names())}; found {target!r}. `qc targets` lists them."
         )
-    return _TARGETS[target]()
+    return _TARGETS[name](options)

@@ -24,7 +24,8 @@ class Stage:
     """What may stand in a graph at one stage of a compile.
 
     Attributes:
-        name: ``float``, ``quantized``, ``lowering`` (between the two) or ``lowered``.
+        name: ``float``, ``quantized``, ``lowering`` (on the way to the next), ``lowered`` for a runtime, or
+            ``compiled`` where a compiler of ours takes over.
         domains: Operator domains whose nodes are legal, beside domains that the source itself brought (foreign nodes).
         decode_nodes: Whether affine decode nodes of weights are legal.
     """
@@ -39,6 +40,7 @@ STAGES = {
     "quantized": Stage("quantized", frozenset({"", dialect.DOMAIN}), decode_nodes=True),
     "lowering": Stage("lowering", frozenset({"", dialect.DOMAIN, "com.microsoft"}), decode_nodes=True),
     "lowered": Stage("lowered", frozenset({"", "com.microsoft"}), decode_nodes=True),
+    "compiled": Stage("compiled", frozenset({"", dialect.DOMAIN, "com.microsoft"}), decode_nodes=True),
 }
 
 

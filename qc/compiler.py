@@ -161,7 +161,7 @@ def compile(  # noqa: A001  the verb of the product
                 reports, known = reports + done, manager.outputs
                 if phase == "recipe":
                     _require_used(context)
-            check_structure(model, STAGES["lowered"], _foreign_domains(original))
+            check_structure(model, STAGES[backend.target.stage], _foreign_domains(original))
             with writer:
                 clock.start("write")
                 backend.emit(model, writer.directory)

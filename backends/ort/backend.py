@@ -94,6 +94,12 @@ class OrtCpu:
 
         emit(model, directory)
 
+    def streamed_bytes(self, directory: Path) -> int:
+        """Bytes of weights that are read to yield one token."""
+        from qc.backends.traffic import streamed_bytes
+
+        return streamed_bytes(Model.load(directory))
+
     def open(self, directory: Path, *, threads: int = 0, spinning: bool = True) -> Runner:
         """Loads an emitted directory."""
         from qc.backends.ort.runner import open_runner

@@ -1,0 +1,122 @@
+"""The targets of TVM: generated kernels in a C library that needs no runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from qc.backends.target import Coverage, PreparedRunner, Runner, Target
+from qc.backends.tvm.isa import Isa, best_for_host, level
+from qc.backends.tvm.toolchain import Platform
+from qc.ir.errors import InputError
+from qc.ir.model import Model
+from qc.ir.quant import read_weight
+from qc.passes.pipeline import Step
+
+__all__ = ["TvmCpu"]
+
+HOST = Platform(
+    "this machine",
+    {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"},
+    {"x86_64": "cc", "aarch64": "cc"},
+    {"x86_64": "ar", "aarch64": "ar"},
+    "gcc",
+)
+
+_FORMATS = tuple(
+    f"{sign}int{bits}{group}"
+    for bits in (2, 4, 8)
+    for sign in ("", "u")
+    for group in ("", ":g16", ":g32", ":g64", ":g128", ":g256")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TvmCpu:
+    """Compiles a model to a C library for this machine, or for a named instruction-set level.
+
+    Attributes:
+        level: The level; empty for the best that this machine has.
+        exact: Whether products with quantized weights keep activations in float instead of rounding them to int8.
+    """
+
+    level: str = ""
+    exact: bool = False
+    name: ClassVar[str] = "tvm-cpu"
+    platform: ClassVar[Platform] = HOST
+
+    @classmethod
+    def parse(cls, options: str) -> TvmCpu:
+        """Reads what stands behind the colon of a target: a level, ``float``, or both with a comma."""
+        chosen = {}
+        for word in filter(None, options.split(",")):
+            if word == "float":
+                chosen["exact"] = True
+            elif "level" in chosen:
+                raise InputError(f"Expected one instruction-set level, found {chosen['level']!r} and {word!r}.")
+            else:
+                chosen["level"] = level(word).name
+        return cls(**chosen)
+
+    @property
+    def target(self) -> Target:
+        """What it can run."""
+        about = "a C library for this machine: generated kernels, no runtime"
+        return Target(self.name, about, ("qc-compiler", "0.1"), _FORMATS, stage="compiled")
+
+    @property
+    def isa(self) -> Isa:
+        """The level of the kernels."""
+        return level(self.level) if self.level else best_for_host()
+
+    def lowering(self) -> Sequence[Step]:
+        """The passes that bring a canonical, perhaps quantized model to what the kernels compute."""
+        from qc.backends.ort.fuse.attention import MergeHeads
+        from qc.backends.ort.fuse.gqa import FuseGroupQueryAttention
+        from qc.passes.fuse.pack_projections import PackProjections
+
+        return [Step(p, optional=True) for p in (PackProjections(), FuseGroupQueryAttention(), MergeHeads())]
+
+    def coverage(self, model: Model) -> Coverage:
+        """Every node runs on a kernel, or the model is refused; but some formats of weights become float weights."""
+        from qc.backends.tvm.pack import why_decoded
+
+        counts: Counter[tuple[str, str]] = Counter()
+        for node in model.graph:
+            weight = read_weight(node.outputs[0])
+            reason = why_decoded(weight.format) if weight is not None and weight.format is not None else ""
+            name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+            counts[name, reason and f"stored in float: {reason}"] += 1
+        nodes = [
+            {"op": op, "count": count, "on_target": not reason, "reason": reason}
+            for (op, reason), count in sorted(counts.items())
+        ]
+        on = sum(count for (_, reason), count in counts.items() if not reason)
+        return Coverage(on, counts.total() - on, nodes)
+
+    def emit(self, model: Model, directory: Path) -> None:
+        """Writes the library, its sources and its weights."""
+        from qc.backends.tvm.emit import emit
+
+        emit(model, directory, self.isa, self.platform, exact=self.exact)
+
+    def streamed_bytes(self, directory: Path) -> int:
+        """Bytes of weights that are read to yield one token."""
+        from qc.backends.tvm.runner import read_facts
+
+        return int(read_facts(directory)["streamed_bytes"])
+
+    def open(self, directory: Path, *, threads: int = 0, spinning: bool = True) -> Runner:
+        """Loads an emitted directory."""
+        from qc.backends.tvm.runner import open_runner
+
+        return open_runner(directory, threads=threads, spinning=spinning)
+
+    def open_in_parts(self, directory: Path, work: Path) -> PreparedRunner:
+        """Loads an emitted directory: its weights are mapped, so they need no memory that others could use."""
+        from qc.backends.tvm.runner import open_runner
+
+        return open_runner(directory)

@@ -1,0 +1,148 @@
+"""Writes the artifact of a lowered model: C sources, libraries, weights, and what the runner must know."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from qc.backends.manifest import dump_json
+from qc.backends.tvm.isa import Isa
+from qc.backends.tvm.library import feeds_text, sources
+from qc.backends.tvm.lower import lower_to_program
+from qc.backends.tvm.program import Program
+from qc.backends.tvm.toolchain import Platform, compile_c, compile_kernels, run_tool
+from qc.ir.errors import UnsupportedError
+from qc.ir.model import Model, Port
+
+__all__ = ["FACTS", "emit"]
+
+FACTS, LIBRARY, WEIGHTS = "model.json", "libmodel.so", "model.weights"
+
+_HEADER = 64
+_LANES = 1024
+_MAGIC = b"QCTVMW1\0"
+_LARGEST = (1 << 31) - 1
+
+
+def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: bool) -> None:
+    """Writes everything into an existing directory.
+
+    Args:
+        model: A lowered model; unchanged.
+        directory: Where to.
+        isa: The level of the kernels.
+        platform: For which system.
+        exact: Whether products with quantized weights keep activations in float.
+    """
+    program, lowering = lower_to_program(model, isa, exact=exact)
+    too_large = next((b for b in program.blobs if b.bytes > _LARGEST), None)
+    if too_large is not None:
+        raise UnsupportedError(
+            f"Expected weights of at most 2 GiB each, found one of {too_large.bytes} bytes once packed. Quantize it."
+        )
+    objects = compile_kernels({n: k[:2] for n, k in program.kernels.items()}, isa, platform.triples[isa.arch])
+    made = sources(model, lowering)
+    digest = _write_weights(program, directory / WEIGHTS, made.model_id)
+    (directory / "model.h").write_text(made.header, "utf-8", newline="\n")
+    (directory / "model.c").write_text(made.with_hash(digest), "utf-8", newline="\n")
+    _build(directory, objects, isa, platform)
+    facts = {
+        "inputs": [_port(p) for p in model.signature.inputs],
+        "outputs": [_port(p) for p in model.signature.outputs],
+        "provenance": model.provenance,
+        "dimensions": list(program.dims),
+        "caches": [v.name for v in lowering.cached],
+        "decoder": feeds_text(model, lowering),
+        "level": isa.name,
+        "streamed_bytes": _streamed(program),
+    }
+    (directory / FACTS).write_text(dump_json(facts), "utf-8", newline="\n")
+    for name, source in sorted(model.assets.items()):
+        shutil.copyfile(source, directory / name)
+
+
+def _build(directory: Path, objects: Mapping[str, bytes], isa: Isa, platform: Platform) -> None:
+    """Compiles the C source and links it with the kernels."""
+    work = directory / "objects"
+    work.mkdir()
+    try:
+        names = []
+        for name, content in objects.items():
+            (work / f"{name}.o").write_bytes(content)
+            names.append(f"objects/{name}.o")
+        cc, ar = platform.cc[isa.arch], platform.ar[isa.arch]
+        flags = ["-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", f"-march={_MARCH[isa.name]}"]
+        compile_c([cc, *flags], directory, ["model.c", "model.h"], "objects/model.o", platform.package)
+        names.insert(0, "objects/model.o")
+        link = ["-shared", "-s", "-Wl,-soname,libmodel.so", "-Wl,-z,noexecstack", "-Wl,-z,defs", "-Wl,--gc-sections"]
+        exports = ["-Wl,--version-script=objects/exports"]
+        (work / "exports").write_text("{ global: qc_*; local: *; };", "utf-8")
+        run_tool([cc, *link, *exports, "-o", LIBRARY, *names, "-lm", "-lpthread"], directory, platform.package)
+        run_tool([ar, "rcsD", "libmodel.a", *names], directory, platform.package)
+    finally:
+        shutil.rmtree(work)
+
+
+_MARCH = {
+    "avx512vnni": "cascadelake", "avx2": "haswell", "x86-64": "x86-64-v2", "neon-i8mm": "armv8.2-a+dotprod+i8mm+fp16",
+    "neon-dotprod": "armv8.2-a+dotprod", "neon": "armv8-a",
+}  # fmt: skip
+
+
+def _write_weights(program: Program, file: Path, model_id: int) -> int:
+    """Writes the weights, one at a time, behind a header of 64 bytes; returns their hash."""
+    size = program.weight_bytes
+    with file.open("w+b") as stream:
+        stream.write(bytes(_HEADER))
+        for blob in program.blobs:
+            stream.write(bytes(_HEADER + blob.offset - stream.tell()))
+            content = np.ascontiguousarray(blob.make())
+            if content.nbytes != blob.bytes:
+                raise AssertionError(f"A weight has {content.nbytes} bytes, planned were {blob.bytes}.")
+            content.tofile(stream)
+            del content
+        stream.flush()
+        value = _hash(stream, size)
+        stream.seek(0)
+        stream.write(_MAGIC + struct.pack("<QQQ", size, model_id, value))
+    return value
+
+
+def _hash(stream: BinaryIO, size: int) -> int:
+    """The hash that ``runtime.c`` computes: lanes of 64 bits side by side, mixed in order at the end."""
+    golden, wide, prime = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x9E3779B185EBCA87))
+    with np.errstate(over="ignore"):
+        lanes = np.arange(_LANES, dtype=np.uint64) * golden
+        stream.seek(_HEADER)
+        while chunk := stream.read(_LANES * 8 * 256):
+            padded = np.frombuffer(chunk + bytes(-len(chunk) % (_LANES * 8)), np.uint64).reshape(-1, _LANES)
+            for row in padded * wide:
+                mixed = lanes + row
+                lanes = ((mixed << np.uint64(31)) | (mixed >> np.uint64(33))) * prime
+    total = _mix(size)
+    for j, lane in enumerate(lanes.tolist()):
+        total = (_mix(total ^ lane) + j) & 0xFFFFFFFFFFFFFFFF
+    return total
+
+
+def _mix(x: int) -> int:
+    x ^= x >> 33
+    x = x * 0xFF51AFD7ED558CCD & 0xFFFFFFFFFFFFFFFF
+    x ^= x >> 33
+    x = x * 0xC4CEB9FE1A85EC53 & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 33
+
+
+def _streamed(program: Program) -> int:
+    """Bytes of weights that one run reads whole: all that a kernel takes."""
+    return sum({b.index: b.bytes.constant or 0 for b in program.streamed}.values())
+
+
+def _port(port: Port) -> dict[str, Any]:
+    return {**dataclasses.asdict(port), "dtype": port.dtype.name, "shape": list(port.shape)}

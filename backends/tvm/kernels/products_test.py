@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qc.backends.tvm.isa import best_for_host
+from qc.backends.tvm.kernels.products import exact_product, integer_product, quantize_rows
+from qc.backends.tvm.pack import codes_of, groups_of, pack_records, record_bytes
+from qc.ir.quant import Format, QuantizedTensor
+
+
+def weight(text: str, rows: int, columns: int, rng) -> QuantizedTensor:
+    format = Format.parse(text)
+    low, high, groups = format.values.low, format.values.high, format.groups(columns)
+    codes = rng.integers(low, high + 1, (rows, columns)).astype(np.int8 if format.values.symmetric else np.uint8)
+    scale_type = np.float16 if str(format.scale) == "f16" else np.float32
+    params = {"scale": (rng.random((rows, groups)) * 0.1 + 0.01).astype(scale_type)}
+    if not format.values.symmetric:
+        params["zero_point"] = rng.integers(low, high + 1, (rows, groups)).astype(np.uint8)
+    return QuantizedTensor(format, codes, params)
+
+
+def quantized(x, block):
+    """Codes and scales of activations, as the definition in `quantize_rows` says."""
+    blocks = x.reshape(*x.shape[:-1], -1, block)
+    top = np.abs(blocks).max(-1)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(top > 0, np.float32(127) / top, np.float32(0)).astype(np.float32)
+    codes = np.rint(blocks * inverse[..., None]).astype(np.int64)
+    return codes, top * np.float32(1 / 127)
+
+
+def fma(a, b, c):
+    """``a * b + c`` of float32, rounded once: the product is exact in float64."""
+    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
+
+
+def reference(x, w, codes):
+    """The integer product, operation for operation."""
+    groups, width = groups_of(codes, x.shape[1]), codes.block * codes.blocks
+    padded = np.zeros((len(x), groups * width), np.float32)
+    padded[:, : x.shape[1]] = x
+    q, s = quantized(padded, codes.block)
+    u = np.zeros((len(w.codes), groups * width), np.int64)
+    per = w.format.group or w.codes.shape[1]
+    zero = w.params.get("zero_point", np.zeros_like(w.params["scale"])).astype(np.int64)
+    u[:, : w.codes.shape[1]] = w.codes - np.repeat(zero, per, 1)[:, : w.codes.shape[1]]
+    u = u.reshape(len(u), -1, codes.block)
+    y = np.zeros((len(x), len(u)), np.float32)
+    for g in range(groups):
+        total = None
+        for b in range(g * codes.blocks, (g + 1) * codes.blocks):
+            exact = (q[:, b] @ u[:, b].T).astype(np.float32)
+            total = exact * s[:, b, None] if total is None else fma(exact, s[:, b, None], total)
+        scale = w.params["scale"][:, min(g * width // per, w.params["scale"].shape[1] - 1)].astype(np.float32)
+        y = fma(total, scale[None], y)
+    return y
+
+
+@pytest.mark.parametrize("text", ["uint4:g32", "int8:g32"])
+def test_an_integer_product_equals_its_definition_bit_for_bit(isa, call, rng, text):
+    check_integer_product(isa, call, rng, text)
+
+
+@pytest.mark.parametrize("text", ["int4:g64:f16", "uint8:g128", "int2:g16", "int8"])
+def test_an_integer_product_of_every_kind_of_format(call, rng, text):
+    check_integer_product(best_for_host(), call, rng, text)
+
+
+def check_integer_product(isa, call, rng, text):
+    m, n, k = 7, 37, 150 if text == "int8" else 160
+    w, x = weight(text, n, k, rng), rng.standard_normal((m, k)).astype(np.float32)
+    x[2] = 0
+    codes = codes_of(w.format, k, isa)
+    groups = groups_of(codes, k)
+    padded = groups * codes.block * codes.blocks
+    records = pack_records(w, codes, isa)
+    assert records.nbytes == record_bytes(codes, n, k, isa)
+    q, s = np.zeros((m, padded), np.int8), np.zeros((m, padded // codes.block), np.float32)
+    z = np.zeros(s.shape, np.int32)
+    call(isa, quantize_rows, (codes.block,), [x, q, s, z], (k, k, padded), m)
+    y = np.full((m + 1, n), np.nan, np.float32)
+    units = -(-n // isa.lanes)
+    call(isa, integer_product, (codes, False, False, "none"), [q, s, z, records, y], (m, n, groups, n, 0), units)
+    expected = reference(x, w, codes)
+    if isa.fma:
+        assert np.array_equal(y[:m], expected)
+    else:  # products are rounded before they are added there
+        np.testing.assert_allclose(y[:m], expected, rtol=1e-5, atol=1e-5)
+    assert np.isnan(y[m]).all(), "it wrote beyond its rows"
+
+
+@pytest.mark.parametrize("text", ["int8:g64"])
+def test_an_exact_product_multiplies_with_the_decoded_weight(isa, call, rng, text):
+    m, n, k = 6, 35, 128
+    w, x = weight(text, n, k, rng), rng.standard_normal((m, k)).astype(np.float32)
+    bias, r = (rng.standard_normal(shape).astype(np.float32) for shape in ((n,), (m, n)))
+    codes = codes_of(w.format, k, isa)
+    y = np.zeros((m, n), np.float32)
+    arrays = [x, pack_records(w, codes, isa), y, bias, r]
+    integers = (m, n, groups_of(codes, k), k, n, n)
+    call(isa, exact_product, (codes, True, True, "relu"), arrays, integers, -(-n // isa.lanes))
+    expected = np.maximum(x.astype(np.float64) @ w.decode().T.astype(np.float64) + bias + r, 0)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)

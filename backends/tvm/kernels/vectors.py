@@ -1,0 +1,281 @@
+"""Words of the kernel generators: vectors of one instruction set, as expressions of TVM's TIR.
+
+Every vector is bound to a name when it is made, so that it is computed once. Arrays on the stack are allocated with
+scope ``global``: with a constant size LLVM turns them into registers, while ``local`` would become a heap allocation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qc.backends.tvm.isa import Isa
+
+__all__ = ["Kernel", "Vectors"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Expr = Any
+
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+"""Polynomial of ``exp`` on [-ln 2 / 2, ln 2 / 2], of the Cephes library: relative error 2e-7."""
+
+_ERF_P = (
+    7.853861353153693e-5, -8.010193625184903e-4, 5.188327685732524e-3, -2.685381193529856e-2, 1.128358514861418e-1,
+    -3.761262582423300e-1, 1.128379165726710e0,
+)  # fmt: skip
+"""``erf(x) / x`` as a polynomial in ``x^2`` for ``|x| <= 1``, of the Cephes library."""
+
+_ERFC = (0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368)
+"""Of Numerical Recipes 6.2, erfcc: the exponent of erfc beyond its constant."""
+
+
+class Vectors:
+    """Vector expressions at one instruction set."""
+
+    def __init__(self, isa: Isa) -> None:
+        from tvm.script.ir_builder import tirx
+
+        self.isa, self.T, self.L = isa, tirx, isa.lanes
+
+    def intrinsic(self, name: str, dtype: str, *arguments: Expr) -> Expr:
+        """A call of an LLVM intrinsic, bound."""
+        T = self.T
+        call = T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *arguments, dtype=dtype)
+        return T.bind(call)
+
+    def f32(self, lanes: int | None = None) -> str:
+        """The type of a vector of floats."""
+        return f"float32x{lanes or self.L}"
+
+    def i32(self, lanes: int | None = None) -> str:
+        """The type of a vector of integers."""
+        return f"int32x{lanes or self.L}"
+
+    def load(self, buffer: Any, start: Expr, lanes: int | None = None) -> Expr:
+        """``lanes`` consecutive elements."""
+        if isinstance(buffer, list):
+            buffer, start = buffer[start // self.L], 0
+        return self.T.bind(buffer[self.T.ramp(start, 1, lanes or self.L)])
+
+    def store(self, buffer: Any, start: Expr, value: Expr, lanes: int | None = None) -> None:
+        """Writes consecutive elements."""
+        if isinstance(buffer, list):
+            buffer, start = buffer[start // self.L], 0
+        self.T.buffer_store(buffer, value, [self.T.ramp(start, 1, lanes or self.L)])
+
+    def spread(self, value: Expr, lanes: int | None = None) -> Expr:
+        """One number in every lane."""
+        if isinstance(value, float):
+            value = self.T.float32(value)
+        return self.T.broadcast(value, lanes or self.L)
+
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        """``a * b + c``, rounded once where the processor can."""
+        if not self.isa.fma:
+            return self.T.bind(a * b + c)
+        return self.intrinsic("llvm.fma", self.f32(), a, b, c)
+
+    def maximum(self, a: Expr, b: Expr) -> Expr:
+        """The larger number of each lane; no lane is NaN."""
+        return self.intrinsic("llvm.maxnum", self.f32(), a, b)
+
+    def absolute(self, a: Expr) -> Expr:
+        """Absolute values."""
+        return self.intrinsic("llvm.fabs", self.f32(), a)
+
+    def nearest(self, a: Expr) -> Expr:
+        """Rounded to integers, ties to even, still float."""
+        return self.intrinsic("llvm.rint", self.f32(), a)
+
+    def add_lanes(self, a: Expr) -> Expr:
+        """The sum of all lanes, halves added to halves: one defined order on every processor."""
+        from tvm import tirx
+
+        width = self.L
+        while width > 1:
+            width //= 2
+            low, high = (tirx.Shuffle([a], list(range(i, i + width))) for i in (0, width))
+            a = self.T.bind(low + high)
+        return a
+
+    def largest_lane(self, a: Expr) -> Expr:
+        """The largest lane."""
+        return self.intrinsic("llvm.vector.reduce.fmax", "float32", a)
+
+    def keep(self, value: Expr) -> Expr:
+        """A vector behind a slot on the stack, which becomes a register.
+
+        TVM copies pure expressions to wherever their name is used, which takes minutes where one is as deep as a
+        polynomial of a polynomial. What was stored and loaded it leaves alone.
+        """
+        slot = self.T.alloc_buffer((self.L,), "float32", scope="global")
+        self.store(slot, 0, value)
+        return self.load(slot, 0)
+
+    def polynomial(self, x: Expr, coefficients: Sequence[float]) -> Expr:
+        """Horner's scheme, the highest power first."""
+        p = self.spread(coefficients[0])
+        for c in coefficients[1:]:
+            p = self.fma(p, x, self.spread(c))
+        return self.keep(p)
+
+    def exp(self, x: Expr) -> Expr:
+        """``e^x`` with a relative error of 2e-7; arguments beyond what float32 holds are clamped."""
+        T = self.T
+        x = self.intrinsic("llvm.minnum", self.f32(), self.maximum(x, self.spread(-87.0)), self.spread(88.0))
+        x = self.keep(x)
+        n = self.keep(self.nearest(x * self.spread(1.4426950408889634)))
+        r = self.keep(self.fma(n, self.spread(2.12194440e-4), self.fma(n, self.spread(-0.693359375), x)))
+        p = self.fma(self.polynomial(r, _EXP), r * r, r + self.spread(1.0))
+        power = (T.cast(n, self.i32()) + T.broadcast(T.int32(127), self.L)) << T.broadcast(T.int32(23), self.L)
+        return self.keep(p * T.reinterpret(self.f32(), power))
+
+    def sigmoid(self, x: Expr) -> Expr:
+        """``1 / (1 + e^-x)``."""
+        return self.keep(self.spread(1.0) / (self.spread(1.0) + self.exp(self.spread(0.0) - x)))
+
+    def tanh(self, x: Expr) -> Expr:
+        """``2 sigmoid(2 x) - 1``; absolute error 2e-7."""
+        return self.T.bind(self.spread(2.0) * self.sigmoid(x + x) - self.spread(1.0))
+
+    def erf(self, x: Expr) -> Expr:
+        """The error function, absolute error 2e-7.
+
+        A polynomial for ``|x| <= 1``; beyond, ``1 - t P(t) exp(-x^2)`` with ``t = 1 / (1 + |x| / 2)`` (Numerical
+        Recipes 6.2, erfcc: relative error of erfc 1.2e-7).
+        """
+        T, one = self.T, self.spread(1.0)
+        a, z = self.keep(self.absolute(x)), self.keep(x * x)
+        inner = T.bind(x * self.polynomial(z, _ERF_P))
+        t = self.keep(one / self.fma(a, self.spread(0.5), one))
+        exponent = self.fma(t, self.polynomial(t, _ERFC), self.spread(-1.26551223)) - z
+        outer = self.keep(one - t * self.exp(exponent))
+        outer = T.Select(x < self.spread(0.0), self.spread(0.0) - outer, outer)
+        return self.keep(T.Select(a < one, inner, outer))
+
+    def dot(self, total: Expr, weights: Expr, activations: Expr) -> Expr:
+        """Adds four byte products to each lane of `total`, exactly.
+
+        Args:
+            total: Integers, one per lane.
+            weights: ``4 * lanes`` bytes: unsigned, at most 128 with ``maddubs``; below 128 with ``sdot``.
+            activations: As many signed bytes.
+        """
+        T, isa, wide = self.T, self.isa, 4 * self.L
+        if isa.dot == "vnni512":
+            return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", self.i32(), total, weights, activations)
+        if isa.dot == "maddubs":
+            pairs = self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", "int16x16", weights, activations)
+            ones = T.broadcast(T.int16(1), 16)
+            return T.bind(total + self.intrinsic("llvm.x86.avx2.pmadd.wd", self.i32(), pairs, ones))
+        if isa.dot == "sdot":
+            return self.intrinsic(
+                "llvm.aarch64.neon.sdot", self.i32(), total, T.reinterpret(f"int8x{wide}", weights), activations
+            )
+        if isa.dot == "usdot":
+            return self.intrinsic("llvm.aarch64.neon.usdot", self.i32(), total, weights, activations)
+        words = T.bind(T.reinterpret(self.i32(), weights))
+        signed = T.bind(T.reinterpret(self.i32(), activations))
+        for byte in range(4):
+            w = (words >> T.broadcast(T.int32(8 * byte), self.L)) & T.broadcast(T.int32(255), self.L)
+            x = (signed << T.broadcast(T.int32(24 - 8 * byte), self.L)) >> T.broadcast(T.int32(24), self.L)
+            total = total + w * x
+        return T.bind(total)
+
+    def dot_bytes(self, total: Expr, weights: Expr, activations: Expr) -> Expr:
+        """Like `dot`, for weights of all eight bits.
+
+        ``maddubs`` adds pairs of products in 16 bits, which saturate; there a byte is cut into halves of four bits,
+        whose sums of products fit, and the upper one counts 16 times.
+        """
+        T = self.T
+        if self.isa.dot != "maddubs":
+            return self.dot(total, weights, activations)
+        mask = T.broadcast(T.uint8(15), 32)
+        low = T.bind(weights & mask)
+        shifted = T.reinterpret("uint16x16", weights) >> T.broadcast(T.uint16(4), 16)
+        high = T.bind(T.reinterpret("uint8x32", shifted) & mask)
+        total = self.dot(total, low, activations)
+        pairs = self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", "int16x16", high, activations)
+        return T.bind(total + self.intrinsic("llvm.x86.avx2.pmadd.wd", self.i32(), pairs, T.broadcast(T.int16(16), 16)))
+
+    def activate(self, kind: str, x: Expr) -> Expr:
+        """An activation function by name; ``none`` is x."""
+        T = self.T
+        match kind:
+            case "none":
+                return x
+            case "relu":
+                return self.maximum(x, self.spread(0.0))
+            case "gelu":
+                return T.bind(self.spread(0.5) * x * (self.spread(1.0) + self.erf(x * self.spread(0.7071067811865476))))
+            case "gelu_tanh":
+                inner = self.spread(0.7978845608028654) * self.fma(x * x * x, self.spread(0.044715), x)
+                return T.bind(self.spread(0.5) * x * (self.spread(1.0) + self.tanh(T.bind(inner))))
+            case "silu":
+                return T.bind(x * self.sigmoid(x))
+            case "quick_gelu":
+                return T.bind(x * self.sigmoid(x * self.spread(1.702)))
+            case "tanh":
+                return self.tanh(x)
+            case "sigmoid":
+                return self.sigmoid(x)
+        raise ValueError(kind)
+
+
+class Kernel:
+    """A C function under construction: pointer and integer parameters, the last two the range of units to do.
+
+    ```python
+    with Kernel("name", v, pointers={"x": "float32", "y": "float32"}, integers=["n"]) as k:
+        with k.units() as i:
+            ...
+    ```
+    """
+
+    def __init__(self, name: str, v: Vectors, pointers: dict[str, str], integers: Sequence[str] = ()) -> None:
+        self.name, self.v = name, v
+        self._pointers, self._integers = pointers, integers
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        from tvm.script.ir_builder import IRBuilder
+
+        T = self.v.T
+        self._builder = self._stack.enter_context(IRBuilder())
+        self._stack.enter_context(T.prim_func(s_tir=True))
+        T.func_name(self.name)
+        T.func_attr({"tirx.noalias": True, "global_symbol": self.name})
+        handles = {n: (T.arg(n, T.handle(d)), d) for n, d in self._pointers.items()}
+        self.sizes = {n: T.arg(n, T.int32()) for n in self._integers}
+        self.begin, self.end = T.arg("begin", T.int32()), T.arg("end", T.int32())
+        # No alignment is assumed: rows of any width follow each other, and a caller's arrays lie anywhere.
+        self.buffers = {n: T.decl_buffer((1 << 30,), d, data=h, align=1) for n, (h, d) in handles.items()}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)
+
+    @contextlib.contextmanager
+    def units(self) -> Iterator[Expr]:
+        """The loop over the units of this call."""
+        with self.v.T.serial(self.begin, self.end) as i:
+            yield i
+
+    def registers(self, count: int) -> Any:
+        """Floats on the stack that become registers.
+
+        One array; or, where that would exceed what TVM puts there (1 KiB, else it calls for heap), a list of vectors,
+        which `Vectors.load` and `store` take at constant multiples of one.
+        """
+        v = self.v
+        if count * 4 < 1024:
+            return v.T.alloc_buffer((count,), "float32", scope="global")
+        return [v.T.alloc_buffer((v.L,), "float32", scope="global") for _ in range(count // v.L)]
+
+    def function(self) -> Any:
+        """The finished function."""
+        return self._builder.get()

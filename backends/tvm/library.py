@@ -1,0 +1,330 @@
+"""The C files of a library: a header, and one source with the runtime, the planned buffers and the calls in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.resources
+import re
+from collections.abc import Iterable, Sequence
+
+import onnx_ir as ir
+
+from qc.backends.decoding import context_limit
+from qc.backends.tvm.lower import Lowering
+from qc.backends.tvm.program import Buffer, Tensor
+from qc.backends.tvm.shapes import Dim
+from qc.ir.model import Model, Port
+
+__all__ = ["Sources", "feeds_text", "sources"]
+
+DEFAULT_CONTEXT = 2048
+"""Tokens that an instance holds unless told otherwise: as many as the model was made for, but no more than these."""
+
+DEFAULT_PROMPT = 512
+"""Tokens of a text that are computed at once unless told otherwise; longer prompts are fed in parts."""
+
+_DEFAULT_SIZE = 16
+"""Default limit of a dimension that nothing is known about."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The generated C files.
+
+    Attributes:
+        header: ``model.h``.
+        source: ``model.c``, without the hash of the weights, which is known later: `with_hash`.
+        model_id: What tells that a weights file belongs to this library.
+    """
+
+    header: str
+    source: str
+    model_id: int
+
+    def with_hash(self, value: int) -> str:
+        """The source for a weights file of that hash."""
+        return self.source.replace("@HASH@", f"0x{value:016x}u")
+
+
+def sources(model: Model, lowering: Lowering) -> Sources:
+    """Writes the C files of a lowered program."""
+    writer = _Writer(model, lowering)
+    text = writer.source()
+    model_id = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return Sources(writer.header(), text.replace("@ID@", f"0x{model_id:016x}u"), model_id)
+
+
+def feeds_text(model: Model, lowering: Lowering) -> bool:
+    """Whether the library generates text itself: it keeps every cache, and knows how to make every other input."""
+    known = {"tokens", "mask", "positions", "past_key", "past_value"}
+    ports = model.signature.inputs
+    logits = model.signature.output("logits")
+    return (
+        bool(lowering.cached)
+        and all(p.role in known for p in ports)
+        and all(p.dtype == ir.DataType.INT64 and len(p.shape) == 2 for p in ports if not p.role.startswith("past_"))
+        and all(v in lowering.cached for v in model.graph.inputs if _role(v).startswith("past_"))
+        and logits is not None
+        and len(logits.shape) == 3
+        and isinstance(logits.shape[-1], int)
+    )
+
+
+def _role(value: ir.Value) -> str:
+    return value.metadata_props.get("qc.role", "other").partition(".")[0]
+
+
+def _template(name: str) -> str:
+    return importlib.resources.files("qc.backends.tvm.host").joinpath(name).read_text("utf-8")
+
+
+class _Writer:
+    def __init__(self, model: Model, lowering: Lowering) -> None:
+        self.model, self.lowering, self.program = model, lowering, lowering.program
+        self.decoder = feeds_text(model, lowering)
+        self.names = list(self.program.dims.values())
+
+    def header(self) -> str:
+        dims = [f"QC_DIM_{n.removeprefix('d_').upper()} = {i}" for i, n in enumerate(self.names)]
+        dims.append(f"QC_DIMENSIONS = {len(self.names)}")
+        lines = ["/* Sizes that are known when the library runs. */", f"enum {{ {', '.join(dims)} }};"]
+        ports = []
+        for word, held in (("input", self.model.signature.inputs), ("output", self.model.signature.outputs)):
+            ports += [f"/* {word} {i}: {_spell(p)} */" for i, p in enumerate(held)]
+        text = _template("model.h").replace("@DIMENSIONS@", "\n".join(lines)).replace("@PORTS@", "\n".join(ports))
+        decoder = ""
+        if self.decoder:
+            logits = self.model.signature.output("logits")
+            assert logits is not None
+            decoder = f"enum {{ QC_VOCABULARY = {logits.shape[-1]} }};\n{_template('decoder.h')}"
+        return text.replace("@DECODER@", decoder)
+
+    def source(self) -> str:
+        signature = self.model.signature
+        logits = signature.output("logits")
+        constants = {
+            "BUFFERS": len(self.program.arena),
+            "CACHES": len(self.program.caches),
+            "INPUTS": len(signature.inputs),
+            "OUTPUTS": len(signature.outputs),
+            "VOCABULARY": logits.shape[-1] if self.decoder and logits is not None else 0,
+        }
+        lines = [f"enum {{ {', '.join(f'{k} = {v}' for k, v in constants.items())} }};"]
+        lines.append(f"#define WEIGHT_BYTES ((uint64_t){self.program.weight_bytes}u)")
+        lines += ["#define MODEL_ID @ID@", "#define WEIGHT_HASH @HASH@", self._cpu()]
+        text = _template("runtime.c").replace("@CONSTANTS@", "\n".join(lines))
+        text = text.replace("@GENERATED@", "\n\n".join(self._generated()))
+        return text.replace("@DECODER@", _template("decoder.c") if self.decoder else "")
+
+    def _cpu(self) -> str:
+        """The check that the processor has the instructions of the level."""
+        isa = self.program.isa
+        if isa.arch == "x86_64":
+            names = (f.replace("_vnni", "vnni").replace("sse4_2", "sse4.2") for f in isa.flags)
+            tests = " && ".join(f'__builtin_cpu_supports("{n}")' for n in names if n != "f16c")
+            return f"static int cpu_fits(void) {{ __builtin_cpu_init(); return {tests}; }}"
+        bits = {"asimddp": "1UL << 20", "asimdhp": "1UL << 10", "asimd": "1UL << 1"}
+        tests = [f"(getauxval(16) & ({bits[f]})) != 0" for f in isa.flags if f in bits]
+        if "i8mm" in isa.flags:
+            tests.append("(getauxval(26) & (1UL << 13)) != 0")
+        return (
+            "#if defined(__linux__)\n#include <sys/auxv.h>\n"
+            f"static int cpu_fits(void) {{ return {' && '.join(tests)}; }}\n"
+            "#else\nstatic int cpu_fits(void) { return 1; }\n#endif"
+        )
+
+    def _generated(self) -> Iterable[str]:
+        yield "\n".join(self._kernels())
+        yield from self.program.functions.values()
+        yield self._lifetimes()
+        yield self._sizes("buffer_sizes", "int64_t *size", self.program.arena)
+        yield self._caches()
+        yield self._ports()
+        yield self._defaults()
+        yield self._run()
+        if self.decoder:
+            yield self._feeding()
+
+    def _kernels(self) -> Iterable[str]:
+        for name, (_, _, pointers, integers) in sorted(self.program.kernels.items()):
+            types = ", ".join(["void *"] * pointers + ["int32_t"] * (integers + 2))
+            arguments = [f"(void *)(uintptr_t)t->p[{i}]" for i in range(pointers)]
+            arguments += [f"t->i[{i}]" for i in range(integers)]
+            yield f"extern void {name}({types});"
+            yield (
+                f"static void run_{name}(const task *t, int32_t begin, int32_t end) {{\n"
+                f"  {name}({', '.join([*arguments, 'begin', 'end'])});\n}}"
+            )
+
+    def _lifetimes(self) -> str:
+        first, last = {}, {}
+        for number, statement in enumerate(self.program.statements):
+            for buffer in (*statement.reads, *statement.writes):
+                if buffer.kind == "arena":
+                    first.setdefault(buffer.index, number)
+                    last[buffer.index] = number
+        count = len(self.program.arena)
+        rows = []
+        for name, held in (("first", first), ("last", last)):
+            numbers = ", ".join(str(held.get(i, 0)) for i in range(count)) or "0"
+            rows.append(f"static const int32_t buffer_{name}[] = {{{numbers}}};")
+        return "\n".join(rows)
+
+    def _locals(self, used: str) -> str:
+        lines = [
+            f"  const int64_t {n} = dims[{i}];"
+            for i, n in enumerate(self.names)
+            if re.search(rf"\b{n}\b", used) is not None
+        ]
+        return "\n".join([*lines, "  (void)dims;"])
+
+    def _sizes(self, name: str, result: str, buffers: Sequence[Buffer]) -> str:
+        body = "\n".join(f"  size[{i}] = {b.bytes.c};" for i, b in enumerate(buffers))
+        skip = "  const int64_t qc_skip = 0; /* memory for all logits */\n  (void)size; (void)qc_skip;"
+        return f"static void {name}(const int64_t *dims, {result}) {{\n{self._locals(body)}\n{skip}\n{body}\n}}"
+
+    def _caches(self) -> str:
+        cached = self.lowering.cached
+        heads = ", ".join(t.shape[1].c for t in cached.values()) or "0"
+        width = ", ".join(t.shape[3].c for t in cached.values()) or "0"
+        lines = []
+        if self.decoder:
+            lines += [f"static const int64_t cache_heads[] = {{{heads}}};"]
+            lines += [f"static const int64_t cache_width[] = {{{width}}};"]
+        lines.append("static int cache_sizes(qc_instance *q, const int64_t *dims, int64_t *size) {")
+        if not cached:
+            return "\n".join([*lines, "  (void)q; (void)dims; (void)size;\n  return QC_OK;\n}", self._check_dims()])
+        batch, room = self._cache_limits()
+        body = "\n".join(
+            f"  size[{i}] = qc_batch * qc_room * {(t.shape[1] * t.shape[3] * 4).c};"
+            for i, t in enumerate(cached.values())
+        )
+        used = f"{batch.c} {room.c}"
+        lines += [
+            self._locals(used),
+            f"  const int64_t qc_batch = {batch.c}, qc_room = {room.c};",
+            "  q->batch = qc_batch;\n  q->room = qc_room;",
+            f"{body}\n  return qc_batch > 0 && qc_room > 0 ? QC_OK : QC_E_ARGUMENT;\n}}",
+            self._check_dims(),
+        ]
+        return "\n".join(lines)
+
+    def _cache_limits(self) -> tuple[Dim, Dim]:
+        """The batch and the number of tokens that the caches hold, of the limits."""
+        tensors = {_role(v): self.lowering.get(v) for v in self.model.graph.inputs}
+        past = next(t for v, t in ((v, self.lowering.get(v)) for v in self.lowering.cached))
+        mask = tensors.get("mask")
+        return past.shape[0], mask.shape[-1] if mask is not None else past.shape[2]
+
+    def _check_dims(self) -> str:
+        """New tokens must fit behind those in the caches."""
+        lines = ["static int check_dims(const qc_instance *q, const int64_t *dims) {"]
+        tokens = next((v for v in self.model.graph.inputs if _role(v) == "tokens"), None)
+        past = next(iter(self.lowering.cached), None)
+        if tokens is None or past is None:
+            return "\n".join([*lines, "  (void)q; (void)dims;\n  return QC_OK;\n}"])
+        held, new = self.lowering.get(past).shape, self.lowering.get(tokens).shape
+        test = f"{(held[2] + new[-1]).c} > q->room || {held[0].c} > q->batch"
+        return "\n".join([*lines, self._locals(test), f"  return {test} ? QC_E_LIMIT : QC_OK;\n}}"])
+
+    def _ports(self) -> str:
+        cached = self.lowering.cached
+        inputs = ", ".join(str(int(v in cached)) for v in self.model.graph.inputs) or "0"
+        outputs = ", ".join(str(int(_in_cache(t))) for t in self.lowering.outputs) or "0"
+        cases = []
+        for i, tensor in enumerate(self.lowering.outputs):
+            shape = tensor.shape
+            if _in_cache(tensor):
+                past = next(v for v, t in cached.items() if t.buffer is tensor.buffer)
+                tokens = next(v for v in self.model.graph.inputs if _role(v) == "tokens")
+                held, new = self.lowering.get(past).shape, self.lowering.get(tokens).shape
+                shape = (held[0], held[1], held[2] + new[-1], held[3])
+            body = " ".join(f"shape[{a}] = {d.c};" for a, d in enumerate(shape))
+            cases.append(f"    case {i}: {body} return {len(shape)};")
+        body = "\n".join(cases)
+        return (
+            f"static const char input_is_cache[] = {{{inputs}}};\n"
+            f"static const char output_is_cache[] = {{{outputs}}};\n"
+            "/* For tools: the shape of an output; returns its rank. */\n"
+            "int qc_output_shape(int index, const int64_t *dims, int64_t *shape);\n"
+            "int qc_output_shape(int index, const int64_t *dims, int64_t *shape) {\n"
+            f"{self._locals(body)}\n  (void)shape;\n  switch (index) {{\n{body}\n    default: return -1;\n  }}\n}}"
+        )
+
+    def _defaults(self) -> str:
+        context = min(context_limit(self.model.provenance) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        limits = dict.fromkeys(self.names, _DEFAULT_SIZE)
+        for value in self.model.graph.inputs:
+            role, shape = _role(value), self.lowering.get(value).shape
+            for axis, size in enumerate(shape):
+                if len(size.terms) == 1 and size.constant is None:
+                    limits[size.c] = _default(role, axis, context, bool(self.lowering.cached))
+        numbers = ", ".join(str(limits[n]) for n in self.names) or "0"
+        return f"const int64_t qc_default_limits[QC_DIMENSIONS ? QC_DIMENSIONS : 1] = {{{numbers}}};"
+
+    def _run(self) -> str:
+        lines = []
+        label = ""
+        for number, statement in enumerate(self.program.statements):
+            if statement.label != label:
+                label = statement.label
+                lines.append(f"  /* {number}: {label.replace('*/', '* /')} */")
+            lines.append(f"  {statement.text}")
+        body = "\n".join(lines)
+        extra = []
+        if re.search(r"\bqc_room\b", body) or re.search(r"\bqc_batch\b", body):
+            extra.append("  const int64_t qc_room = q->room, qc_batch = q->batch;\n  (void)qc_room; (void)qc_batch;")
+        return (
+            "static int run(qc_instance *q, const int64_t *dims, const void *const *inputs, void *const *outputs, "
+            f"int64_t qc_skip) {{\n{self._locals(body)}\n"
+            + "\n".join(extra)
+            + f"\n  (void)q; (void)inputs; (void)outputs; (void)qc_skip;\n{body}\n  return QC_OK;\n}}"
+        )
+
+    def _feeding(self) -> str:
+        """How a text becomes dimensions and inputs."""
+        values: dict[str, str] = {}
+        inputs = []
+        roles = {"tokens": ("1", "count"), "positions": ("1", "count"), "mask": ("1", "past + count")}
+        for i, value in enumerate(self.model.graph.inputs):
+            role, shape = _role(value), self.lowering.get(value).shape
+            sizes = roles.get(role, ("1", None, "past", None))
+            values.update({d.c: s for d, s in zip(shape, sizes, strict=True) if s is not None and d.constant is None})
+            source = {"tokens": "tokens", "mask": "q->ones", "positions": "q->running + q->past"}.get(role)
+            if source is not None:
+                inputs.append(f"  inputs[{i}] = {source};")
+        sets = "\n".join(f"  dims[{i}] = {values.get(n, '1')};" for i, n in enumerate(self.names))
+        number = next(i for i, p in enumerate(self.model.signature.outputs) if p.role == "logits")
+        step = next((i for i, n in enumerate(self.names) if values.get(n) == "count"), None)
+        limit = f"q->limits[{step}]" if step is not None else "1"
+        return (
+            f"enum {{ LOGITS = {number} }};\n"
+            f"static void set_dims(int64_t *dims, int64_t count, int64_t past) {{\n  (void)past;\n{sets}\n}}\n"
+            f"static int64_t most_at_once(const qc_instance *q) {{ return {limit}; }}\n"
+            "static void fill_inputs(const qc_instance *q, const void **inputs, const int64_t *tokens) {\n"
+            "  (void)q;\n" + "\n".join(inputs) + "\n}"
+        )
+
+
+def _in_cache(tensor: Tensor) -> bool:
+    return tensor.buffer is not None and tensor.buffer.kind == "cache"
+
+
+def _default(role: str, axis: int, context: int, cached: bool) -> int:
+    """The default limit of an axis of an input."""
+    if axis == 0:
+        return 1 if cached else _DEFAULT_SIZE
+    if role == "mask" and cached:
+        return context
+    if role in ("past_key", "past_value"):
+        return context
+    if role in ("tokens", "positions", "mask", "token_types", "decoder_tokens", "decoder_mask"):
+        return min(context, DEFAULT_PROMPT)
+    return 256
+
+
+def _spell(port: Port) -> str:
+    dims = ", ".join("?" if d is None else str(d) for d in port.shape)
+    role = "" if port.role == "other" else f", {port.role}" + ("" if port.index is None else f" {port.index}")
+    return f"{port.name}: {port.dtype.name.lower()} [{dims}]{role}"

@@ -1,0 +1,422 @@
+"""What moves data or says where it lies. Most of it is a view; shapes are followed as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.backends.tvm.lower import Lowering, operator
+from qc.backends.tvm.ops.loops import broadcast, copy, fill
+from qc.backends.tvm.program import C_TYPES, Tensor, dense
+from qc.backends.tvm.shapes import Dim, Size, dim, divide, product, smallest
+
+__all__ = [
+    "concat",
+    "constant_of_shape",
+    "expand",
+    "flatten",
+    "gather_elements",
+    "gather_nd",
+    "identity",
+    "pad",
+    "range_",
+    "reshape",
+    "reshaped",
+    "shape",
+    "size",
+    "slice_",
+    "split",
+    "squeeze",
+    "tile",
+    "transpose",
+    "unsqueeze",
+]
+
+
+def _numbers_of(at: Lowering, node: ir.Node, slot: int, what: str) -> tuple[Dim, ...] | None:
+    tensor = at.input(node, slot)
+    if tensor is None:
+        return None
+    if tensor.values is None:
+        raise at.refuse(node, f"its {what} depend on values that are computed")
+    return tensor.values
+
+
+def _constants_of(at: Lowering, node: ir.Node, slot: int, what: str) -> list[int] | None:
+    numbers = _numbers_of(at, node, slot, what)
+    if numbers is None:
+        return None
+    if any(n.constant is None for n in numbers):
+        raise at.refuse(node, f"its {what} are not constant")
+    return [n.constant for n in numbers if n.constant is not None]
+
+
+@operator("Identity", "Dropout")
+def identity(at: Lowering, node: ir.Node) -> None:
+    """The same."""
+    at.set(node.outputs[0], at.get(node.inputs[0]))  # type: ignore[arg-type]
+
+
+@operator("Shape")
+def shape(at: Lowering, node: ir.Node) -> None:
+    """The sizes of a tensor."""
+    x = at.input(node, 0)
+    assert x is not None
+    start, end = at.attribute(node, "start", 0), at.attribute(node, "end", len(x.shape))
+    at.set(node.outputs[0], at.numbers(x.shape[slice(int(start), int(end))]))  # type: ignore[call-overload]
+
+
+@operator("Size")
+def size(at: Lowering, node: ir.Node) -> None:
+    """The number of elements."""
+    x = at.input(node, 0)
+    assert x is not None
+    at.set(node.outputs[0], at.numbers([x.elements], scalar=True))
+
+
+@operator("Range")
+def range_(at: Lowering, node: ir.Node) -> None:
+    """Running integers."""
+    start, limit, delta = (at.get(v) for v in node.inputs if v is not None)
+    if any(t.values is None for t in (start, limit, delta)):
+        raise at.refuse(node, "its limits are computed")
+    (first,), (end,), (step,) = start.values, limit.values, delta.values  # type: ignore[misc]
+    if step.constant is None or step.constant < 1:
+        raise at.refuse(node, "its step is not positive and constant")
+    count = divide(end - first + (step.constant - 1), step)
+    y = at.result(node.outputs[0], (count,), start.dtype)
+    kind = C_TYPES[y.dtype][0]
+    body = f"p[i] = ({kind})({first.c} + i * {step.c});"
+    at.program.add(f"{{ {kind} *p = {y.c}; for (int64_t i = 0; i < {count.c}; i++) {body} }}", [], [y])
+
+
+@operator("ConstantOfShape")
+def constant_of_shape(at: Lowering, node: ir.Node) -> None:
+    """One number everywhere."""
+    sizes = _numbers_of(at, node, 0, "sizes")
+    held = node.attributes.get("value")
+    number = held.as_tensor().numpy().reshape(-1)[0] if held is not None else np.float32(0)
+    dtype = held.as_tensor().dtype if held is not None else ir.DataType.FLOAT
+    assert sizes is not None
+    y = at.result(node.outputs[0], sizes, dtype)
+    fill(at, y, str(float(number)) if dtype == ir.DataType.FLOAT else str(int(number)))
+
+
+@operator("Reshape")
+def reshape(at: Lowering, node: ir.Node) -> None:
+    """Another shape of the same elements."""
+    x, sizes = at.input(node, 0), _numbers_of(at, node, 1, "sizes")
+    assert x is not None
+    assert sizes is not None
+    if x.values is not None and len(sizes) <= 1:
+        at.set(node.outputs[0], at.numbers(x.values, x.dtype, scalar=not sizes))
+        return
+    zeros = bool(at.attribute(node, "allowzero", 0))
+    wanted = [x.shape[i] if s.constant == 0 and not zeros else s for i, s in enumerate(sizes)]
+    open_axes = [i for i, s in enumerate(wanted) if s.constant == -1]
+    for i in open_axes:
+        wanted[i] = _rest(x.shape, [s for s in wanted if s.constant != -1])
+    at.set(node.outputs[0], reshaped(at, x, wanted))
+
+
+def _rest(shape: Sequence[Dim], known: Sequence[Dim]) -> Dim:
+    """The size that makes up for what is left, common factors taken out first."""
+    left, rest = list(shape), []
+    for size in known:
+        if size in left:
+            left.remove(size)
+        else:
+            rest.append(size)
+    return divide(product(left), product(rest))
+
+
+def reshaped(at: Lowering, x: Tensor, shape: Sequence[Size]) -> Tensor:
+    """A view if the strides allow one, else a copy."""
+    sizes = tuple(map(dim, shape))
+    x = at.stored(x)
+    strides = _view_strides(x, sizes)
+    if strides is None:
+        x = at.contiguous(x)
+        strides = dense(sizes)
+    return x.view(sizes, strides)
+
+
+def _view_strides(x: Tensor, sizes: Sequence[Dim]) -> tuple[Dim, ...] | None:
+    """Strides of a new shape over the same elements, where only axes without gaps are split or merged."""
+    if x.contiguous:
+        return dense(sizes)
+    found: list[Dim] = []
+    old = list(zip(x.shape, x.strides, strict=True))
+    new = list(sizes)
+    while new:
+        size = new.pop(0)
+        if old and old[0][0] == size:
+            found.append(old.pop(0)[1])
+            continue
+        if size == dim(1):
+            found.append(dim(1))
+            continue
+        while old and old[0][0] == dim(1):
+            old.pop(0)
+        if not old:
+            return None
+        # split one old axis into several new ones
+        group = [size]
+        length, stride = old[0]
+        while new and product(group) != length:
+            group.append(new.pop(0))
+        if product(group) == length:
+            old.pop(0)
+            found += [s * stride for s in dense(group)]
+            continue
+        # or merge neighbouring old axes into one new axis
+        new[:0] = group[1:]
+        merged, last = old.pop(0)
+        while old and merged != size:
+            n, s = old.pop(0)
+            if last != s * n:
+                return None
+            merged, last = merged * n, s
+        if merged != size:
+            return None
+        found.append(last)
+    return tuple(found) if all(n == dim(1) for n, _ in old) else None
+
+
+@operator("Flatten")
+def flatten(at: Lowering, node: ir.Node) -> None:
+    """Two axes."""
+    x = at.input(node, 0)
+    assert x is not None
+    axis = int(at.attribute(node, "axis", 1)) % max(len(x.shape), 1)  # type: ignore[call-overload]
+    at.set(node.outputs[0], reshaped(at, x, (product(x.shape[:axis]), product(x.shape[axis:]))))
+
+
+@operator("Squeeze")
+def squeeze(at: Lowering, node: ir.Node) -> None:
+    """Without axes of size 1."""
+    x, axes = at.input(node, 0), _constants_of(at, node, 1, "axes")
+    assert x is not None
+    gone = range(len(x.shape)) if axes is None else [a % len(x.shape) for a in axes]
+    gone = [a for a in gone if axes is not None or x.shape[a] == dim(1)]
+    if x.values is not None:
+        at.set(node.outputs[0], at.numbers(x.values, x.dtype, scalar=True) if gone else x)
+        return
+    keep = [i for i in range(len(x.shape)) if i not in gone]
+    at.set(node.outputs[0], x.view([x.shape[i] for i in keep], [x.strides[i] for i in keep]))
+
+
+@operator("Unsqueeze")
+def unsqueeze(at: Lowering, node: ir.Node) -> None:
+    """With axes of size 1."""
+    x, axes = at.input(node, 0), _constants_of(at, node, 1, "axes")
+    assert x is not None
+    assert axes is not None
+    rank = len(x.shape) + len(axes)
+    new = {a % rank for a in axes}
+    if x.values is not None and rank == 1:
+        at.set(node.outputs[0], at.numbers(x.values, x.dtype))
+        return
+    x = at.stored(x)
+    old = iter(zip(x.shape, x.strides, strict=True))
+    pairs = [(dim(1), dim(1)) if i in new else next(old) for i in range(rank)]
+    at.set(node.outputs[0], x.view([p[0] for p in pairs], [p[1] for p in pairs]))
+
+
+@operator("Transpose")
+def transpose(at: Lowering, node: ir.Node) -> None:
+    """Axes in another order."""
+    x = at.input(node, 0)
+    assert x is not None
+    x = at.stored(x)
+    order = [int(i) for i in at.attribute(node, "perm", range(len(x.shape))[::-1])]  # type: ignore[attr-defined]
+    at.set(node.outputs[0], x.view([x.shape[i] for i in order], [x.strides[i] for i in order]))
+
+
+@operator("Expand")
+def expand(at: Lowering, node: ir.Node) -> None:
+    """Repeated along axes of size 1."""
+    x, sizes = at.input(node, 0), _numbers_of(at, node, 1, "sizes")
+    assert x is not None
+    assert sizes is not None
+    x = at.stored(x)
+    wanted = broadcast(at, [x.shape, sizes])
+    missing = len(wanted) - len(x.shape)
+    strides = [dim(0)] * missing
+    for have, stride, want in zip(x.shape, x.strides, wanted[missing:], strict=True):
+        if have == want:
+            strides.append(stride)
+        elif have.constant == 1:
+            strides.append(dim(0))
+        else:
+            strides.append(dim(f"({have.c} == 1 ? 0 : {stride.c})"))
+    at.set(node.outputs[0], x.view(wanted, strides))
+
+
+@operator("Split")
+def split(at: Lowering, node: ir.Node) -> None:
+    """Parts of an axis, as views."""
+    x, sizes = at.input(node, 0), _numbers_of(at, node, 1, "sizes")
+    assert x is not None
+    x = at.stored(x)
+    axis = int(at.attribute(node, "axis", 0)) % len(x.shape)  # type: ignore[call-overload]
+    if sizes is None:
+        count = len(node.outputs)
+        each = divide(x.shape[axis] + (count - 1), count)
+        sizes = (*[each] * (count - 1), x.shape[axis] - each * (count - 1))
+    start = dim(0)
+    for value, length in zip(node.outputs, sizes, strict=True):
+        shape = [*x.shape[:axis], length, *x.shape[axis + 1 :]]
+        at.set(value, x.view(shape, x.strides, x.strides[axis] * start))
+        start = start + length
+
+
+@operator("Slice")
+def slice_(at: Lowering, node: ir.Node) -> None:
+    """A range of axes, as a view."""
+    x = at.input(node, 0)
+    starts, ends = (_numbers_of(at, node, i, "limits") for i in (1, 2))
+    axes, steps = (_constants_of(at, node, i, w) for i, w in ((3, "axes"), (4, "steps")))
+    assert x is not None
+    assert starts is not None
+    assert ends is not None
+    axes = list(range(len(starts))) if axes is None else axes
+    steps = [1] * len(axes) if steps is None else steps
+    if x.values is not None:
+        _slice_numbers(at, node, x, starts, ends, steps)
+        return
+    shape, strides, offset = list(x.shape), list(x.strides), dim(0)
+    for given, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        axis = given % len(shape)
+        if step < 1:
+            raise at.refuse(node, "it steps backwards")
+        n = shape[axis]
+        first, last = _bound(start, n), _bound(end, n)
+        shape[axis] = divide(last - first + (step - 1), step)
+        offset = offset + strides[axis] * first
+        strides[axis] = strides[axis] * step
+    at.set(node.outputs[0], x.view(shape, strides, offset))
+
+
+def _bound(value: Dim, size: Dim) -> Dim:
+    """A limit of a slice within ``[0, size]``."""
+    if value.constant is not None and value.constant < 0:
+        value = size + value
+        return value if size.constant is None else dim(max(0, value.constant or 0))
+    return size if value.constant is not None and value.constant >= 1 << 30 else smallest(value, size)
+
+
+def _slice_numbers(
+    at: Lowering, node: ir.Node, x: Tensor, starts: Sequence[Dim], ends: Sequence[Dim], steps: Sequence[int]
+) -> None:
+    bounds = [starts[0].constant, ends[0].constant]
+    if len(starts) != 1 or None in bounds or x.values is None:
+        raise at.refuse(node, "its limits are not constant")
+    at.set(node.outputs[0], at.numbers(x.values[slice(bounds[0], bounds[1], steps[0])], x.dtype))
+
+
+@operator("Concat")
+def concat(at: Lowering, node: ir.Node) -> None:
+    """Tensors one after the other."""
+    parts = [at.get(v) for v in node.inputs if v is not None]
+    axis = int(at.attribute(node, "axis")) % max(len(parts[0].shape), 1)  # type: ignore[call-overload]
+    if all(p.values is not None for p in parts):
+        at.set(node.outputs[0], at.numbers([v for p in parts for v in p.values or ()], parts[0].dtype))
+        return
+    total = dim(0)
+    for part in parts:
+        total = total + part.shape[axis]
+    y = at.result(node.outputs[0], (*parts[0].shape[:axis], total, *parts[0].shape[axis + 1 :]), parts[0].dtype)
+    start = dim(0)
+    for part in parts:
+        copy(at, part, y.view(part.shape, y.strides, y.strides[axis] * start))
+        start = start + part.shape[axis]
+
+
+@operator("Tile")
+def tile(at: Lowering, node: ir.Node) -> None:
+    """Repetitions of a tensor."""
+    x, times = at.input(node, 0), _numbers_of(at, node, 1, "repeats")
+    assert x is not None
+    assert times is not None
+    x = at.stored(x)
+    shape = [s for n, t in zip(x.shape, times, strict=True) for s in (t, n)]
+    strides = [s for stride in x.strides for s in (dim(0), stride)]
+    y = at.result(node.outputs[0], [n * t for n, t in zip(x.shape, times, strict=True)], x.dtype)
+    copy(at, x.view(shape, strides), y.view(shape, dense(tuple(shape))))
+
+
+@operator("Pad")
+def pad(at: Lowering, node: ir.Node) -> None:
+    """A frame of one number around a tensor."""
+    x, pads = at.input(node, 0), _constants_of(at, node, 1, "widths")
+    axes = _constants_of(at, node, 3, "axes")
+    assert x is not None
+    assert pads is not None
+    mode = node.attributes.get("mode")
+    if mode is not None and mode.as_string() != "constant":
+        raise at.refuse(node, f"it pads with {mode.as_string()}")
+    if not any(pads):
+        at.set(node.outputs[0], x)
+        return
+    axes = list(range(len(x.shape))) if axes is None else [a % len(x.shape) for a in axes]
+    before = dict(zip(axes, pads[: len(axes)], strict=True))
+    after = dict(zip(axes, pads[len(axes) :], strict=True))
+    if min(pads) < 0:
+        raise at.refuse(node, "it cuts")
+    number = at.input(node, 2)
+    y = at.result(node.outputs[0], [n + (before.get(i, 0) + after.get(i, 0)) for i, n in enumerate(x.shape)], x.dtype)
+    kind = C_TYPES[y.dtype][0]
+    value = "0" if number is None else f"*({kind} *)({at.stored(number).c})"
+    fill(at, y, value)
+    start = dim(0)
+    for i, stride in enumerate(y.strides):
+        start = start + stride * before.get(i, 0)
+    copy(at, x, y.view(x.shape, y.strides, start))
+
+
+@operator("GatherND")
+def gather_nd(at: Lowering, node: ir.Node) -> None:
+    """Slices by tuples of indices."""
+    x, indices = at.input(node, 0), at.input(node, 1)
+    assert x is not None
+    assert indices is not None
+    depth = indices.shape[-1].constant
+    if depth is None or at.attribute(node, "batch_dims", 0) or indices.dtype != ir.DataType.INT64:
+        raise at.refuse(node, "it has batch axes, or an unknown number of indices")
+    x, indices = at.contiguous(x), at.contiguous(indices)
+    y = at.result(node.outputs[0], (*indices.shape[:-1], *x.shape[depth:]), x.dtype)
+    at.program.use("gather_nd")
+    sizes = ", ".join(s.c for s in x.shape[:depth])
+    count, width = product(indices.shape[:-1]), product(x.shape[depth:])
+    at.program.add(
+        f"TRY(gather_nd({x.c}, {indices.c}, {y.c}, {count.c}, {depth}, DIMS({sizes}), "
+        f"{width.c} * {x.dtype.bitwidth // 8}));",
+        [x, indices],
+        [y],
+    )
+
+
+@operator("GatherElements")
+def gather_elements(at: Lowering, node: ir.Node) -> None:
+    """One element along an axis for each index."""
+    x, indices = at.input(node, 0), at.input(node, 1)
+    assert x is not None
+    assert indices is not None
+    rank = len(x.shape)
+    axis = int(at.attribute(node, "axis", 0)) % rank  # type: ignore[call-overload]
+    if indices.dtype != ir.DataType.INT64:
+        raise at.refuse(node, "its indices are not int64")
+    x, indices = at.stored(x), at.contiguous(indices)
+    y = at.result(node.outputs[0], indices.shape, x.dtype)
+    kind = C_TYPES[x.dtype][0]
+    at.program.use("gather_elements", kind)
+    sizes, strides = (", ".join(s.c for s in values) for values in (indices.shape, x.strides))
+    at.program.add(
+        f"TRY(gather_elements_{kind}({x.c}, {indices.c}, {y.c}, {rank}, {axis}, {x.shape[axis].c}, DIMS({sizes}), "
+        f"DIMS({strides})));",
+        [x, indices],
+        [y],
+    )

@@ -1,0 +1,165 @@
+"""Normalization, softmax and reductions."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.backends.tvm.kernels.rows import normalize, softmax
+from qc.backends.tvm.lower import Lowering, operator
+from qc.backends.tvm.program import C_TYPES, Tensor
+from qc.backends.tvm.shapes import dim, product
+
+__all__ = ["arg_max", "cum_sum", "global_average_pool", "normalization", "reduce", "softmax_"]
+
+
+@operator("RMSNormalization", "LayerNormalization")
+def normalization(at: Lowering, node: ir.Node) -> None:
+    """Normalization of the last axis."""
+    x, weight, bias = at.input(node, 0), at.input(node, 1), at.input(node, 2)
+    assert x is not None
+    axis = int(at.attribute(node, "axis", -1))  # type: ignore[call-overload]
+    if axis % len(x.shape) != len(x.shape) - 1:
+        raise at.refuse(node, "it normalizes several axes")
+    if any(v.uses() for v in node.outputs[1:]) or x.dtype != ir.DataType.FLOAT:
+        raise at.refuse(node, "its statistics are read, or it does not compute in float32")
+    for held in (weight, bias):
+        if held is not None and held.shape != (x.shape[-1],):
+            raise at.refuse(node, "its gain is no vector of the last axis")
+    eps = at.program.array(np.array([at.attribute(node, "epsilon", 1e-5)], np.float32))
+    x, m, n, ldx = at.rows(x)
+    y = at.result(node.outputs[0], x.shape)
+    extra = [at.contiguous(t) for t in (weight, bias) if t is not None]
+    kind = "rms" if node.op_type.startswith("RMS") else "layer"
+    name = at.program.kernel(
+        kind, normalize, kind, weight is not None, bias is not None, pointers=3 + len(extra), integers=3
+    )
+    at.program.call(name, [x, y, eps, *extra], [n, ldx, n], m, writes=[y])
+
+
+@operator("Softmax")
+def softmax_(at: Lowering, node: ir.Node) -> None:
+    """Softmax of one axis."""
+    x = at.input(node, 0)
+    assert x is not None
+    axis = int(at.attribute(node, "axis", -1)) % len(x.shape)  # type: ignore[call-overload]
+    order = [i for i in range(len(x.shape)) if i != axis] + [axis]
+    turned, m, n, ldx = at.rows(x.view([x.shape[i] for i in order], [x.strides[i] for i in order]))
+    last = axis == len(x.shape) - 1
+    y = at.result(node.outputs[0], x.shape) if last else at.program.tensor(turned.shape)
+    name = at.program.kernel("softmax", softmax, pointers=2, integers=3)
+    at.program.call(name, [turned, y], [n, ldx, n], m, writes=[y])
+    if not last:
+        back = [order.index(i) for i in range(len(order))]
+        at.set(node.outputs[0], y.view([y.shape[i] for i in back], [y.strides[i] for i in back]))
+
+
+_REDUCE = {
+    "ReduceSum": ("0", "t += {x}", "t"),
+    "ReduceMean": ("0", "t += {x}", "t / (float)count"),
+    "ReduceMax": ("{first}", "if ({x} > t) t = {x}", "t"),
+    "ReduceMin": ("{first}", "if ({x} < t) t = {x}", "t"),
+    "ReduceProd": ("1", "t *= {x}", "t"),
+    "ReduceL2": ("0", "t += {x} * {x}", "sqrtf(t)"),
+    "ReduceSumSquare": ("0", "t += {x} * {x}", "t"),
+}
+
+
+@operator(*_REDUCE)
+def reduce(at: Lowering, node: ir.Node) -> None:
+    """One number of some axes."""
+    x, axes = at.input(node, 0), at.input(node, 1)
+    assert x is not None
+    x = at.stored(x)
+    rank = len(x.shape)
+    gone = list(range(rank))
+    held = node.attributes.get("axes")
+    if axes is not None:
+        if axes.values is None or any(v.constant is None for v in axes.values):
+            raise at.refuse(node, "its axes are computed")
+        gone = [int(v.constant) % rank for v in axes.values]  # type: ignore[arg-type]
+    elif held is not None:
+        gone = [a % rank for a in held.as_ints()]
+    elif at.attribute(node, "noop_with_empty_axes", 0):
+        gone = []
+    keep = [i for i in range(rank) if i not in gone]
+    with_ones = bool(at.attribute(node, "keepdims", 1))
+    shape = [dim(1) if i in gone else x.shape[i] for i in range(rank)] if with_ones else [x.shape[i] for i in keep]
+    y = at.result(node.outputs[0], shape, x.dtype)
+    order = keep + gone
+    _reduce(at, node.op_type, x.view([x.shape[i] for i in order], [x.strides[i] for i in order]), len(keep), y)
+
+
+def _reduce(at: Lowering, kind: str, x: Tensor, kept: int, y: Tensor) -> None:
+    start, step, end = _REDUCE[kind]
+    ctype, rank = C_TYPES[x.dtype][0], len(x.shape)
+    name = f"{kind}_{ctype}_{kept}_{rank}"
+    lines = [f"static void {name}(const {ctype} *x, {ctype} *y, const int64_t *n, const int64_t *s) {{"]
+    terms = " + ".join(f"i{a} * s[{a}]" for a in range(kept)) or "0"
+    lines += [f"  for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(kept)]
+    lines += [f"  {{ const {ctype} *r = x + {terms}; {ctype} t = {start.format(first='*r')}; int64_t count = 1;"]
+    lines += [f"    count *= n[{a}];" for a in range(kept, rank)]
+    lines += [f"    for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(kept, rank)]
+    inner = " + ".join(f"i{a} * s[{a}]" for a in range(kept, rank)) or "0"
+    lines += [f"      {{ {step.format(x=f'r[{inner}]')}; }}", f"    (void)count; *y++ = {end}; }}", "}"]
+    at.program.functions[name] = "\n".join(lines)
+    sizes, strides = (", ".join(v.c for v in values) or "1" for values in (x.shape, x.strides))
+    at.program.add(f"{name}({x.c}, {y.c}, DIMS({sizes}), DIMS({strides}));", [x], [y])
+
+
+@operator("GlobalAveragePool")
+def global_average_pool(at: Lowering, node: ir.Node) -> None:
+    """The mean of each channel."""
+    x = at.input(node, 0)
+    assert x is not None
+    y = at.result(node.outputs[0], (*x.shape[:2], *[1] * (len(x.shape) - 2)))
+    _reduce(at, "ReduceMean", x, 2, y)
+
+
+@operator("ArgMax")
+def arg_max(at: Lowering, node: ir.Node) -> None:
+    """The index of the largest element of an axis, the first of equals."""
+    x = at.input(node, 0)
+    assert x is not None
+    axis = int(at.attribute(node, "axis", 0)) % len(x.shape)  # type: ignore[call-overload]
+    if at.attribute(node, "select_last_index", 0):
+        raise at.refuse(node, "it takes the last of equals")
+    x = at.stored(x)
+    keep = [i for i in range(len(x.shape)) if i != axis]
+    order = [*keep, axis]
+    turned = at.contiguous(x.view([x.shape[i] for i in order], [x.strides[i] for i in order]))
+    shape = list(x.shape)
+    shape[axis] = dim(1)
+    if not at.attribute(node, "keepdims", 1):
+        shape = [x.shape[i] for i in keep]
+    y = at.result(node.outputs[0], shape, ir.DataType.INT64)
+    kind = C_TYPES[x.dtype][0]
+    at.program.functions[f"arg_max_{kind}"] = (
+        f"static void arg_max_{kind}(const {kind} *x, int64_t *y, int64_t rows, int64_t n) {{\n"
+        "  for (int64_t i = 0; i < rows; i++, x += n) {\n"
+        "    y[i] = 0;\n"
+        "    for (int64_t j = 1; j < n; j++) if (x[j] > x[y[i]]) y[i] = j;\n  }\n}"
+    )
+    rows = product(turned.shape[:-1])
+    at.program.add(f"arg_max_{kind}({turned.c}, {y.c}, {rows.c}, {turned.shape[-1].c});", [turned], [y])
+
+
+@operator("CumSum")
+def cum_sum(at: Lowering, node: ir.Node) -> None:
+    """Running sums of an axis."""
+    x, axis = at.input(node, 0), at.input(node, 1)
+    assert x is not None
+    number = axis.values[0].constant if axis is not None and axis.values is not None else None
+    if number is None or at.attribute(node, "exclusive", 0) or at.attribute(node, "reverse", 0):
+        raise at.refuse(node, "its axis is computed, or it is exclusive or reversed")
+    x = at.contiguous(x)
+    number %= len(x.shape)
+    y = at.result(node.outputs[0], x.shape, x.dtype)
+    kind = C_TYPES[x.dtype][0]
+    at.program.functions[f"cum_sum_{kind}"] = (
+        f"static void cum_sum_{kind}(const {kind} *x, {kind} *y, int64_t outer, int64_t n, int64_t inner) {{\n"
+        "  for (int64_t o = 0; o < outer; o++, x += n * inner, y += n * inner)\n"
+        "    for (int64_t i = 0; i < n * inner; i++) y[i] = x[i] + (i < inner ? 0 : y[i - inner]);\n}"
+    )
+    outer, inner = product(x.shape[:number]), product(x.shape[number + 1 :])
+    at.program.add(f"cum_sum_{kind}({x.c}, {y.c}, {outer.c}, {x.shape[number].c}, {inner.c});", [x], [y])

@@ -1,0 +1,127 @@
+"""Weights in the layouts that the kernels stream through, made when the weights file is written."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.backends.tvm.isa import Isa
+from qc.backends.tvm.kernels.products import Codes
+from qc.ir.errors import UnsupportedError
+from qc.ir.quant import Affine, FloatScale, Format, QuantizedTensor
+
+__all__ = ["codes_of", "groups_of", "pack_columns", "pack_records", "record_bytes", "why_decoded"]
+
+_BLOCKS = (64, 32, 16)
+"""Columns whose activations share a scale: the longest that divides a group. Longer ones would unroll to large code."""
+
+_ROW_GROUP = 256
+
+_BITS = (2, 3, 4, 8)
+
+
+def codes_of(format: Format, columns: int, isa: Isa) -> Codes:
+    """How a weight of a format lies in records at a level. Codes of 1 bit take 2, of 5 to 7 bits take 8.
+
+    Raises:
+        UnsupportedError: If no kernel computes with it; says why.
+    """
+    reason = why_decoded(format)
+    if reason:
+        raise UnsupportedError(f"Expected a weight format with a kernel, found {format}: {reason}.")
+    values, group = format.values, format.group
+    assert isinstance(values, Affine)
+    bits = next(b for b in _BITS if b >= values.bits)
+    half = format.scale == FloatScale(ir.DataType.FLOAT16)
+    zeros = not values.symmetric
+    zero = 0 if bits == 8 and isa.signed else -values.low  # bytes are stored signed there
+    if group is None:  # the scale of a row is repeated every few hundred columns: exact, and one kernel less
+        block = next((b for b in _BLOCKS if b <= columns), _BLOCKS[-1])
+        group = min(_ROW_GROUP, -(-columns // block) * block)
+    block = next(b for b in _BLOCKS if group % b == 0 and (bits != 3 or b % 32 == 0))
+    params = (2 if half else 4) + zeros
+    per = next((p for p in (1, 2, 4) if p * params * isa.lanes % isa.vector_bytes == 0), 4)
+    return Codes(bits, block, group // block, half, zeros, zero, per)
+
+
+def why_decoded(format: Format) -> str:
+    """Why weights of a format are decoded when the file is written; empty if a kernel computes with it."""
+    values, group = format.values, format.group
+    if not isinstance(values, Affine) or values.half or values.floating:
+        return "its values are not integers times a scale"
+    if format.axis != "in" or format.remainder is not None:
+        return "its groups do not lie along a row, or it has a remainder"
+    unit = 32 if values.bits == 3 else _BLOCKS[-1]
+    if group is not None and group % unit:
+        return f"groups are multiples of {unit} columns"
+    return ""
+
+
+def groups_of(codes: Codes, columns: int) -> int:
+    """Groups in a row."""
+    return -(-columns // (codes.block * codes.blocks))
+
+
+def record_bytes(codes: Codes, rows: int, columns: int, isa: Isa) -> int:
+    """Bytes of a packed weight."""
+    units, groups = -(-rows // isa.lanes), groups_of(codes, columns)
+    return units * -(-groups // codes.per_record) * codes.record_bytes(isa.lanes)
+
+
+def pack_records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
+    """Codes, scales and zero points in records: uint8, see `qc.backends.tvm.kernels.products`."""
+    values, L = tensor.format.values, isa.lanes
+    assert isinstance(values, Affine)
+    rows, columns = tensor.codes.shape
+    units, width = -(-rows // L), codes.block * codes.blocks
+    groups = groups_of(codes, columns)
+    per, records = codes.per_record, -(-groups // codes.per_record)
+    # Padding: codes of columns meet activations of zero, rows are never stored.
+    padded = np.zeros((units * L, records * per * width), np.uint8)
+    padded[:rows, :columns] = (tensor.codes.astype(np.int16) - values.low).astype(np.uint8)
+    signed = codes.bits == 8 and isa.signed
+    if signed:
+        padded ^= np.uint8(0x80)
+    blocks = padded.reshape(units, L, records * per * codes.blocks, codes.block // 4, 4).transpose(0, 2, 3, 1, 4)
+    packed = _pack_slots(blocks.reshape(units, records, -1, codes.block // 4, 4 * L), codes.bits)
+    out = np.zeros((units, records, codes.record_bytes(L)), np.uint8)
+    end = per * codes.blocks * codes.code_bytes(L)
+    out[:, :, :end] = packed.reshape(units, records, end)
+    out[:, :, end : end + per * codes.scale_bytes(L)] = _per_group(
+        tensor.params["scale"] if codes.half else tensor.format.scale.decode(tensor.params), units, L, records, per
+    )
+    if codes.zeros:
+        start = end + per * codes.scale_bytes(L)
+        zeros = tensor.params["zero_point"].astype(np.uint8) ^ np.uint8(0x80 if signed else 0)
+        out[:, :, start : start + per * L] = _per_group(zeros, units, L, records, per)
+    return out.reshape(-1)
+
+
+def _pack_slots(slots: np.ndarray, bits: int) -> np.ndarray:
+    """``[..., slots, bytes]`` of one code per byte, several slots per byte."""
+    if bits == 8:
+        return slots
+    if bits == 3:
+        low, high = _pack_slots(slots & 3, 2), _pack_slots(slots >> 2, 1)
+        return np.concatenate([low, high], axis=-2)
+    per = 8 // bits
+    grouped = slots.reshape(*slots.shape[:-2], slots.shape[-2] // per, per, slots.shape[-1])
+    shifts = (bits * np.arange(per, dtype=np.uint8)).astype(np.uint8)[:, None]
+    return np.bitwise_or.reduce(grouped << shifts, axis=-2)
+
+
+def _per_group(params: np.ndarray, units: int, lanes: int, records: int, per: int) -> np.ndarray:
+    """Parameters ``[rows, groups]`` as bytes ``[units, records, per * lanes * size]``."""
+    full = np.zeros((units * lanes, records * per), params.dtype)
+    full[: params.shape[0], : params.shape[1] if params.shape[1] > 1 else None] = params
+    turned = np.ascontiguousarray(full.reshape(units, lanes, records, per).transpose(0, 2, 3, 1))
+    return turned.reshape(units, records, -1).view(np.uint8)
+
+
+def pack_columns(weight: np.ndarray, columns: int) -> np.ndarray:
+    """A float weight ``[N, K]`` as ``[units, K, columns]``, `columns` output channels to a unit, zeros beyond N."""
+    rows, width = weight.shape
+    units = -(-rows // columns)
+    padded = np.zeros((units * columns, width), weight.dtype)
+    padded[:rows] = weight
+    return np.ascontiguousarray(padded.reshape(units, columns, width).transpose(0, 2, 1)).reshape(-1)

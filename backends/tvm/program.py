@@ -1,0 +1,252 @@
+"""A model as a C library sees it: buffers, and statements that read and write them, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.resources
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.backends.tvm.isa import Isa
+from qc.backends.tvm.shapes import Dim, Size, dim, product
+from qc.ir.errors import UnsupportedError
+
+__all__ = ["C_TYPES", "Blob", "Buffer", "Program", "Statement", "Tensor", "dense"]
+
+C_TYPES = {
+    ir.DataType.FLOAT: ("float", 4),
+    ir.DataType.INT64: ("int64_t", 8),
+    ir.DataType.INT32: ("int32_t", 4),
+    ir.DataType.BOOL: ("uint8_t", 1),
+    ir.DataType.UINT8: ("uint8_t", 1),
+    ir.DataType.INT8: ("int8_t", 1),
+}
+"""Element types that values of a library may have."""
+
+_LINE = 64
+
+
+@dataclasses.dataclass(eq=False)
+class Buffer:
+    """Where values lie.
+
+    Attributes:
+        kind: ``arena`` (planned memory), ``input``, ``output``, ``cache`` or ``weight``.
+        index: Number within its kind; the offset in bytes of a weight.
+        bytes: Its size.
+    """
+
+    kind: str
+    index: int
+    bytes: Dim
+
+    @property
+    def c(self) -> str:
+        """Its address in C."""
+        return {"arena": "A", "input": "I", "output": "O", "cache": "K", "weight": "W"}[self.kind] + f"({self.index})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A view of a buffer.
+
+    Attributes:
+        buffer: Where it lies; None if only its numbers are known (`values`).
+        dtype: Element type.
+        shape: Sizes of its axes.
+        strides: Elements from one index of an axis to the next; 0 where it repeats.
+        offset: Elements in front of the first.
+        values: Its numbers, if it is an integer or a short list of them that the dimensions determine.
+    """
+
+    buffer: Buffer | None
+    dtype: ir.DataType
+    shape: tuple[Dim, ...]
+    strides: tuple[Dim, ...]
+    offset: Dim = dim(0)  # noqa: RUF009 - immutable
+    values: tuple[Dim, ...] | None = None
+
+    @property
+    def c(self) -> str:
+        """The address of its first element in C."""
+        assert self.buffer is not None
+        kind = C_TYPES[self.dtype][0]
+        start = "" if self.offset.constant == 0 else f" + {self.offset.c}"
+        return f"({kind} *){self.buffer.c}{start}"
+
+    @property
+    def elements(self) -> Dim:
+        """Number of elements."""
+        return product(self.shape)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements follow each other."""
+        return self.strides == dense(self.shape)
+
+    def view(self, shape: Sequence[Size], strides: Sequence[Size], offset: Size = 0) -> Tensor:
+        """Another view of the same buffer, `offset` elements further."""
+        return dataclasses.replace(
+            self,
+            shape=tuple(map(dim, shape)),
+            strides=tuple(map(dim, strides)),
+            offset=self.offset + offset,
+            values=None,
+        )
+
+
+def dense(shape: Sequence[Dim]) -> tuple[Dim, ...]:
+    """Strides of a tensor without gaps; those of axes of size 1 are what they would be otherwise."""
+    found, step = [], dim(1)
+    for size in reversed(shape):
+        found.append(step)
+        step = step * size
+    return tuple(reversed(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """A few lines of C.
+
+    Attributes:
+        text: The C code.
+        reads: Buffers that it reads.
+        writes: Buffers that it writes.
+        label: What it stands for, as a comment.
+    """
+
+    text: str
+    reads: tuple[Buffer, ...]
+    writes: tuple[Buffer, ...]
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Blob:
+    """A constant in the weights file.
+
+    Attributes:
+        offset: Bytes in front of it.
+        bytes: Its size.
+        make: Yields its bytes.
+    """
+
+    offset: int
+    bytes: int
+    make: Callable[[], np.ndarray]
+
+
+class Program:
+    """The statements of a library under construction, with everything that they need.
+
+    Attributes:
+        isa: The level that kernels are made for.
+        statements: In order.
+        arena: Planned buffers.
+        caches: Buffers of the cache, kept between runs.
+        blobs: The content of the weights file.
+        kernels: By name: generator, arguments, number of pointers, number of integers.
+        functions: C functions by name, for what no kernel does.
+        streamed: Constants that kernels read whole.
+        dims: Names in C of the symbolic dimensions, by their names in the model.
+    """
+
+    def __init__(self, isa: Isa) -> None:
+        self.isa = isa
+        self.statements: list[Statement] = []
+        self.arena: list[Buffer] = []
+        self.caches: list[Buffer] = []
+        self.blobs: list[Blob] = []
+        self.kernels: dict[str, tuple[Any, tuple[Any, ...], int, int]] = {}
+        self.functions: dict[str, str] = {}
+        self.dims: dict[str, str] = {}
+        self._blobs: dict[object, Tensor] = {}
+        self._end = 0
+        self.streamed: list[Buffer] = []
+        self.label = ""
+
+    def tensor(self, shape: Sequence[Size], dtype: ir.DataType = ir.DataType.FLOAT) -> Tensor:
+        """A new planned tensor."""
+        if dtype not in C_TYPES:
+            raise UnsupportedError(
+                f"Expected values of {', '.join(t.name for t in C_TYPES)}, found {dtype.name} at {self.label}. "
+                "The TVM target computes in float32."
+            )
+        sizes = tuple(map(dim, shape))
+        buffer = Buffer("arena", len(self.arena), product(sizes) * C_TYPES[dtype][1])
+        self.arena.append(buffer)
+        return Tensor(buffer, dtype, sizes, dense(sizes))
+
+    def cache(self, shape: Sequence[Size]) -> Tensor:
+        """A new tensor of floats that keeps its content between runs."""
+        sizes = tuple(map(dim, shape))
+        self.caches.append(Buffer("cache", len(self.caches), product(sizes) * 4))
+        return Tensor(self.caches[-1], ir.DataType.FLOAT, sizes, dense(sizes))
+
+    def constant(
+        self, key: object, make: Callable[[], np.ndarray], size: int, shape: Sequence[int], dtype: ir.DataType
+    ) -> Tensor:
+        """A constant of `size` bytes; the same `key` is stored once. `make` is called when the file is written."""
+        if key not in self._blobs:
+            offset = -(-self._end // _LINE) * _LINE
+            self.blobs.append(Blob(offset, size, make))
+            self._end = offset + size
+            sizes = tuple(map(dim, shape))
+            self._blobs[key] = Tensor(Buffer("weight", offset, dim(size)), dtype, sizes, dense(sizes))
+        return self._blobs[key]
+
+    def array(self, array: np.ndarray, dtype: ir.DataType | None = None) -> Tensor:
+        """A small constant that is known now."""
+        array = np.ascontiguousarray(array)
+        kind = dtype or ir.DataType.from_numpy(array.dtype)
+        key = (array.tobytes(), array.shape, kind)
+        return self.constant(key, lambda: array, array.nbytes, array.shape, kind)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all constants with what aligns them."""
+        return self._end
+
+    def use(self, name: str, kind: str = "") -> None:
+        """Takes a C function of ``host/`` in, its ``@`` replaced by `kind`."""
+        text = importlib.resources.files("qc.backends.tvm.host").joinpath(f"{name}.c").read_text("utf-8")
+        self.functions[name + kind] = text.replace("@", kind).rstrip()
+
+    def kernel(self, stem: str, generator: Any, *arguments: Any, pointers: int, integers: int) -> str:
+        """Registers a kernel and returns its name, the same for the same arguments."""
+        digest = hashlib.sha256(repr((generator.__qualname__, arguments)).encode()).hexdigest()[:8]
+        name = f"qck_{stem}_{digest}"
+        self.kernels[name] = (generator, arguments, pointers, integers)
+        return name
+
+    def call(
+        self,
+        kernel: str,
+        pointers: Sequence[Tensor | str],
+        integers: Sequence[Size],
+        units: Size,
+        *,
+        writes: Sequence[Tensor],
+        grain: int = 1,
+    ) -> None:
+        """Adds a call of a kernel on `units` units, of which a thread gets multiples of `grain`."""
+        _, _, count, sizes = self.kernels[kernel]
+        assert (len(pointers), len(integers)) == (count, sizes), (kernel, len(pointers), len(integers), count, sizes)
+        addresses = ", ".join(p if isinstance(p, str) else p.c for p in pointers)
+        numbers = ", ".join(dim(i).c for i in integers) or "0"
+        text = f"CALL({kernel}, {count}, {sizes}, PTRS({addresses}), INTS({numbers}), {dim(units).c}, {grain});"
+        held = [p for p in pointers if isinstance(p, Tensor)]
+        self.streamed += [b for b in _buffers(held) if b.kind == "weight"]
+        self.add(text, held, writes)
+
+    def add(self, text: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+        """Adds a statement."""
+        self.statements.append(Statement(text, _buffers(reads), _buffers(writes), self.label))
+
+
+def _buffers(tensors: Sequence[Tensor]) -> tuple[Buffer, ...]:
+    return tuple(t.buffer for t in tensors if t.buffer is not None)

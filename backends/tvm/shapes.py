@@ -1,0 +1,131 @@
+"""Sizes that are known when a library runs: polynomials of the model's symbolic dimensions, spelled in C."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+__all__ = ["Dim", "Size", "c_name", "dim", "divide", "largest", "product", "smallest"]
+
+Monomial = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dim:
+    """A sum of products of symbols; a symbol may itself be a C expression such as ``qc_min(a, b)``.
+
+    Attributes:
+        terms: Coefficients by sorted symbols, none of them zero; ``()`` stands for the constant.
+    """
+
+    terms: tuple[tuple[Monomial, int], ...] = ()
+
+    @staticmethod
+    def of(terms: Mapping[Monomial, int]) -> Dim:
+        """Builds one from coefficients."""
+        return Dim(tuple(sorted((m, c) for m, c in terms.items() if c)))
+
+    @property
+    def constant(self) -> int | None:
+        """Its value, or None if it depends on a symbol."""
+        if not self.terms:
+            return 0
+        return self.terms[0][1] if len(self.terms) == 1 and not self.terms[0][0] else None
+
+    def __add__(self, other: Size) -> Dim:
+        terms = dict(self.terms)
+        for m, c in dim(other).terms:
+            terms[m] = terms.get(m, 0) + c
+        return Dim.of(terms)
+
+    def __mul__(self, other: Size) -> Dim:
+        terms: dict[Monomial, int] = {}
+        for m, c in self.terms:
+            for n, d in dim(other).terms:
+                key = tuple(sorted((*m, *n)))
+                terms[key] = terms.get(key, 0) + c * d
+        return Dim.of(terms)
+
+    def __sub__(self, other: Size) -> Dim:
+        return self + dim(other) * -1
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __rsub__(self, other: Size) -> Dim:
+        return dim(other) - self
+
+    @property
+    def c(self) -> str:
+        """The C expression."""
+        if not self.terms:
+            return "0"
+        parts = []
+        for m, c in self.terms:
+            factors = [*([str(c)] if c != 1 or not m else []), *m]
+            parts.append(" * ".join(factors))
+        return " + ".join(parts) if len(parts) == 1 else f"({' + '.join(parts)})"
+
+
+Size = int | Dim
+
+
+def dim(value: Size | str) -> Dim:
+    """A size from an int, a symbol or a size."""
+    if isinstance(value, Dim):
+        return value
+    return Dim.of({(value,): 1}) if isinstance(value, str) else Dim.of({(): int(value)})
+
+
+def product(sizes: Iterable[Size]) -> Dim:
+    """The product of all sizes."""
+    found = dim(1)
+    for size in sizes:
+        found = found * size
+    return found
+
+
+def divide(a: Size, b: Size) -> Dim:
+    """``floor(a / b)`` of non-negative sizes; exact where every term is a multiple, or b is one of its factors."""
+    a, b = dim(a), dim(b)
+    if a == b:
+        return dim(1)
+    if len(b.terms) == 1:
+        (factors, number), terms = b.terms[0], {}
+        for m, c in a.terms:
+            left = list(m)
+            for symbol in factors:
+                if symbol not in left:
+                    break
+                left.remove(symbol)
+            else:
+                if c % number == 0:
+                    terms[tuple(left)] = c // number
+                    continue
+            break
+        else:
+            return Dim.of(terms)
+    return dim(f"qc_div({a.c}, {b.c})")
+
+
+def largest(a: Size, b: Size) -> Dim:
+    """The larger size."""
+    a, b = dim(a), dim(b)
+    if a.constant is not None and b.constant is not None:
+        return dim(max(a.constant, b.constant))
+    return a if a == b else dim(f"qc_max({a.c}, {b.c})")
+
+
+def smallest(a: Size, b: Size) -> Dim:
+    """The smaller size."""
+    a, b = dim(a), dim(b)
+    if a.constant is not None and b.constant is not None:
+        return dim(min(a.constant, b.constant))
+    return a if a == b else dim(f"qc_min({a.c}, {b.c})")
+
+
+def c_name(text: str) -> str:
+    """A C identifier for a symbolic dimension."""
+    name = re.sub(r"\W", "_", text)
+    return f"d_{name}"

@@ -1,0 +1,186 @@
+"""The TVM target: libraries that compute what ONNX Runtime does, and that refuse what is not theirs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qc.backends.inputs import text_inputs
+from qc.backends.ort.backend import OrtCpu
+from qc.backends.target import backend_for
+from qc.backends.tvm import toolchain
+from qc.backends.tvm.backend import TvmCpu
+from qc.backends.tvm.runner import open_runner
+from qc.frontend import load
+from qc.ir.errors import InputError, UnsupportedError
+from qc.ir.model import Model
+from qc.ir.text import parse
+from qc.passes.canonicalize import canonicalize_passes
+from qc.passes.manager import PassManager
+from qc.passes.pipeline import Step, parse_pipeline
+
+pytest.importorskip("tvm", reason="kernels are compiled by TVM")
+
+PROMPT = [3, 17, 200, 5, 1000, 42, 7]
+
+ALLOWED = {
+    "calloc", "close", "expf", "free", "fstat", "__fxstat", "malloc", "memcpy", "memset", "mmap", "munmap", "open",
+    "open64", "fstat64", "posix_memalign", "__stack_chk_fail", "erff", "tanhf", "powf", "logf", "sqrtf",
+    *(f"pthread_{n}" for n in ("create", "join", "mutex_init", "mutex_lock", "mutex_unlock", "mutex_destroy",
+                               "cond_init", "cond_wait", "cond_signal", "cond_broadcast", "cond_destroy")),
+}  # fmt: skip
+"""Of libc, libm and pthread, and nothing else."""
+
+
+@pytest.fixture(scope="session")
+def emitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """tiny-llama with 4-bit weights: one quantization, emitted for ONNX Runtime and as a library, both exact."""
+    steps = [
+        *(Step(p, optional=True) for p in canonicalize_passes()),
+        *parse_pipeline("quantize-weights{format=uint4,group=32}"),
+    ]
+    quantized, _ = PassManager(steps, verify=False).run(load("builtin:tiny-llama"))
+    made = {}
+    for name, backend in (("ort", OrtCpu(accuracy_level=0)), ("tvm", TvmCpu(exact=True))):
+        lowered, _ = PassManager(list(backend.lowering()), stage="lowering", verify=False).run(quantized.clone())
+        made[name] = tmp_path_factory.mktemp("emitted")
+        backend.emit(Model.of(lowered), made[name])
+    return made
+
+
+def test_greedy_tokens_are_those_of_onnx_runtime_with_the_same_weights(emitted: dict[str, Path]) -> None:
+    expected = list(OrtCpu().open(emitted["ort"], threads=1).generate(PROMPT, 24))
+    assert list(open_runner(emitted["tvm"], threads=1).generate(PROMPT, 24)) == expected
+
+
+def test_a_run_with_a_cache_is_that_of_onnx_runtime(emitted: dict[str, Path]) -> None:
+    """Two rows of which one is padded on the right, behind nothing; then one row behind seven tokens."""
+    ours, theirs = open_runner(emitted["tvm"], threads=1), OrtCpu().open(emitted["ort"], threads=1)
+    first = text_inputs(theirs.signature, np.array([PROMPT, PROMPT[::-1]]))
+    results = [r.run(first) for r in (ours, theirs)]
+    for name, value in results[1].items():
+        np.testing.assert_allclose(results[0][name], value, rtol=1e-4, atol=1e-4)
+    second = text_inputs(theirs.signature, np.array([[9], [11]]), past=len(PROMPT))
+    for past, present in theirs.signature.caches:
+        second[past.name] = results[1][present.name]
+    for name, value in theirs.run(second).items():
+        np.testing.assert_allclose(ours.run(second)[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_is_greedy_at_temperature_zero_and_repeats_with_its_seed(emitted: dict[str, Path]) -> None:
+    runner = open_runner(emitted["tvm"], threads=1)
+    greedy = list(runner.generate(PROMPT, 12))
+    assert list(runner.sample(PROMPT, 12, temperature=0.0)) == greedy
+    assert list(runner.sample(PROMPT, 12, temperature=1.0, top_k=1)) == greedy
+    assert list(runner.sample(PROMPT, 12, temperature=1.0, top_p=1e-6)) == greedy
+    draws = {seed: list(runner.sample(PROMPT, 12, top_k=50, top_p=0.9, seed=seed)) for seed in (1, 2)}
+    assert draws[1] != draws[2]
+    assert draws[1] == list(runner.sample(PROMPT, 12, top_k=50, top_p=0.9, seed=1))
+
+
+def test_several_threads_and_parts_of_a_prompt_change_nothing(emitted: dict[str, Path]) -> None:
+    one, two = (open_runner(emitted["tvm"], threads=n) for n in (1, 3))
+    prompt = list(np.random.default_rng(0).integers(0, 4096, 700))  # longer than what is computed at once
+    assert list(one.generate(prompt, 4)) == list(two.generate(prompt, 4))
+
+
+def test_ten_instances_in_ten_threads_agree(emitted: dict[str, Path]) -> None:
+    runners = [open_runner(emitted["tvm"], threads=1) for _ in range(10)]
+    found: list[list[int]] = [[] for _ in runners]
+
+    def generate(i: int) -> None:
+        found[i] = list(runners[i].generate(PROMPT, 8))
+
+    threads = [threading.Thread(target=generate, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [found[0]] * 10
+    assert len(found[0]) == 8
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "bit", "header", "swapped", "empty"])
+def test_a_damaged_weights_file_is_refused(emitted: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    for file in emitted["tvm"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.weights"
+    content = bytearray(weights.read_bytes())
+    match damage:
+        case "cut":
+            content = content[:-1]
+        case "longer":
+            content += b"0"
+        case "bit":
+            content[len(content) // 2] ^= 1
+        case "header":
+            content[20] ^= 1
+        case "swapped":
+            content[64:8256], content[8256:16448] = content[8256:16448], content[64:8256]
+        case "empty":
+            content = bytearray()
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="cut short, changed, or of another model"):
+        open_runner(tmp_path)
+
+
+def test_a_token_outside_of_the_vocabulary_is_refused(emitted: dict[str, Path]) -> None:
+    runner = open_runner(emitted["tvm"], threads=1)
+    with pytest.raises(InputError, match="outside of its table"):
+        list(runner.generate([4096], 1))
+
+
+@pytest.mark.parametrize("check", [["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []])
+def test_the_example_of_the_documentation_runs(
+    emitted: dict[str, Path], root: Path, tmp_path: Path, check: list[str]
+) -> None:
+    """Also with the generated C file, its memory and arithmetic checked; its kernels are as they are."""
+    directory = emitted["tvm"]
+    text = (root / "docs/tvm.md").read_text("utf-8")
+    source = re.findall(r"^```c\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "example.c").write_text(source[0])
+    files = [directory / "libmodel.a"]
+    if check:
+        subprocess.run(["ar", "x", directory / "libmodel.a"], cwd=tmp_path, check=True)
+        (tmp_path / "model.o").unlink()
+        files = [directory / "model.c", *sorted(tmp_path.glob("*.o"))]
+    command = ["cc", *check, "-Wall", "-Wextra", "-Werror", "-I", directory, tmp_path / "example.c", *files, "-lm"]
+    subprocess.run([*command, "-o", tmp_path / "example"], check=True)
+    done = subprocess.run(
+        [tmp_path / "example", directory / "model.weights"], capture_output=True, text=True, check=True
+    )
+    expected = list(open_runner(directory, threads=1).generate([3, 17, 200, 5, 1000], 8))
+    assert list(map(int, done.stdout.split())) == expected
+
+
+def test_a_library_needs_libc_libm_and_threads_only(emitted: dict[str, Path]) -> None:
+    lines = subprocess.run(
+        ["nm", "-D", "--undefined-only", emitted["tvm"] / "libmodel.so"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    wanted = {line.split()[-1].partition("@")[0] for line in lines if line.split()[-2] == "U"}
+    assert wanted <= ALLOWED
+    assert (emitted["tvm"] / "libmodel.so").stat().st_size <= 150_000
+
+
+def test_a_pair_of_packages_that_crashes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.15.post2"}
+    monkeypatch.setattr(toolchain.importlib.metadata, "version", versions.__getitem__)
+    with pytest.raises(UnsupportedError, match=r"apache-tvm-ffi 0\.1\.15\.post2.*crash"):
+        toolchain.check_versions()
+
+
+def test_an_operator_without_a_kernel_is_named(tmp_path: Path) -> None:
+    model = parse("f (float[2,3,4,4] x) => (float[2,3,8,8] y) { y = DepthToSpace <blocksize = 1> (x) }")
+    with pytest.raises(UnsupportedError, match="no kernel for DepthToSpace"):
+        TvmCpu().emit(model, tmp_path)
+
+
+@pytest.mark.parametrize("options", ["sse9", "avx2,avx512vnni"])
+def test_an_unknown_level_is_refused(options: str) -> None:
+    with pytest.raises(InputError, match="instruction-set level"):
+        backend_for(f"tvm-cpu:{options}")

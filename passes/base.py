@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qc.passes.sweep import BlockData
 
 __all__ = [
+    "CALIBRATION_TOKENS",
     "BlockPass",
     "Context",
     "Contract",
@@ -34,6 +35,9 @@ __all__ = [
     "check_patterns",
     "site_name",
 ]
+
+CALIBRATION_TOKENS = 1024
+"""Statistics of single channels change little beyond a thousand tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +186,11 @@ class Pass(ir.passes.InPlacePass):
     def needs(self, model: ir.Model) -> Sequence[Request]:
         """Statistics of activations that the manager shall collect just before the pass; none by default."""
         return ()
+
+    @property
+    def calibration_tokens(self) -> int:
+        """How much text the statistics want, where there is as much."""
+        return CALIBRATION_TOKENS
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         """Transforms `model` in place.

@@ -26,7 +26,7 @@ from qc.ir.probe import Found, find_inputs, run_in_turn
 from qc.ir.store import Store
 from qc.ir.verify import STAGES, check_structure, compare
 from qc.measurement import Data, measure, measured_batches, read_data, rehearse, speed
-from qc.passes.base import Context
+from qc.passes.base import CALIBRATION_TOKENS, Context
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.journal import Journal
 from qc.passes.manager import PassManager, PassReport
@@ -131,7 +131,7 @@ def compile(  # noqa: A001  the verb of the product
             plan.check(out, memory)
             if dry_run:
                 return CompileResult(None, plan, (), {}, {}, clock.stop())
-            data = read_data(model, calib, samples=samples, seed=seed)
+            data = read_data(model, calib, samples=samples, tokens=_calibration_tokens(steps), seed=seed)
             original = model.clone()
             store = Store(work / "store")
             reference = Remembered(ModelRunner(original), store)
@@ -220,6 +220,10 @@ def _described(data: Data) -> dict[str, object]:
     if data.calibration is None:
         return {}
     return {"source": data.name, "batches": len(data.calibration), "sha256": digest_batches(data.calibration)}
+
+
+def _calibration_tokens(steps: Sequence[Step]) -> int:
+    return max((s.action.calibration_tokens for s in steps), default=CALIBRATION_TOKENS)
 
 
 def _facts(steps: Sequence[Step], seed: int, exclude: Sequence[str]) -> dict[str, str]:

@@ -21,12 +21,10 @@ from qc.calibration import read_batches, read_documents
 from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.probe import Found
+from qc.passes.base import CALIBRATION_TOKENS
 from qc.plan import Plan, evaluation_windows
 
 __all__ = ["Data", "measure", "measured_batches", "read_data", "rehearse", "speed"]
-
-_CALIBRATION_WINDOWS = 4
-"""Windows of text for statistics: second moments of channels change little beyond a thousand tokens."""
 
 _MOST_BATCHES = 128
 """Batches of arrays to calibrate on."""
@@ -62,6 +60,7 @@ def read_data(
     calib: str | Path | Iterable[Mapping[str, object]] | None,
     *,
     samples: int | None = None,
+    tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
 ) -> Data:
     """Finds the data for `model`: the end of a text calibrates, its beginning measures, and they do not overlap.
@@ -73,7 +72,8 @@ def read_data(
         model: The model.
         calib: A file, a directory, or inputs by name; None for the sample text that travels with the model, or random
             data.
-        samples: Windows, texts or batches to calibrate on at most; None for as many as statistics of channels need.
+        samples: Windows, texts or batches to calibrate on at most; None for as many windows as hold `tokens`.
+        tokens: How many tokens of a continuous text the statistics want.
         seed: Of the choice among more of them.
 
     Raises:
@@ -102,7 +102,7 @@ def read_data(
         batches = read_batches(path, model, samples or _MOST_BATCHES, seed)
         return _with_measured(model, Data(path.name, calibration=batches))
     if documents.continuous:
-        return _windows(model, path, documents.ids[0], samples or _CALIBRATION_WINDOWS)
+        return _windows(model, path, documents.ids[0], samples or -(-tokens // WINDOW))
     return _texts(model, path, documents.ids, samples or _MOST_SENTENCES, seed)
 
 

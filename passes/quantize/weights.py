@@ -20,6 +20,9 @@ from qc.passes.statistics import Request, Statistic
 
 __all__ = ["QuantizeWeights", "fitted"]
 
+_GRAM_TOKENS = 16384
+"""Second moments of pairs want several tokens per channel, or they describe the text instead of the layer."""
+
 _SHORTEST_GROUP = 16
 """The shortest group that blocked kernels take."""
 
@@ -115,6 +118,10 @@ class QuantizeWeights(BlockPass):
     @property
     def sequential(self) -> bool:
         return self.assign == "gptq"
+
+    @property
+    def calibration_tokens(self) -> int:
+        return _GRAM_TOKENS if self.assign == "gptq" else super().calibration_tokens
 
     @property
     def _statistic(self) -> Statistic | None:

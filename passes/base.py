@@ -122,6 +122,8 @@ class Context:
         seed: Seed of everything random in a pass; use ``numpy.random.default_rng([seed, ...])``.
         threads: Number of threads a pass may use.
         statistics: What the manager collected because the pass asked for it (`Pass.needs`).
+        calibration: The batches that statistics are collected on, for passes that run the network themselves; None if
+            there are only made-up ones.
         scope: The nodes that a `BlockPass` may touch in this call, those in their subgraphs included; None for all.
         memo: What a pass wants to find again when it is called on the next part of the network: a weight that two parts
             share is quantized once. Empty at the start of each sweep.
@@ -138,6 +140,7 @@ class Context:
     seed: int = 0
     threads: int = 2
     statistics: Mapping[Request, np.ndarray] = dataclasses.field(default_factory=dict)
+    calibration: Sequence[Mapping[str, np.ndarray]] | None = None
     scope: frozenset[ir.Node] | None = None
     memo: dict[object, Any] = dataclasses.field(default_factory=dict)
     block: BlockData | None = None

@@ -127,7 +127,7 @@ class PassManager:
             UnsupportedError: If a pass that was asked for found nothing to do.
         """
         model = Model.of(model)
-        context = context or Context()
+        context = dataclasses.replace(context or Context(), calibration=calibration)
         self._foreign = frozenset(n.domain for n in model.graph.all_nodes()) - {dialect.DOMAIN}
         dialect.sync_functions(model)
         batches = list(probe or ()) if self.verify else []

@@ -60,6 +60,12 @@ def _quantize_activations() -> type[Pass]:
     return QuantizeActivations
 
 
+def _allocate() -> type[Pass]:
+    from qc.passes.allocate.allocate import Allocate
+
+    return Allocate
+
+
 def _smooth() -> type[Pass]:
     from qc.passes.transform.smooth import Smooth
 
@@ -121,6 +127,7 @@ def _tune() -> type[Pass]:
 
 
 _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
+    "allocate": _allocate,
     "quantize-weights": _quantize_weights,
     "quantize-activations": _quantize_activations,
     "smooth": _smooth,

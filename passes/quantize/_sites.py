@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import onnx_ir as ir
 
 from qc.ir import dialect
-from qc.ir.quant import Weight, read_weight
+from qc.ir.quant import Format, Weight, read_weight
 from qc.passes.base import site_name
+from qc.passes.statistics import Request, Statistic
 
 __all__ = ["LARGE", "Kind", "Use", "weight_uses"]
 
@@ -24,6 +25,9 @@ _REASONS = {
     "GRU": "recurrent weights are not quantized yet",
     "RNN": "recurrent weights are not quantized yet",
 }
+
+
+_PLANNED = "qc.format"
 
 
 class Kind(enum.Enum):
@@ -60,6 +64,28 @@ class Use:
         """The module path of the consumer if known, else the weight's name."""
         recorded = self.node.metadata_props.get("qc.scope")
         return recorded or (self.weight.name if self.weight is not None else "") or site_name(self.node)
+
+    def statistic(self, statistic: Statistic) -> Request | None:
+        """The request for a statistic of what the weight of a Linear is multiplied with."""
+        if self.reason or self.node.op_type != "Linear":
+            return None
+        value = self.node.inputs[0]
+        if value is None or value.shape is None or value.dtype != ir.DataType.FLOAT:
+            return None
+        return Request(statistic, value)
+
+    @property
+    def planned(self) -> Format | None:
+        """The format that an allocation gave this weight: the property ``qc.format`` of the node."""
+        text = self.node.metadata_props.get(_PLANNED)
+        return None if text is None else Format.parse(text)
+
+    def plan(self, format: Format | None) -> None:
+        """Says which format the weight shall have, or, once it has it, that nothing is planned any more."""
+        if format is None:
+            self.node.metadata_props.pop(_PLANNED, None)
+        else:
+            self.node.metadata_props[_PLANNED] = str(format)
 
 
 def weight_uses(model: ir.Model) -> list[Use]:

@@ -17,7 +17,7 @@ from qc.passes.quantize._fit import fit_scales
 from qc.passes.quantize._remainder import assign_with_remainder
 from qc.passes.quantize._search import Search, search
 
-__all__ = ["Search", "assign", "run_parallel", "sqnr_db"]
+__all__ = ["Search", "assign", "run_parallel", "sqnr_db", "squared_errors"]
 
 _T = TypeVar("_T")
 
@@ -156,19 +156,37 @@ def sqnr_db(weight: np.ndarray, tensor: QuantizedTensor, *, threads: int = 1) ->
         tensor: What it became.
         threads: Number of threads.
     """
+    signal, noise = squared_errors(weight, tensor, None, threads=threads)
+    if noise == 0:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def squared_errors(
+    weight: np.ndarray, tensor: QuantizedTensor, metric: np.ndarray | None, *, threads: int = 1
+) -> tuple[float, float]:
+    """Sums of squares of a weight, and of its difference to what it became.
+
+    Args:
+        weight: ``[N, K]``, any float type.
+        tensor: What it became.
+        metric: What a square counts, by column; None for one.
+        threads: Number of threads.
+    """
     rows, columns = weight.shape
     step = _rows_per_chunk(columns) if tensor.sliceable else rows
+    root = None if metric is None else np.sqrt(metric).astype(np.float32)
 
     def work(start: int) -> tuple[float, float]:
         part = slice(start, start + step)
         w = np.asarray(weight[part], np.float32)
         noise = w - (tensor.rows(part) if tensor.sliceable else tensor).decode()
+        if root is not None:
+            w, noise = w * root, noise * root
         return float(np.vdot(w, w)), float(np.vdot(noise, noise))
 
     signal, noise = np.sum(run_parallel(work, range(0, rows, step), threads), axis=0)
-    if noise == 0:
-        return float("inf")
-    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
+    return float(signal), float(noise)
 
 
 def _rows_per_chunk(columns: int) -> int:

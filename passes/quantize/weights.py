@@ -18,12 +18,12 @@ from qc.passes.quantize.assign import assign, sqnr_db
 from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db
 from qc.passes.statistics import Request, Statistic
 
-__all__ = ["QuantizeWeights", "fitted"]
+__all__ = ["SHORTEST_GROUP", "QuantizeWeights", "fitted"]
 
 _GRAM_TOKENS = 16384
 """Second moments of pairs want several tokens per channel, or they describe the text instead of the layer."""
 
-_SHORTEST_GROUP = 16
+SHORTEST_GROUP = 16
 """The shortest group that blocked kernels take."""
 
 
@@ -36,6 +36,8 @@ class QuantizeWeights(BlockPass):
     second moment ``E[x_k^2]`` of the input channel, or one. A weight that several consumers read in the same format,
     such as a tied embedding and head, is quantized and stored once. That of a convolution counts as a matrix whose rows
     have all that makes one output channel.
+
+    A format that `qc.passes.allocate` gave a weight goes before those of the options.
 
     Every node that reads a large constant is a site; the ones that stay float say why. Scope: the main graph.
 
@@ -113,7 +115,7 @@ class QuantizeWeights(BlockPass):
         statistic = self._statistic
         if statistic is None:
             return []
-        return [r for use in weight_uses(model) if (r := _request(use, statistic)) is not None]
+        return [r for use in weight_uses(model) if (r := use.statistic(statistic)) is not None]
 
     @property
     def sequential(self) -> bool:
@@ -148,7 +150,7 @@ class QuantizeWeights(BlockPass):
         pattern = context.excluded(use.name, use.weight.name)
         if pattern is not None:
             return Site(use.name, Outcome.SKIPPED, f"excluded by {pattern}", facts)
-        wanted = self._formats()[use.kind]
+        wanted = use.planned or self._formats()[use.kind]
         if wanted is None:
             return Site(use.name, Outcome.SKIPPED, f"the recipe keeps the {use.kind.value} in float", facts)
         columns = use.weight.matrix[1]
@@ -161,13 +163,14 @@ class QuantizeWeights(BlockPass):
         if use.kind is Kind.CONVOLUTION and (wanted.native is None or wanted.group is not None or wanted.axis == "out"):
             reason = f"{wanted} is no format with one scale per output channel or one in all, which a convolution takes"
             return Site(use.name, Outcome.SKIPPED, reason, facts)
-        if columns < _SHORTEST_GROUP and use.kind is not Kind.CONVOLUTION:
+        if columns < SHORTEST_GROUP and use.kind is not Kind.CONVOLUTION:
             return Site(use.name, Outcome.SKIPPED, f"its rows of {columns} are shorter than any kernel's group", facts)
         if use.weight.value.dtype not in (None, ir.DataType.FLOAT):
             return Site(use.name, Outcome.SKIPPED, f"it computes in {use.weight.value.dtype.name}, not in FLOAT", facts)
         if format != wanted:
             facts["group"] = f"{format.group} instead of {wanted.group}: rows of {columns} would be padded"
-        request = None if self._statistic is None else _request(use, self._statistic)
+        use.plan(None)
+        request = None if self._statistic is None else use.statistic(self._statistic)
         return Site(use.name, Outcome.CHANGED, "", facts | work.quantize(use, format, request, self.sweeps))
 
 
@@ -181,19 +184,9 @@ def fitted(format: Format, columns: int) -> Format:
         return -(-columns // group) * (group * format.values.bits + extra)
 
     groups = [format.group]
-    while groups[-1] % 2 == 0 and groups[-1] // 2 >= _SHORTEST_GROUP:
+    while groups[-1] % 2 == 0 and groups[-1] // 2 >= SHORTEST_GROUP:
         groups.append(groups[-1] // 2)
     return dataclasses.replace(format, group=min(groups, key=padded_bits))
-
-
-def _request(use: Use, statistic: Statistic) -> Request | None:
-    """A statistic of what the weight of a Linear is multiplied with."""
-    if use.reason or use.node.op_type != "Linear":
-        return None
-    value = use.node.inputs[0]
-    if value is None or value.shape is None or value.dtype != ir.DataType.FLOAT:
-        return None
-    return Request(statistic, value)
 
 
 class _Work:

@@ -17,6 +17,7 @@ _EXTRAS = {
     "genai": ("onnxruntime-genai",),
     "tvm": ("apache-tvm",),
     "report": ("jinja2",),
+    "allocate": ("scipy",),
 }
 _CORE = ("numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "networkx", "safetensors", "rich", "tokenizers")
 

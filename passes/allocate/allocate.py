@@ -1,0 +1,279 @@
+"""Gives every weight a format of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.ir.errors import InputError
+from qc.ir.model import Model
+from qc.ir.probe import find_inputs
+from qc.ir.quant import Format
+from qc.ir.runtime import Session
+from qc.passes.allocate._costs import TARGETS, relative_time
+from qc.passes.allocate._program import Option, choose
+from qc.passes.allocate._trial import Trial
+from qc.passes.base import Context, Outcome, Pass, Result, Site, check_patterns
+from qc.passes.quantize._sites import Kind, Use, weight_uses
+from qc.passes.quantize.assign import assign, squared_errors
+from qc.passes.quantize.weights import SHORTEST_GROUP, fitted
+from qc.passes.statistics import Request, Statistic
+
+__all__ = ["Allocate"]
+
+_KINDS = frozenset({Kind.LINEAR, Kind.HEAD, Kind.VALUE, Kind.EMBEDDING})
+_SMALLEST_TABLE_BITS = 4
+"""Look-ups have no fused kernel for fewer bits: the whole table would be decoded for each token."""
+
+_TRIED, _JUDGED = 2, 4
+"""Batches that single weights are tried on, and further ones that whole plans are judged on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocate(Pass):
+    """Chooses a format for each weight such that the network loses least within a budget of bits.
+
+    A unit u is a weight, an option c a format. With the second moments m of its input, quantizing it by range search
+    adds the squared error ``E_uc = sum_nk m_k (w_nk - decoded_nk)^2`` to the outputs of the layer: the trace of
+    ``d H d'`` with the diagonal of H, which is the whole of it in expectation, as nearest codes err independently. What
+    that does to the network is taken to grow in proportion, and to add up:
+
+        min  sum_u lambda_u sum_c E_uc x_uc     sum_c x_uc = 1     sum_uc bits_uc x_uc <= bits * elements
+
+    (AdaQuant, arXiv 2006.10518, section 3.4; solved exactly). lambda_u is how far the outputs of the network move, in
+    nats of divergence where there are logits, when u alone is quantized, over ``E_uc``: one forward pass per weight.
+    The best plans are tried on further batches, and the one whose outputs move least is taken. This pass only writes
+    the plan into the model; ``quantize-weights`` behind it follows it. Every stored bit counts: codes, scales, zero
+    points, padding.
+
+    Left alone: what ``quantize-weights`` leaves alone, and convolutions. A table of embeddings gets 4 bits or more.
+
+    Attributes:
+        bits: Average bits per weight, stored, over all weights with a plan.
+        time: Limit on the time that products with weights take when one token is decoded, relative to that of uint4 in
+            groups of 32 for all of them, from the table of `target`; 0 for none.
+        formats: The choices, in full spelling.
+        plans: Number of plans that are tried.
+        target: Whose costs of formats `time` refers to.
+        exclude: Regular expressions of sites or weights to leave as they are.
+    """
+
+    bits: float = 4.0
+    time: float = 0.0
+    formats: tuple[str, ...] = (
+        "uint2:g32:f16",
+        "uint2:g64:f16",
+        "uint4:g16:f16",
+        "uint4:g32:f16",
+        "uint4:g64:f16",
+        "uint4:g128:f16",
+        "int8:g32:f16",
+        "int8:g128:f16",
+    )
+    plans: int = 3
+    target: str = "ort-cpu"
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.bits <= 0 or self.time < 0 or self.plans < 1 or not self.formats:
+            raise InputError(
+                f"Expected bits above 0, time of at least 0, and at least one format and one plan; found "
+                f"{self.bits:g}, {self.time:g}, {len(self.formats)} and {self.plans}."
+            )
+        if self.target not in TARGETS:
+            raise InputError(f"Expected a target among {', '.join(TARGETS)}, found {self.target!r}.")
+        check_patterns(self.exclude)
+        for text in self.formats:
+            Format.parse(text)
+
+    def needs(self, model: ir.Model) -> list[Request]:
+        found = (use.statistic(Statistic.SECOND_MOMENT) for use in weight_uses(model))
+        return [request for request in found if request is not None]
+
+    def call(self, model: ir.Model, context: Context | None = None) -> Result:
+        context = Context() if context is None else context
+        units, sites = self._units(weight_uses(model), context)
+        if not units:
+            return Result.of(model, sites)
+        for done, unit in enumerate(units):
+            context.progress(done, 2 * len(units), unit.name)
+            unit.measure(context)
+        batches = _batches(model, context)
+        weights = self._weights(model, units, context, batches[:_TRIED])
+        options = [
+            [
+                Option(weight * o.error, {"bits": o.bits, "time": o.time} if self.time else {"bits": o.bits})
+                for o in unit.options
+            ]
+            for unit, weight in zip(units, weights, strict=True)
+        ]
+        elements = sum(unit.elements for unit in units)
+        budgets = {"bits": self.bits * elements}
+        if self.time:
+            budgets["time"] = self.time * sum(u.elements for u in units if u.multiplies)
+        plans = choose(options, budgets, self.plans)
+        notes, best = _judge(model, units, plans, context, batches)
+        for unit, choice in zip(units, best, strict=True):
+            unit.take(choice)
+            sites.append(unit.site(choice))
+        stored = sum(u.options[c].bits for u, c in zip(units, best, strict=True))
+        return Result.of(model, sites, [f"{stored / elements:.4g} bits per weight, of {self.bits:g} allowed", *notes])
+
+    def _units(self, uses: Sequence[Use], context: Context) -> tuple[list[_Unit], list[Site]]:
+        """Groups the readers of each weight, and says which have no choice."""
+        units: dict[ir.Value, _Unit] = {}
+        sites = []
+        own = dataclasses.replace(context, exclude=(*context.exclude, *self.exclude))
+        for number, use in enumerate(uses):
+            reason = use.reason or _obstacle(use)
+            pattern = own.excluded(use.name, *([use.weight.name] if use.weight is not None else []))
+            if pattern is not None:
+                reason = f"excluded by {pattern}"
+            if reason or use.weight is None:
+                sites.append(Site(use.name, Outcome.SKIPPED, reason))
+                continue
+            units.setdefault(use.weight.data, _Unit()).add(number, use)
+        for unit in units.values():
+            unit.offer(self.formats, self.target if self.time else None)
+        reason = "none of the formats has a kernel for it on the target"
+        sites.extend(Site(u.name, Outcome.SKIPPED, reason) for u in units.values() if not u.options)
+        return [u for u in units.values() if u.options], sites
+
+    def _weights(self, model: ir.Model, units: Sequence[_Unit], context: Context, batches: Sequence) -> list[float]:
+        """Lambda of each unit."""
+        trial, weights = Trial(Model.of(model), context, batches), []
+        for done, unit in enumerate(units):
+            context.progress(len(units) + done, 2 * len(units), unit.name)
+            option = min(unit.options, key=lambda o: abs(o.bits / unit.elements - self.bits))
+            moved = trial.divergence(dict.fromkeys(unit.numbers, option.format))
+            weights.append(max(moved, 0.0) / max(option.error, 1e-30))
+        return weights
+
+
+@dataclasses.dataclass
+class _Choice:
+    """A format that a unit may get: its stored bits, its time, and its error once measured."""
+
+    format: Format
+    bits: float
+    time: float
+    error: float = 0.0
+
+
+class _Unit:
+    """A weight with all its readers.
+
+    Attributes:
+        numbers: Which uses, as `weight_uses` counts them.
+        options: The formats it may get.
+        power: Sum of squares of the layer's outputs, by the diagonal of the second moments.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.options: list[_Choice] = []
+        self.power = 0.0
+        self._uses: list[Use] = []
+
+    def add(self, number: int, use: Use) -> None:
+        self.numbers.append(number)
+        self._uses.append(use)
+
+    @property
+    def name(self) -> str:
+        return self._uses[0].name
+
+    @property
+    def elements(self) -> int:
+        assert self._uses[0].weight is not None
+        return math.prod(self._uses[0].weight.shape)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether a product reads it; look-ups read a row, and take no time."""
+        return any(use.kind is not Kind.EMBEDDING for use in self._uses)
+
+    def offer(self, formats: Sequence[str], target: str | None) -> None:
+        """Lists the formats that fit the shape, and, where time counts, have a fused kernel."""
+        weight = self._uses[0].weight
+        assert weight is not None
+        table = any(use.kind is Kind.EMBEDDING for use in self._uses)
+        for format in dict.fromkeys(fitted(Format.parse(text), weight.shape[1]) for text in formats):
+            if table and format.values.bits < _SMALLEST_TABLE_BITS:
+                continue
+            per_weight = relative_time(format, weight.shape[1], target) if target and self.multiplies else 0.0
+            if per_weight is not None:
+                self.options.append(
+                    _Choice(format, format.stored_bits(weight.shape), per_weight * self.elements)  # type: ignore[arg-type]
+                )
+
+    def measure(self, context: Context) -> None:
+        """Quantizes the weight to each format, to know the error."""
+        weight = self._uses[0].weight
+        assert weight is not None
+        requests = (use.statistic(Statistic.SECOND_MOMENT) for use in self._uses)
+        known = [context.statistics[r] for r in requests if r is not None and r in context.statistics]
+        metric = known[0] if known else None
+        numbers = weight.raw()
+        for option in self.options:
+            tensor = assign(numbers, option.format, metric, name=weight.name, threads=context.threads)
+            self.power, option.error = squared_errors(numbers, tensor, metric, threads=context.threads)
+        del numbers
+        weight.release()
+
+    def take(self, choice: int) -> None:
+        for use in self._uses:
+            use.plan(self.options[choice].format)
+
+    def site(self, choice: int) -> Site:
+        option = self.options[choice]
+        facts = {
+            "format": str(option.format),
+            "bits_per_weight": option.bits / self.elements,
+            "relative_error": option.error / max(self.power, 1e-30),
+        }
+        return Site(self.name, Outcome.CHANGED, "", facts)
+
+
+def _obstacle(use: Use) -> str:
+    weight = use.weight
+    if weight is None or weight.format is not None:
+        return "already quantized" if weight is not None else "its weight is computed"
+    if use.kind not in _KINDS:
+        return f"a {use.kind.value} gets no plan"
+    if weight.shape[1] < SHORTEST_GROUP or weight.value.dtype not in (None, ir.DataType.FLOAT):
+        return "quantize-weights leaves it alone"
+    return ""
+
+
+def _batches(model: ir.Model, context: Context) -> list:
+    if context.calibration is not None:
+        return list(context.calibration[: _TRIED + _JUDGED])
+    found = find_inputs(Model.of(model), Session(model).run, context.seed)
+    if not found.batches:
+        raise InputError(
+            f"Expected a model that runs on made-up inputs, to see which weights matter: {found.obstacle}. Give a text "
+            "with --calib if it reads text, or choose formats without `allocate`."
+        )
+    return list(found.batches)
+
+
+def _judge(
+    model: ir.Model, units: Sequence[_Unit], plans: Sequence[tuple[int, ...]], context: Context, batches: Sequence
+) -> tuple[list[str], tuple[int, ...]]:
+    """Tries whole plans on batches that the errors were not measured on, where there are such."""
+    judged = batches[_TRIED:] or batches
+    if len(plans) == 1 or not judged:
+        return [], plans[0]
+    trial = Trial(Model.of(model), context, judged)
+    moved = []
+    for plan in plans:
+        formats = {n: u.options[c].format for u, c in zip(units, plan, strict=True) for n in u.numbers}
+        moved.append(trial.divergence(formats))
+    best = int(np.argmin(moved))
+    tried = ", ".join(f"{m:.4g}" for m in moved)
+    return [f"outputs of the {len(plans)} best plans moved by {tried}; number {best + 1} was taken"], plans[best]

@@ -56,7 +56,7 @@ class Smooth(BlockPass):
 
     Where no weight can take up the factors, such as behind an activation function that is not homogeneous, or a norm
     whose output is also added to something, they can be multiplied with at run time (`runtime`). A static quantizer
-    behind takes the multiplication up as a scale per channel.
+    per tensor behind the multiplication is one per channel of what is in front of it.
 
     Source: SmoothQuant, arXiv 2211.10438, equation 4, on every group that admits it instead of the outputs of norms
     alone; the search is ours.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from planting import plant_outliers
 
 from qc.backends.evaluate import evaluate
 from qc.backends.reference import ModelRunner
+from qc.backends.target import backend_for
 from qc.frontend import load
 from qc.ir.model import Model
 from qc.measurement import Data, read_data
 from qc.passes.base import Outcome
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager, PassReport
-from qc.passes.pipeline import steps_of
+from qc.passes.pipeline import parse_pipeline, steps_of
 from qc.recipes import load_recipe
 
 WINDOWS = 4
@@ -63,3 +66,42 @@ def test_scaling_weights_gives_back_most_of_what_outliers_cost_four_bits(source:
     print(f"KL: with outliers {planted:.4f}, scaled {scaled:.4f}")
     assert scaled < 0.5 * planted
     assert all(s.details["error"] <= 1 for s in report.sites if s.outcome is Outcome.CHANGED)
+
+
+FOUR_BITS = (
+    "quantize-weights{format=int4,group=0,embedding=float,head=float},quantize-activations{bits=4,granularity=token}"
+)
+
+
+@pytest.mark.slow
+def test_rotation_makes_four_bits_indifferent_to_outliers(source: Source) -> None:
+    without = rounded(source, FOUR_BITS, 100)
+    smoothed = rounded(source, f"smooth,{FOUR_BITS}", 100)
+    rotated = rounded(source, f"rotate{{online-hidden=true,online-heads=true}},{FOUR_BITS}", 100)
+    print(f"perplexity above float: {without:.1%}, smoothed {smoothed:.1%}, rotated {rotated:.1%}")
+    assert without > 1
+    assert rotated < smoothed < 0.2
+
+
+def rounded(source: Source, pipeline: str, factor: float) -> float:
+    """By how much the perplexity is above that of the float model, with planted outliers."""
+    original, reference, data = source
+    model = original.clone()
+    plant_outliers(model, factor, 8, np.random.default_rng(0))
+    model, _ = PassManager(parse_pipeline(pipeline), verify=False).run(model, calibration=data.calibration)
+    found = evaluate(ModelRunner(model), reference, text_tokens=data.tokens, windows=WINDOWS)
+    return found["ppl"] / found["ppl_reference"] - 1
+
+
+@pytest.mark.slow
+def test_an_artifact_continues_a_cache_that_holds_rotated_keys_and_values(source: Source, tmp_path: Path) -> None:
+    original, reference, data = source
+    pipeline = "rotate{online-hidden=true,online-heads=true,online-keys=true}"
+    model, _ = PassManager(parse_pipeline(pipeline), verify=False).run(original.clone())
+    backend = backend_for("ort-cpu")
+    lowered, _ = PassManager(backend.lowering(), stage="lowering", verify=False).run(model)
+    backend.emit(lowered, tmp_path)
+    prompt = list(data.tokens[:12])
+    tokens = list(backend.open(tmp_path).generate(prompt, 12))
+    assert tokens == list(reference.generate(prompt, 12))
+    assert (tmp_path / "genai_config.json").is_file()

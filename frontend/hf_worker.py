@@ -14,12 +14,14 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qc.frontend.prequantized import Packed, split_checkpoint
 from qc.frontend.roles import assign_roles
-from qc.frontend.safetensors_file import open_checkpoint
-from qc.frontend.weights import bind
+from qc.frontend.safetensors_file import Entry, open_checkpoint
+from qc.frontend.weights import bind, bind_quantized
 from qc.ir.errors import InputError, QcError, UnsupportedError
 from qc.ir.model import Model
 from qc.ir.simplify import infer_shapes
+from qc.ir.store import Store
 
 __all__ = ["export", "main"]
 
@@ -58,11 +60,12 @@ def export(directory: Path, work: Path) -> None:
     from qc.frontend.torch_export import exporter_versions
 
     config = _read_config(directory)
+    checkpoint, packed = _split(config, checkpoint)
     model = hf_trace.build(config)
     graph_model = hf_trace.plan(model, _image_size(directory, config)).export()
     graph = graph_model.graph
 
-    found = hf_checkpoint.match(model, checkpoint)
+    found = hf_checkpoint.match(model, checkpoint | {name: p.entry() for name, p in packed.items()})
     stored = model.state_dict()
     unmatched = [name for name in graph.initializers if name in stored and name not in found]
     computed = {}
@@ -73,8 +76,15 @@ def export(directory: Path, work: Path) -> None:
             computed[name] = value.const_value.raw.contiguous()
         else:
             value.const_value = ir.tensor(value.const_value.numpy().copy(), dtype=value.dtype, name=name)
+    if unmatched and packed:
+        raise UnsupportedError(
+            f"{directory} holds no tensor for {unmatched[0]!r} that can be read without the library that quantized it. "
+            "Give the float checkpoint it was made from."
+        )
     found |= hf_checkpoint.write_leftovers(directory, work, type(model), unmatched, computed)
-    bind(graph, found)
+    quantized = {name: packed[e.key] for name, e in found.items() if e.key in packed and name in graph.initializers}
+    bind(graph, {name: entry for name, entry in found.items() if name not in quantized})
+    bind_quantized(graph_model, quantized, Store(work))
     infer_shapes(graph_model)
 
     result = Model.of(graph_model)
@@ -97,12 +107,16 @@ def _read_config(directory: Path) -> Any:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{directory / 'config.json'} is not a usable configuration: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedError(
-            f"{directory} holds a model that is already quantized (quantization_config in config.json). "
-            "Give the float checkpoint it was made from."
-        )
     return config
+
+
+def _split(config: Any, checkpoint: dict[str, Entry]) -> tuple[dict[str, Entry], dict[str, Packed]]:
+    """Separates quantized weights from the other tensors; the configuration then is that of the float model."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return checkpoint, {}
+    del config.quantization_config
+    return split_checkpoint(found if isinstance(found, dict) else found.to_dict(), checkpoint)
 
 
 def _image_size(directory: Path, config: Any) -> tuple[int, int]:

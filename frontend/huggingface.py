@@ -18,6 +18,7 @@ from qc.frontend.safetensors_file import open_checkpoint
 from qc.ir import errors
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import ASSET_NAMES, Model
+from qc.ir.store import FILE
 
 __all__ = [
     "LEFTOVERS",
@@ -30,6 +31,9 @@ __all__ = [
 
 LEFTOVERS = "leftovers.safetensors"
 """Name of the file, in the work directory, with tensors that the checkpoint does not hold as they are."""
+
+_WRITTEN = (LEFTOVERS, FILE)
+"""Files in the work directory; the second one has weights that the checkpoint holds quantized."""
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -68,7 +72,7 @@ def load_huggingface(directory: Path, work: Path | None = None) -> Model:
     export_huggingface(directory, work)
     model = read_export(directory, work)
     for tensor, _ in external_tensors(model):
-        if Path(tensor.path).name == LEFTOVERS:
+        if Path(tensor.path).name in _WRITTEN:
             tensor.meta["qc.work"] = temporary  # the file lives as long as the tensors in it, also in copies
     return model
 
@@ -80,7 +84,7 @@ def read_export(directory: Path, work: Path) -> Model:
         ir.load(work / "model.onnx"),
         assets={name: directory / name for name in ASSET_NAMES if (directory / name).is_file()},
     )
-    rebase(model, lambda location: (work if location == LEFTOVERS else directory) / location)
+    rebase(model, lambda location: (work if location in _WRITTEN else directory) / location)
     return model
 
 

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from qc.frontend.cleanup import SCOPE
+from qc.frontend.prequantized import Packed
 from qc.frontend.safetensors_file import Entry
+from qc.ir import dialect
 from qc.ir.errors import InputError
+from qc.ir.quant import emit, require_opset
+from qc.ir.store import Store
 
-__all__ = ["bind"]
+__all__ = ["bind", "bind_quantized"]
 
 _CASTABLE = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.FLOAT})
 
@@ -65,6 +69,36 @@ def bind(graph: ir.Graph, entries: Mapping[str, Entry]) -> None:
         graph.insert_before(graph[0], casts)
 
 
+def bind_quantized(model: ir.Model, weights: Mapping[str, Packed], store: Store) -> None:
+    """Replaces initializers by decode nodes of quantized weights, in place, one weight in memory at a time.
+
+    Args:
+        model: Its initializers are named as in `weights`.
+        weights: The quantized weight of each initializer; initializers that share one (tied weights) read one node.
+        store: Where codes and scales are written.
+
+    Raises:
+        InputError: If a shape is not what the graph needs, or the parts of a weight do not fit together.
+    """
+    graph = model.graph
+    first: dict[str, ir.Value] = {}
+    for parameter, weight in weights.items():
+        value = graph.initializers.pop(parameter)
+        if weight.name not in first:
+            _check(parameter, value, weight.entry())
+            tensor = weight.read()
+            node = emit(tensor, ir.Value(name=weight.name), store)
+            node.metadata_props[SCOPE] = parameter.rpartition(".")[0]
+            for held in node.inputs:
+                if held is not None:
+                    graph.register_initializer(held)
+            require_opset(model, tensor.format)
+            graph.insert_before(graph[0], node)
+            first[weight.name] = node.outputs[0]
+        value.replace_all_uses_with(first[weight.name])
+    dialect.sync_functions(model)
+
+
 def _check(name: str, value: ir.Value, entry: Entry) -> None:
     shape = None if value.shape is None else tuple(value.shape.numpy())
     if shape != entry.shape:
@@ -75,5 +109,5 @@ def _check(name: str, value: ir.Value, entry: Entry) -> None:
     if entry.dtype != value.dtype and not (value.dtype == ir.DataType.FLOAT and entry.dtype in _CASTABLE):
         raise InputError(
             f"{entry.file}: weight {entry.key!r} has type {entry.dtype}, expected {value.dtype} or a float type. "
-            "Pre-quantized checkpoints are not read; give the float model."
+            "Is it quantized without a quantization_config in config.json? Give the float model then."
         )

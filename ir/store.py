@@ -19,7 +19,10 @@ import onnx_ir as ir
 
 from qc.ir.errors import InputError
 
-__all__ = ["SMALL", "Store", "release"]
+__all__ = ["FILE", "SMALL", "Store", "release"]
+
+FILE = "weights.bin"
+"""Name of a store's file in its directory."""
 
 SMALL = 1024
 """Tensors of at most this many bytes stay in memory: a file reference would cost more than they do."""
@@ -44,7 +47,7 @@ class Store:
             weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._path = self.directory / "weights.bin"
+        self._path = self.directory / FILE
         self._path.touch()
         # Not in append mode, in which the kernel refuses to copy ranges from another file.
         self._file = open(self._path, "r+b", buffering=0)  # noqa: SIM115  closed by the finalizer

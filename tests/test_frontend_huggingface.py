@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ from tiny_models import ARCHITECTURES, VOCAB, write
 from qc.frontend import load
 from qc.frontend.huggingface import export_huggingface
 from qc.ir.errors import InputError, UnsupportedError
+from qc.ir.probe import find_inputs
+from qc.ir.quant import read_weight
+from qc.ir.runtime import Session
 
 torch = pytest.importorskip("torch", reason="Hugging Face directories are exported with torch")
 transformers = pytest.importorskip("transformers", reason="Hugging Face directories are exported with transformers")
@@ -120,11 +124,48 @@ def test_importing_leaves_torch_out_of_this_process(tmp_path: Path) -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_a_quantized_checkpoint_is_unsupported(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_unknown_quantizer_is_unsupported(tmp_path: Path) -> None:
     ARCHITECTURES["llama"](tmp_path / "hf")
-    edit(tmp_path / "hf/config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedError, match="already quantized"):
+    edit(tmp_path / "hf/config.json", quantization_config={"quant_method": "quip", "bits": 4})
+    with pytest.raises(UnsupportedError, match="'quip'"):
         load(tmp_path / "hf")
+
+
+def test_a_quantized_checkpoint_keeps_its_codes_and_computes_what_its_decoded_weights_do(tmp_path: Path) -> None:
+    """GPTQ, one layer with its columns in another order; everything else stays float."""
+    ARCHITECTURES["llama"](tmp_path / "float")
+    shutil.copytree(tmp_path / "float", tmp_path / "packed")
+    tensors = load_file(tmp_path / "float/model.safetensors")
+    packed, rng = dict(tensors), np.random.default_rng(0)
+    chosen = [name for name in tensors if "_proj.weight" in name]
+    for i, name in enumerate(chosen):
+        rows, columns = tensors[name].shape
+        scale = (np.abs(tensors[name]).reshape(rows, -1, 32).max(axis=2) / 7).astype(np.float16)
+        group = np.arange(columns, dtype=np.int32) // 32
+        group = rng.permutation(group) if i == 0 else group
+        spread = scale.astype(np.float32)[:, group]
+        codes = np.clip(np.rint(tensors[name] / spread) + 8, 0, 15).astype(np.uint32)
+        tensors[name] = (codes.astype(np.float32) - 8) * spread
+        shifts = np.arange(0, 32, 4, dtype=np.uint32)
+        words = np.bitwise_or.reduce(codes.T.reshape(-1, 8, rows) << shifts[:, None], axis=1)
+        module = name.removesuffix(".weight")
+        del packed[name]
+        packed[f"{module}.qweight"] = np.ascontiguousarray(words.view(np.int32))
+        packed[f"{module}.qzeros"] = np.full((columns // 32, rows // 8), 0x77777777, np.int32)
+        packed[f"{module}.scales"], packed[f"{module}.g_idx"] = np.ascontiguousarray(scale.T), group
+    save_file(tensors, tmp_path / "float/model.safetensors", metadata={"format": "pt"})
+    save_file(packed, tmp_path / "packed/model.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
+    edit(tmp_path / "packed/config.json", quantization_config=quantization)
+    model, reference = load(tmp_path / "packed"), load(tmp_path / "float")
+    formats = [str(w.format) for n in model.graph for v in n.outputs if (w := read_weight(v)) and w.format]
+    assert sorted(formats) == ["int4:g32:f16"] * (len(chosen) - 1) + ["int4:g32:f16+order"]
+    found = find_inputs(reference, Session(reference).run)
+    assert not found.obstacle
+    for batch, outputs in zip(found.batches, found.outputs, strict=True):
+        again = Session(model).run(batch)
+        for name, expected in outputs.items():
+            assert np.abs(again[name] - expected).max() < 1e-4 * max(1, np.abs(expected).max())
 
 
 def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:

@@ -62,10 +62,12 @@ class OrtCpu:
         from qc.backends.ort.fuse.residuals import KeepResiduals
         from qc.backends.ort.integers import LowerIntegerLinear, LowerIntegerMatMul
         from qc.backends.ort.kernels import LowerFloatLinear, LowerQuantizedWeights
+        from qc.backends.ort.order import OrderInputs
         from qc.backends.ort.widen import WidenWeights
         from qc.passes.fuse.pack_projections import PackProjections
 
         passes = (
+            OrderInputs(),
             WidenWeights(accuracy_level=self.accuracy_level),
             PackProjections(),
             FuseGroupQueryAttention(),  # after packing: the kernel takes the packed projection unsplit

@@ -14,6 +14,7 @@ from qc.ir.errors import UnsupportedError
 from qc.ir.quant import (
     Affine,
     Format,
+    Order,
     QuantizedTensor,
     Select,
     Table,
@@ -63,6 +64,8 @@ class WidenWeights(Pass):
         if not all(consumes_weight(use.node) for use in node.outputs[0].uses()) or node.outputs[0].is_graph_output():
             return Site(weight.name, Outcome.SKIPPED, "something else than a product or a look-up reads it")
         linear = any(dialect.is_op(use.node, "Linear") for use in node.outputs[0].uses())
+        if isinstance(held.remainder, Order):
+            return Site(weight.name, Outcome.SKIPPED, "its columns are in another order", {"format": str(held)})
         format, reason = wider(held, weight.shape[1], self.accuracy_level if linear else None)
         if format is None:
             return Site(weight.name, Outcome.SKIPPED, reason, {"format": str(held)})
@@ -117,6 +120,8 @@ def wider(format: Format, columns: int, accuracy_level: int | None) -> tuple[For
         columns: Length of a row.
         accuracy_level: That of ``MatMulNBits``; None for a table that is only looked up.
     """
+    if isinstance(format.remainder, Order):  # which is that of the inputs, see `OrderInputs`
+        format = dataclasses.replace(format, remainder=None)
     if format.remainder is not None or format.axis == "out":
         return None, f"no kernel takes weights in {format}"
     integers = _integers(format.values)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from qc.backends.ort.kernels import LowerQuantizedWeights
+from qc.backends.ort.order import OrderInputs
 from qc.backends.ort.widen import WidenWeights
 from qc.ir import dialect
 from qc.ir.model import Model
@@ -20,8 +21,9 @@ X = np.random.default_rng(1).standard_normal((3, 128), np.float32)
 
 
 def linear_model(spelling: str) -> Model:
-    weight = np.random.default_rng(0).standard_normal((48, 128), np.float32)
-    decode = emit(assign(weight, Format.parse(spelling)), ir.Value(name="w"), Store())
+    rng = np.random.default_rng(0)
+    weight, metric = rng.standard_normal((48, 128), np.float32), rng.random(128, np.float32)
+    decode = emit(assign(weight, Format.parse(spelling), metric), ir.Value(name="w"), Store())
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", 128]))
     linear = dialect.linear(x, decode.outputs[0], name="proj")
     linear.outputs[0].name, linear.outputs[0].dtype = "y", ir.DataType.FLOAT
@@ -86,3 +88,15 @@ def test_what_has_no_such_form_is_left_as_it_is(spelling: str, reason: str) -> N
     assert [s.outcome for s in result.sites] == [Outcome.SKIPPED]
     assert reason in result.sites[0].reason
     assert list(model.graph) == nodes
+
+
+@pytest.mark.parametrize("spelling", ["uint4:g32+order", "uint3:g32:f16+order", "nf4:g64+order"])
+def test_columns_in_another_order_become_inputs_in_that_order(spelling: str) -> None:
+    model = linear_model(spelling)
+    reference = Session(model).run({"x": X})["y"]
+    assert OrderInputs()(model).modified
+    assert not OrderInputs()(model).modified
+    dialect.sync_functions(model)
+    assert sorted(n.op_type for n in model.graph if n.op_type != "Constant")[-2:] == ["Gather", "Linear"]
+    assert np.abs(Session(model).run({"x": X})["y"] - reference).max() < 1e-5 * np.abs(reference).max()
+    assert not any("order" in str(w.format) for n in model.graph if (w := read_weight(n.outputs[0])))

@@ -165,6 +165,10 @@ class QuantizeWeights(BlockPass):
             return Site(use.name, Outcome.SKIPPED, reason, facts)
         if columns < SHORTEST_GROUP and use.kind is not Kind.CONVOLUTION:
             return Site(use.name, Outcome.SKIPPED, f"its rows of {columns} are shorter than any kernel's group", facts)
+        try:
+            format.streams(use.weight.matrix)
+        except InputError as obstacle:
+            return Site(use.name, Outcome.SKIPPED, str(obstacle), facts)
         if use.weight.value.dtype not in (None, ir.DataType.FLOAT):
             return Site(use.name, Outcome.SKIPPED, f"it computes in {use.weight.value.dtype.name}, not in FLOAT", facts)
         if format != wanted:

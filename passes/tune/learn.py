@@ -26,6 +26,9 @@ _LEARNED = ("rounding", "weights", "low-rank", "range", "scale", "norms")
 _OPTIMIZERS = ("sign", "adam")
 _LOSSES = ("float", "both")
 
+_TOKENS = 1 << 15
+"""128 windows of 256: with fewer, what is learned fits them and little else."""
+
 _VECTORS = {"RMSNormalization": (1,), "LayerNormalization": (1, 2), "Linear": (2,)}
 """Where gains and biases are read."""
 
@@ -94,6 +97,10 @@ class Tune(BlockPass):
     @property
     def learns(self) -> bool:
         return True
+
+    @property
+    def calibration_tokens(self) -> int:
+        return _TOKENS
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         if context is None or context.block is None:

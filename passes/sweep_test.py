@@ -17,6 +17,7 @@ from qc.ir.runtime import Session
 from qc.passes.base import BlockPass, Context, Contract, Exact, Lossy, Outcome, Result, Site
 from qc.passes.manager import PassManager
 from qc.passes.pipeline import Step
+from qc.passes.quantize.activations import QuantizeActivations
 from qc.passes.quantize.weights import QuantizeWeights
 from qc.passes.statistics import Request, Statistic
 
@@ -159,6 +160,25 @@ def test_a_table_that_two_parts_share_is_quantized_once() -> None:
     changed, (report,) = PassManager([Sequential()]).run(network(tied=True), calibration=samples())
     assert [n for n in weights(changed) if n.startswith("table")] == ["table.codes", "table.scale"]
     assert report.sites[-1].details["shared_with"] == report.sites[0].name
+
+
+def test_static_ranges_are_those_of_what_the_changed_parts_yield() -> None:
+    batches = samples()
+    steps = [Step(Double()), Step(QuantizeActivations(mode="static", range="minmax", float_weights=True))]
+    model, reports = PassManager(steps).run(network(), calibration=batches)
+    assert {s.outcome for s in reports[-1].sites} == {Outcome.CHANGED}
+    for node in [n for n in model.graph if n.op_type == "QuantizeLinear"]:
+        seen = _inner(model, str(node.inputs[0].name), batches)
+        scale = node.inputs[1].const_value.numpy()
+        np.testing.assert_allclose(scale, (max(seen.max(), 0) - min(seen.min(), 0)) / 255, rtol=1e-3)
+
+
+def test_weights_decide_static_ranges_in_a_sweep_too() -> None:
+    steps = [Step(Double()), Step(QuantizeActivations(mode="static", bits=4, float_weights=True))]
+    model, reports = PassManager(steps).run(network(), calibration=samples())
+    assert {s.outcome for s in reports[-1].sites} == {Outcome.CHANGED}
+    assert all(s.details["sqnr_db"] > 10 for s in reports[-1].sites)
+    assert sum(n.op_type == "QuantizeLinear" for n in model.graph) == BLOCKS + 1
 
 
 def test_activations_in_files_give_the_same_bytes(tmp_path) -> None:

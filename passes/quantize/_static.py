@@ -14,7 +14,7 @@ from qc.passes.canonicalize._graph import add_constant
 from qc.passes.quantize._ranges import Grid, Observed
 from qc.passes.statistics import Request, Statistic
 
-__all__ = ["STATIC_BITS", "column_power", "observed", "pair", "requests", "write"]
+__all__ = ["STATIC_BITS", "column_power", "needed_opset", "observed", "pair", "requests", "write"]
 
 _TYPES = {
     (4, False): ir.DataType.UINT4,
@@ -28,8 +28,13 @@ _TYPES = {
 STATIC_BITS = tuple(sorted({bits for bits, _ in _TYPES}))
 """Widths of codes that ONNX has a type for."""
 
-_OPSET = 21
-"""The first whose ``QuantizeLinear`` has 4 and 16-bit codes."""
+_BYTES, _CHANNELS, _OTHER_WIDTHS = 10, 13, 21
+"""The first opset whose ``QuantizeLinear`` has bytes, one scale per channel, and 4 and 16-bit codes."""
+
+
+def needed_opset(bits: int, *, channels: bool) -> int:
+    """The first opset that expresses a static grid."""
+    return _OTHER_WIDTHS if bits != 8 else _CHANNELS if channels else _BYTES
 
 
 def requests(x: ir.Value, rule: str, *, points: bool) -> list[Request]:
@@ -77,7 +82,6 @@ def write(model: ir.Model, x: ir.Value, grid: Grid, before: ir.Node) -> ir.Value
 def pair(model: ir.Model, x: ir.Value, grid: Grid, name: str) -> list[ir.Node]:
     """The nodes that put `x` on a grid and decode it, not yet in the graph; their constants are."""
     graph, dtype = model.graph, _TYPES[grid.bits, grid.symmetric]
-    graph.opset_imports[""] = max(graph.opset_imports.get("", 0), _OPSET)
     scale = add_constant(graph, f"{name}.scale", ir.tensor(grid.scale))
     zero = add_constant(graph, f"{name}.zero_point", ir.tensor(grid.zero.astype(dtype.numpy()), dtype=dtype))
     attributes = {"axis": x.shape.rank() - 1} if grid.scale.ndim and x.shape is not None else {}

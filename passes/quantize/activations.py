@@ -15,7 +15,7 @@ from qc.ir.quant import read_weight
 from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns, site_name
 from qc.passes.quantize._attention import operands, why_not, write_out
 from qc.passes.quantize._ranges import RULES, Grid, choose
-from qc.passes.quantize._static import STATIC_BITS, observed, requests, write
+from qc.passes.quantize._static import STATIC_BITS, needed_opset, observed, requests, write
 from qc.passes.statistics import Request
 
 __all__ = ["QuantizeActivations"]
@@ -24,6 +24,9 @@ _BITS = {"dynamic": (4, 5, 6, 7, 8, 16), "static": STATIC_BITS}
 _GRANULARITIES = {"dynamic": ("tensor", "token"), "static": ("tensor", "channel")}
 
 _WIDE = 16
+
+_DYNAMIC_BYTES, _AXES_ARE_INPUTS = 11, 18
+"""The first opset with ``DynamicQuantizeLinear``, and the first in which reductions read their axes as an input."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +133,7 @@ class QuantizeActivations(BlockPass):
     def _attention_site(self, node: ir.Node, work: _Work) -> Site:
         name = site_name(node)
         pattern = work.context.excluded(name)
-        reason = f"excluded by {pattern}" if pattern is not None else why_not(node)
+        reason = f"excluded by {pattern}" if pattern is not None else why_not(node) or self._too_old(node)
         if reason:
             return Site(name, Outcome.SKIPPED, reason)
         grids = []
@@ -154,7 +157,25 @@ class QuantizeActivations(BlockPass):
             return f"its input is {x.dtype.name}, not FLOAT"
         if self.mode == "static" and x.shape is None:
             return "the rank of its input is not known"
-        return ""
+        return self._too_old(node)
+
+    def _too_old(self, node: ir.Node) -> str:
+        """Whether the opset of the model lacks what would be written, as a reason."""
+        found, needed = _opset(node), self._needed_opset
+        return (
+            f"the model imports opset {found}, expected at least {needed}; convert it first" if found < needed else ""
+        )
+
+    @property
+    def _needed_opset(self) -> int:
+        if self.mode == "static":
+            return needed_opset(_WIDE if self.least_sqnr else self.bits, channels=self.granularity == "channel")
+        return _AXES_ARE_INPUTS if self._has_body else _DYNAMIC_BYTES
+
+    @property
+    def _has_body(self) -> bool:
+        """Whether dynamic rounding is written as an operator of ours."""
+        return (self.bits, self.granularity, self.symmetric, self.clip) != (8, "tensor", False, 1.0)
 
     @property
     def _rule(self) -> str:
@@ -171,7 +192,7 @@ class QuantizeActivations(BlockPass):
 
     def dynamic(self, x: ir.Value) -> list[ir.Node]:
         """The nodes that put `x` on a grid at run time."""
-        if (self.bits, self.granularity, self.symmetric, self.clip) == (8, "tensor", False, 1.0):
+        if not self._has_body:
             return _standard(x)
         token = self.granularity == "token"
         return [dialect.dynamic_quantize(x, bits=self.bits, token=token, symmetric=self.symmetric, clip=self.clip)]
@@ -229,6 +250,10 @@ class _Work:
 
     def _facts(self) -> dict[str, object]:
         return {k: getattr(self._options, k) for k in ("bits", "mode", "granularity", "symmetric")}
+
+
+def _opset(node: ir.Node) -> int:
+    return node.graph.opset_imports.get("", 1) if node.graph is not None else 1
 
 
 def _linears(model: ir.Model) -> list[ir.Node]:

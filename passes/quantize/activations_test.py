@@ -203,6 +203,30 @@ def test_values_that_lose_too_much_get_sixteen_bits() -> None:
         assert all(30 < s.details["sqnr_db"] < 50 for s in report.sites)
 
 
+@pytest.mark.parametrize(
+    ("options", "opset", "needed"),
+    [
+        ("granularity=token", 13, 18),
+        ("mode=static,bits=16", 13, 21),
+        ("mode=static,least_sqnr=30", 13, 21),
+        ("mode=static,granularity=channel", 11, 13),
+        ("", 10, 11),
+    ],
+)
+def test_a_model_of_an_older_opset_is_left_alone_or_served(options: str, opset: int, needed: int) -> None:
+    steps = parse_pipeline(f"quantize-activations{{float_weights=true,{options}}}")
+    for found in (opset, needed):
+        model = fan_out()
+        model.graph.opset_imports[""] = found
+        if found < needed:
+            with pytest.raises(UnsupportedError, match=f"opset {found}, expected at least {needed}"):
+                PassManager(steps).run(model, calibration=BATCHES)
+        else:
+            _, reports = PassManager(steps).run(model, calibration=BATCHES)
+            assert {s.outcome for s in reports[-1].sites} == {Outcome.CHANGED}
+            assert model.graph.opset_imports[""] == found, "raising it would change what other operators mean"
+
+
 def test_a_value_that_is_not_finite_on_calibration_data_is_left_alone() -> None:
     bad = [{"x": np.where(b["x"] > 2, np.nan, b["x"]).astype(np.float32)} for b in BATCHES]
     steps = parse_pipeline("quantize-activations{mode=static,float_weights=true}")

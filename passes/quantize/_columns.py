@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from qc.ir.errors import InputError
-from qc.ir.quant import Affine, FloatScale, QuantizedTensor
+from qc.ir.quant import Affine, FloatScale, Format, QuantizedTensor
 
-__all__ = ["ROWS", "Columns"]
+__all__ = ["ROWS", "Columns", "takes"]
 
 ROWS = 2048
 """Rows that are worked on together. Rows are independent; as many as this make products of matrices efficient while the
 128 columns of a block stay in a core's cache."""
+
+
+def takes(format: Format) -> bool:
+    """Whether a weight in this format can be rounded column by column: a code per element, groups along K."""
+    values = format.values
+    alone = values.tile * values.books == 1 and all(p.scope != "column" for p in values.params)
+    return alone and format.axis == "in"
 
 
 class Columns:
@@ -23,15 +29,9 @@ class Columns:
     """
 
     def __init__(self, tensor: QuantizedTensor, rows: slice) -> None:
-        """Takes the codes of a format whose elements each have a code and whose groups lie along the rows.
-
-        Raises:
-            InputError: If the format is another.
-        """
+        """Takes a tensor in a format that `takes` says yes to."""
         format = tensor.format
         values = format.values
-        if not tensor.sliceable or values.tile * values.books > 1:
-            raise InputError(f"Expected a format with a code per element, in groups along K, found {format}.")
         part = tensor.rows(rows)
         self._values, self._tensor, self._rows = values, tensor, rows
         self.width = format.width(tensor.codes.shape[1])

@@ -91,6 +91,10 @@ class Hessian:
         np.fill_diagonal(matrix, self.diagonal)
         return matrix
 
+    def part(self, columns: np.ndarray) -> Hessian:
+        """That of some of the columns, in the given order."""
+        return Hessian(self._gram[np.ix_(columns, columns)], damping=self._least)
+
     def _factor(self) -> np.ndarray | None:
         """R in float64, or None if the matrix is not positive definite.
 

@@ -12,6 +12,8 @@ from qc.ir.quant import Columns, Format, LowRank, Order, QuantizedTensor, Sparse
 
 __all__ = ["assign_with_remainder"]
 
+_Assign = Callable[[np.ndarray, Format, np.ndarray | None], QuantizedTensor]
+
 _ROUNDS = 2
 """Alternations of dense part and low-rank term; a third changes the error by less than a hundredth."""
 
@@ -22,7 +24,7 @@ def assign_with_remainder(
     weight: np.ndarray,
     format: Format,
     metric: np.ndarray | None,
-    assign: Callable[[np.ndarray, Format, np.ndarray | None], QuantizedTensor],
+    assign: _Assign,
 ) -> QuantizedTensor:
     """Quantizes the dense part by `assign`, and what is left as the format says.
 
@@ -37,7 +39,7 @@ def assign_with_remainder(
         weight: ``[N, K]``, any float type.
         format: One with a remainder.
         metric: ``[K]`` or None for one.
-        assign: Quantizes a matrix to a format without one.
+        assign: Quantizes a matrix to a format without one, given which columns of the weight it has (None for all).
     """
     dense, remainder = dataclasses.replace(format, remainder=None), format.remainder
     w = np.asarray(weight, np.float32)
@@ -45,15 +47,15 @@ def assign_with_remainder(
         raise InputError("Expected finite numbers in a weight, found NaN or infinity. Repair the model or exclude it.")
     importance = np.ones(w.shape[1], np.float32) if metric is None else metric
     if isinstance(remainder, Sparse):
-        found = _sparse(w, dense, remainder, importance, metric, assign)
+        found = _sparse(w, dense, remainder, importance, assign)
     elif isinstance(remainder, LowRank):
-        found = _low_rank(w, dense, remainder, importance, metric, assign)
+        found = _low_rank(w, dense, remainder, importance, assign)
     elif isinstance(remainder, Columns):
-        found = _columns(w, dense, remainder, importance, metric, assign)
+        found = _columns(w, dense, remainder, importance, assign)
     else:
         assert isinstance(remainder, Order)
         order = np.argsort(-importance, kind="stable")
-        tensor = assign(w[:, order], dense, None if metric is None else metric[order])
+        tensor = assign(w[:, order], dense, order)
         found = tensor, {"order": _inverse(order)}
     tensor, params = found
     return QuantizedTensor(format, tensor.codes, {**tensor.params, **params})
@@ -62,13 +64,13 @@ def assign_with_remainder(
 _Found = tuple[QuantizedTensor, dict[str, np.ndarray]]
 
 
-def _sparse(w, dense, remainder, importance, metric, assign) -> _Found:
+def _sparse(w: np.ndarray, dense: Format, remainder: Sparse, importance: np.ndarray, assign: _Assign) -> _Found:
     count = remainder.count(w.shape)
     saliency = (w * w * importance).reshape(-1)
     places = np.sort(np.argpartition(saliency, len(saliency) - count)[-count:])
     kept = w.copy()
     kept.reshape(-1)[places] = 0
-    tensor = assign(kept, dense, metric)
+    tensor = assign(kept, dense, None)
     rows, columns = np.divmod(places, w.shape[1])
     values = w[rows, columns] - tensor.decode()[rows, columns]
     types = {s.name: s.dtype.numpy() for s in remainder.streams(w.shape)}
@@ -79,7 +81,7 @@ def _sparse(w, dense, remainder, importance, metric, assign) -> _Found:
     }
 
 
-def _low_rank(w, dense, remainder, importance, metric, assign) -> _Found:
+def _low_rank(w: np.ndarray, dense: Format, remainder: LowRank, importance: np.ndarray, assign: _Assign) -> _Found:
     column = np.sqrt(np.maximum(importance, 1e-12 * max(float(importance.max()), 1e-30)))
 
     def rest(decoded: np.ndarray) -> dict[str, np.ndarray]:
@@ -89,7 +91,7 @@ def _low_rank(w, dense, remainder, importance, metric, assign) -> _Found:
     zeros = np.zeros_like(w)
     params = rest(zeros)
     for _ in range(_ROUNDS):
-        tensor = assign(w - remainder.decode(zeros, params), dense, metric)
+        tensor = assign(w - remainder.decode(zeros, params), dense, None)
         params = rest(tensor.decode())
     return tensor, params
 
@@ -108,13 +110,13 @@ def _truncated(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     return left, right
 
 
-def _columns(w, dense, remainder, importance, metric, assign) -> _Found:
+def _columns(w: np.ndarray, dense: Format, remainder: Columns, importance: np.ndarray, assign: _Assign) -> _Found:
     count = remainder.count(w.shape[1])
     saliency = importance * np.einsum("nk,nk->k", w, w)
     chosen = np.sort(np.argsort(-saliency, kind="stable")[:count])
     rest = np.setdiff1d(np.arange(w.shape[1]), chosen)
     tensor, own = (
-        assign(np.ascontiguousarray(w[:, part]), format, None if metric is None else metric[part])
+        assign(np.ascontiguousarray(w[:, part]), format, part)
         for part, format in ((rest, dense), (chosen, remainder.format))
     )
     params = {f"columns_{name}": array for name, array in {"codes": own.codes, **own.params}.items()}

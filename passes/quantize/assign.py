@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -66,9 +65,12 @@ def assign(
     effort = Search() if effort is None else effort
     plan = _plain(format)
     if format.remainder is not None:
-        return assign_with_remainder(
-            weight, format, metric, functools.partial(assign, name=name, threads=threads, effort=effort)
-        )
+
+        def dense(part: np.ndarray, format: Format, columns: np.ndarray | None) -> QuantizedTensor:
+            weights = metric if metric is None or columns is None else metric[columns]
+            return assign(part, format, weights, name=name, threads=threads, effort=effort)
+
+        return assign_with_remainder(weight, format, metric, dense)
     if plan is None:
         return _assign_in_two(weight, format, metric, name, threads, effort)
     tensor = QuantizedTensor(

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from qc.ir.errors import InputError
 from qc.ir.quant import Format, QuantizedTensor
-from qc.passes.quantize._columns import ROWS, Columns
+from qc.passes.quantize._columns import ROWS, Columns, takes
 from qc.passes.quantize._hessian import Hessian
 from qc.passes.quantize._polish import polish
+from qc.passes.quantize._remainder import assign_with_remainder
 from qc.passes.quantize.assign import Search, assign, run_parallel
 
 __all__ = ["Hessian", "gptq", "output_sqnr_db"]
@@ -59,8 +61,18 @@ def gptq(
         effort: How hard to search for ranges; None for the default.
 
     Raises:
-        InputError: If the weight is not a finite matrix, or a scale does not fit its storage type.
+        InputError: If the weight is not a finite matrix, a scale does not fit its storage type, or codes of the format
+            stand for more than one element.
     """
+    if format.remainder is not None:
+
+        def dense(part: np.ndarray, format: Format, columns: np.ndarray | None) -> QuantizedTensor:
+            own = hessian if columns is None else hessian.part(columns)
+            return gptq(part, format, own, sweeps=sweeps, name=name, threads=threads, effort=effort)
+
+        return assign_with_remainder(weight, format, hessian.diagonal, dense)
+    if not takes(format):
+        raise InputError(f"Expected a format with a code per element, in groups along K, found {format} for {name!r}.")
     tensor = assign(weight, format, hessian.diagonal, name=name, threads=threads, effort=effort)
 
     def work(start: int) -> None:

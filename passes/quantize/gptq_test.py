@@ -193,3 +193,27 @@ def test_the_error_of_outputs_is_that_of_their_samples() -> None:
     signal, noise = x @ weight.T, x @ (weight - tensor.decode()).T
     expected = 10 * np.log10(np.sum(signal**2) / np.sum(noise**2))
     assert output_sqnr_db(weight, tensor, x.T @ x / 500) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "nf4:g32:f16", "mxfp4", "bitmod3:g32:f16", "lut3", "mid2:g32", "zint3:g32:f16", "uint3:g32:q6", "fdb2:g64",
+        "pow3", "lut3+sparse1", "uint3:g32+lowrank4", "uint3:g32+order", "mid1+columns25:int4",
+    ],
+)  # fmt: skip
+def test_any_format_with_a_code_per_element_gains_from_feedback(spelling: str) -> None:
+    rng = np.random.default_rng(0)
+    mixed = rng.standard_normal((512, 128)) @ rng.standard_normal((128, 128)) * np.geomspace(1, 0.1, 128)
+    gram = (mixed.T @ mixed / len(mixed)).astype(np.float32)
+    weight, format = rng.standard_normal((64, 128)).astype(np.float32), Format.parse(spelling)
+    hessian = Hessian(gram)
+    found, plain = gptq(weight, format, hessian), assign(weight, format, hessian.diagonal)
+    assert output_sqnr_db(weight, found, gram) > output_sqnr_db(weight, plain, gram) + 0.5
+    assert found.stored_bits == plain.stored_bits
+
+
+@pytest.mark.parametrize("spelling", ["vq4x4", "int4:in", "bitstack1x4", "int8:tensor"])
+def test_formats_without_a_code_per_element_along_rows_are_refused(spelling: str) -> None:
+    with pytest.raises(InputError, match="code per element"):
+        gptq(np.ones((16, 16), np.float32), Format.parse(spelling), Hessian(np.eye(16, dtype=np.float32)))

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qc.ir.errors import InputError
 from qc.ir.quant import Format, QuantizedTensor, emit, named_formats, read_weight, require_opset
 from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns
+from qc.passes.quantize._columns import takes
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, sqnr_db
 from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db
@@ -83,7 +84,14 @@ class QuantizeWeights(BlockPass):
         if self.sweeps < 0 or (self.sweeps and self.assign != "gptq"):
             raise InputError(f"Expected sweeps of at least 0, and of 0 without gptq; found {self.sweeps}.")
         check_patterns(self.exclude)
-        self._formats()
+        formats = self._formats()
+        for kind in (Kind.LINEAR, Kind.HEAD, Kind.VALUE):
+            wanted = formats[kind]
+            if self.assign == "gptq" and wanted is not None and not takes(wanted):
+                raise InputError(
+                    f"Expected a format with a code per element in groups along K for gptq, found {wanted} for the "
+                    f"{kind.value}. Choose assign=search."
+                )
 
     @property
     def main_format(self) -> Format:

@@ -133,7 +133,17 @@ def _tvm_cpu(options: str) -> Backend:
     return TvmCpu.parse(options)
 
 
-_TARGETS: dict[str, Callable[[str], Backend]] = {"ort-cpu": _ort_cpu, "tvm-cpu": _tvm_cpu}
+def _tvm_android(options: str) -> Backend:
+    from qc.backends.tvm.backend import TvmAndroid
+
+    return TvmAndroid.parse(options)
+
+
+_TARGETS: dict[str, Callable[[str], Backend]] = {
+    "ort-cpu": _ort_cpu,
+    "tvm-android": _tvm_android,
+    "tvm-cpu": _tvm_cpu,
+}
 
 
 def target_names() -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from qc.backends.target import Coverage, PreparedRunner, Runner, Target
 from qc.backends.tvm.isa import Isa, best_for_host, level
@@ -16,14 +16,24 @@ from qc.ir.model import Model
 from qc.ir.quant import read_weight
 from qc.passes.pipeline import Step
 
-__all__ = ["TvmCpu"]
+__all__ = ["TvmAndroid", "TvmCpu"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 HOST = Platform(
-    "this machine",
     {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"},
     {"x86_64": "cc", "aarch64": "cc"},
     {"x86_64": "ar", "aarch64": "ar"},
     "gcc",
+)
+
+ANDROID = Platform(
+    {"aarch64": "aarch64-linux-android24"},
+    {"aarch64": "aarch64-linux-gnu-gcc"},
+    {"aarch64": "aarch64-linux-gnu-ar"},
+    "gcc-aarch64-linux-gnu and qemu-user-static",
+    ("qemu-aarch64-static", "-cpu", "max"),
 )
 
 _FORMATS = tuple(
@@ -46,10 +56,11 @@ class TvmCpu:
     level: str = ""
     exact: bool = False
     name: ClassVar[str] = "tvm-cpu"
+    about: ClassVar[str] = "a C library for this machine: generated kernels, no runtime"
     platform: ClassVar[Platform] = HOST
 
     @classmethod
-    def parse(cls, options: str) -> TvmCpu:
+    def parse(cls, options: str) -> Self:
         """Reads what stands behind the colon of a target: a level, ``float``, or both with a comma."""
         chosen = {}
         for word in filter(None, options.split(",")):
@@ -64,13 +75,21 @@ class TvmCpu:
     @property
     def target(self) -> Target:
         """What it can run."""
-        about = "a C library for this machine: generated kernels, no runtime"
-        return Target(self.name, about, ("qc-compiler", "0.1"), _FORMATS, stage="compiled")
+        return Target(self.name, self.about, ("qc-compiler", "0.1"), _FORMATS, stage="compiled")
 
     @property
     def isa(self) -> Isa:
         """The level of the kernels."""
-        return level(self.level) if self.level else best_for_host()
+        chosen = level(self.level) if self.level else self.default_level()
+        if chosen.arch not in self.platform.triples:
+            raise InputError(
+                f"Expected a level of {', '.join(self.platform.triples)} for {self.name}, found {chosen.name}."
+            )
+        return chosen
+
+    def default_level(self) -> Isa:
+        """The level where none is named."""
+        return best_for_host()
 
     def lowering(self) -> Sequence[Step]:
         """The passes that bring a canonical, perhaps quantized model to what the kernels compute."""
@@ -113,10 +132,27 @@ class TvmCpu:
         """Loads an emitted directory."""
         from qc.backends.tvm.runner import open_runner
 
-        return open_runner(directory, threads=threads, spinning=spinning)
+        return open_runner(directory, threads=threads, platform=self.platform)
 
     def open_in_parts(self, directory: Path, work: Path) -> PreparedRunner:
         """Loads an emitted directory: its weights are mapped, so they need no memory that others could use."""
         from qc.backends.tvm.runner import open_runner
 
-        return open_runner(directory)
+        return open_runner(directory, platform=self.platform)
+
+
+@dataclasses.dataclass(frozen=True)
+class TvmAndroid(TvmCpu):
+    """Compiles a model to a C library for arm64: shared, static, and in source.
+
+    Off arm64 the result is measured in an emulator. The libraries are linked by the cross compiler of this system; on
+    a phone, ``model.c`` and ``libmodel.a``'s kernels go through the NDK of the app.
+    """
+
+    name: ClassVar[str] = "tvm-android"
+    about: ClassVar[str] = "a C library for arm64; run in an emulator elsewhere"
+    platform: ClassVar[Platform] = ANDROID
+
+    def default_level(self) -> Isa:
+        """Phones since 2018 have it."""
+        return level("neon-dotprod")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.resources
 import re
 from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
 from qc.backends.decoding import context_limit
+from qc.backends.tvm.host import template
 from qc.backends.tvm.lower import Lowering
 from qc.backends.tvm.program import Buffer, Tensor
 from qc.backends.tvm.shapes import Dim
@@ -75,10 +75,6 @@ def _role(value: ir.Value) -> str:
     return value.metadata_props.get("qc.role", "other").partition(".")[0]
 
 
-def _template(name: str) -> str:
-    return importlib.resources.files("qc.backends.tvm.host").joinpath(name).read_text("utf-8")
-
-
 class _Writer:
     def __init__(self, model: Model, lowering: Lowering) -> None:
         self.model, self.lowering, self.program = model, lowering, lowering.program
@@ -92,12 +88,12 @@ class _Writer:
         ports = []
         for word, held in (("input", self.model.signature.inputs), ("output", self.model.signature.outputs)):
             ports += [f"/* {word} {i}: {_spell(p)} */" for i, p in enumerate(held)]
-        text = _template("model.h").replace("@DIMENSIONS@", "\n".join(lines)).replace("@PORTS@", "\n".join(ports))
+        text = template("model.h").replace("@DIMENSIONS@", "\n".join(lines)).replace("@PORTS@", "\n".join(ports))
         decoder = ""
         if self.decoder:
             logits = self.model.signature.output("logits")
             assert logits is not None
-            decoder = f"enum {{ QC_VOCABULARY = {logits.shape[-1]} }};\n{_template('decoder.h')}"
+            decoder = f"enum {{ QC_VOCABULARY = {logits.shape[-1]} }};\n{template('decoder.h')}"
         return text.replace("@DECODER@", decoder)
 
     def source(self) -> str:
@@ -113,9 +109,9 @@ class _Writer:
         lines = [f"enum {{ {', '.join(f'{k} = {v}' for k, v in constants.items())} }};"]
         lines.append(f"#define WEIGHT_BYTES ((uint64_t){self.program.weight_bytes}u)")
         lines += ["#define MODEL_ID @ID@", "#define WEIGHT_HASH @HASH@", self._cpu()]
-        text = _template("runtime.c").replace("@CONSTANTS@", "\n".join(lines))
+        text = template("runtime.c").replace("@CONSTANTS@", "\n".join(lines))
         text = text.replace("@GENERATED@", "\n\n".join(self._generated()))
-        return text.replace("@DECODER@", _template("decoder.c") if self.decoder else "")
+        return text.replace("@DECODER@", template("decoder.c") if self.decoder else "")
 
     def _cpu(self) -> str:
         """The check that the processor has the instructions of the level."""

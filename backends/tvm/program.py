@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.resources
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.tvm.host import template
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.shapes import Dim, Size, dim, product
 from qc.ir.errors import UnsupportedError
@@ -213,8 +213,7 @@ class Program:
 
     def use(self, name: str, kind: str = "") -> None:
         """Takes a C function of ``host/`` in, its ``@`` replaced by `kind`."""
-        text = importlib.resources.files("qc.backends.tvm.host").joinpath(f"{name}.c").read_text("utf-8")
-        self.functions[name + kind] = text.replace("@", kind).rstrip()
+        self.functions[name + kind] = template(f"{name}.c").replace("@", kind).rstrip()
 
     def kernel(self, stem: str, generator: Any, *arguments: Any, pointers: int, integers: int) -> str:
         """Registers a kernel and returns its name, the same for the same arguments."""

@@ -1,9 +1,9 @@
-"""Runs a compiled library in this process, through ctypes."""
+"""Runs a compiled library: in this process, or in an emulator of its processor."""
 
 from __future__ import annotations
 
-import ctypes
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,42 +14,37 @@ import onnx_ir as ir
 from qc.backends.decoding import context_limit, greedy, plan
 from qc.backends.inputs import check_inputs
 from qc.backends.tvm.emit import FACTS, LIBRARY, WEIGHTS
+from qc.backends.tvm.isa import best_for_host, level
+from qc.backends.tvm.local import LocalLibrary, Sampling
+from qc.backends.tvm.remote import RemoteLibrary
+from qc.backends.tvm.toolchain import Platform
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import Port, Signature
 
-__all__ = ["Sampling", "TvmRunner", "open_runner", "read_facts"]
+__all__ = ["TvmRunner", "open_runner", "read_facts"]
 
 _E_LIMIT, _E_CPU = 5, 7
 
 
-class _Options(ctypes.Structure):
-    _fields_ = (("threads", ctypes.c_int32), ("parallel_for", ctypes.c_void_p), ("user", ctypes.c_void_p))
-
-
-class Sampling(ctypes.Structure):
-    """How tokens are drawn, as the library takes it: ``temperature``, ``top_k``, ``top_p``, ``seed``."""
-
-    _fields_ = (
-        ("temperature", ctypes.c_float),
-        ("top_k", ctypes.c_int32),
-        ("top_p", ctypes.c_float),
-        ("seed", ctypes.c_uint64),
-    )
-
-
-def open_runner(directory: Path, *, threads: int = 0, spinning: bool = True) -> TvmRunner:
+def open_runner(directory: Path, *, threads: int = 0, platform: Platform | None = None) -> TvmRunner:
     """Loads an emitted directory.
 
     Args:
         directory: Holds the library and its weights.
         threads: Threads of a run; 0 for one per core.
-        spinning: Accepted for all backends; threads of a library never wait actively.
+        platform: For which system it is, if not for this one; then it runs in that platform's emulator.
 
     Raises:
         InputError: If the files are damaged.
-        UnsupportedError: If they are for another processor.
+        UnsupportedError: If they are for another processor, and no emulator runs them.
     """
-    return TvmRunner(Path(directory), threads)
+    directory = Path(directory)
+    facts = read_facts(directory)
+    arch, count = level(facts["level"]).arch, len(facts["dimensions"])
+    if platform is None or arch == best_for_host().arch:
+        return TvmRunner(directory, facts, LocalLibrary(directory / LIBRARY, count), threads)
+    library = RemoteLibrary(directory, count, platform.cc[arch], platform.emulator, platform.package)
+    return TvmRunner(directory, facts, library, threads)
 
 
 class TvmRunner:
@@ -60,43 +55,26 @@ class TvmRunner:
         provenance: Facts about its source.
     """
 
-    def __init__(self, directory: Path, threads: int) -> None:
-        import os
-
-        facts = read_facts(directory)
+    def __init__(
+        self, directory: Path, facts: Mapping[str, Any], library: LocalLibrary | RemoteLibrary, threads: int
+    ) -> None:
         self.signature = Signature(tuple(map(_port, facts["inputs"])), tuple(map(_port, facts["outputs"])))
         self.provenance: Mapping[str, str] = facts["provenance"]
         self._dims: list[str] = facts["dimensions"]
         self._caches: list[str] = facts["caches"]
         self._decoder: bool = facts["decoder"]
-        self._threads = threads or len(os.sched_getaffinity(0))
-        try:
-            self._library = ctypes.CDLL(str((directory / LIBRARY).resolve()))
-        except OSError as error:
-            raise UnsupportedError(
-                f"Cannot load {directory / LIBRARY} here ({error}). It is for {facts['level']}: run it there."
-            ) from error
-        _declare(self._library)
-        self._model = ctypes.c_void_p()
-        self._instance = ctypes.c_void_p()
-        code = self._library.qc_open(str(directory / WEIGHTS).encode(), ctypes.byref(self._model))
+        self._library = library
+        self._threads = threads or os.cpu_count() or 1
+        code = library.open(directory / WEIGHTS)
         if code == _E_CPU:
             raise UnsupportedError(
                 f"This processor lacks instructions of the level {facts['level']} that {directory} was compiled for. "
                 "Compile for another level, as in --target tvm-cpu:avx2."
             )
         if code:
-            raise InputError(f"Cannot use {directory / WEIGHTS}: {self._text(code)}. Copy the artifact again.")
-        count = max(len(self._dims), 1)
-        defaults = (ctypes.c_int64 * count).in_dll(self._library, "qc_default_limits")
-        self._limits = list(defaults)[: len(self._dims)]
+            raise InputError(f"Cannot use {directory / WEIGHTS}: {library.error(code)}. Copy the artifact again.")
+        self._limits = library.default_limits()
         self._create()
-
-    def __del__(self) -> None:
-        if getattr(self, "_instance", None):
-            self._library.qc_destroy(self._instance)
-        if getattr(self, "_model", None):
-            self._library.qc_close(self._model)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs once. Inputs that the model does not have are ignored.
@@ -109,11 +87,11 @@ class TvmRunner:
         self._require_room(dims)
         arrays = [np.ascontiguousarray(checked[p.name]) for p in self.signature.inputs]
         self._load_caches(checked)
-        number = (ctypes.c_int64 * max(len(dims), 1))(*dims)
-        outputs = [self._output(i, number) for i in range(len(self.signature.outputs))]
-        sources = (ctypes.c_void_p * max(len(arrays), 1))(*(a.ctypes.data for a in arrays))
-        targets = (ctypes.c_void_p * len(outputs))(*(a.ctypes.data for a in outputs))
-        self._check(self._library.qc_run(self._instance, number, sources, targets))
+        outputs = [
+            np.empty(self._library.output_shape(i, dims), port.dtype.numpy())
+            for i, port in enumerate(self.signature.outputs)
+        ]
+        self._check(self._library.run(dims, arrays, outputs))
         self._store_caches(outputs)
         return {p.name: a for p, a in zip(self.signature.outputs, outputs, strict=True)}
 
@@ -166,25 +144,19 @@ class TvmRunner:
         self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int], sampling: Sampling | None
     ) -> Iterator[int]:
         self._require_context(len(tokens) + max_tokens)
-        library, instance = self._library, self._instance
-        self._check(library.qc_reset(instance))
-        new = (ctypes.c_int64 * len(tokens))(*map(int, tokens))
-        token = (ctypes.c_int64 * 1)()
+        self._check(self._library.reset())
+        new = tokens
         for _ in range(max_tokens):
-            self._check(library.qc_feed(instance, new, len(new)))
-            self._check(library.qc_sample(instance, ctypes.byref(sampling) if sampling else None, token))
-            if token[0] in stop:
+            self._check(self._library.feed(new))
+            code, token = self._library.sample(sampling)
+            self._check(code)
+            if token in stop:
                 return
-            yield token[0]
-            new = token
+            yield token
+            new = (token,)
 
     def _create(self) -> None:
-        if self._instance:
-            self._library.qc_destroy(self._instance)
-            self._instance = ctypes.c_void_p()
-        limits = (ctypes.c_int64 * max(len(self._limits), 1))(*self._limits)
-        options = _Options(self._threads, None, None)
-        code = self._library.qc_create(self._model, limits, ctypes.byref(options), ctypes.byref(self._instance))
+        code = self._library.create(self._limits, self._threads)
         if code == _E_LIMIT:
             sizes = ", ".join(f"{n} = {v}" for n, v in zip(self._dims, self._limits, strict=True))
             raise InputError(f"An input of {sizes} needs buffers of more than 2 GiB. Run it in smaller parts.")
@@ -218,45 +190,18 @@ class TvmRunner:
 
     def _load_caches(self, inputs: Mapping[str, np.ndarray]) -> None:
         for index, name in enumerate(self._caches):
-            given = inputs[name]
-            self._cache(index)[: given.shape[0], :, : given.shape[2]] = given
+            if inputs[name].size:
+                self._library.write_cache(index, inputs[name])
 
     def _store_caches(self, outputs: Sequence[np.ndarray]) -> None:
         place = {port.name: i for i, port in enumerate(self.signature.outputs)}
         presents = {past.name: place[present.name] for past, present in self.signature.caches}
         for index, name in enumerate(self._caches):
-            output = outputs[presents[name]]
-            output[:] = self._cache(index)[: output.shape[0], :, : output.shape[2]]
-
-    def _cache(self, index: int) -> np.ndarray:
-        """The library's memory of one cache: ``[batch, heads, room, channels]``."""
-        shape = (ctypes.c_int64 * 4)()
-        address = self._library.qc_cache(self._instance, index, shape)
-        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), tuple(shape))
-
-    def _output(self, index: int, dims: Any) -> np.ndarray:
-        shape = (ctypes.c_int64 * 16)()
-        rank = self._library.qc_output_shape(index, dims, shape)
-        return np.empty(tuple(shape[:rank]), self.signature.outputs[index].dtype.numpy())
+            self._library.read_cache(index, outputs[presents[name]])
 
     def _check(self, code: int) -> None:
         if code:
-            raise InputError(f"The library refuses to run: {self._text(code)}. Check the values and shapes.")
-
-    def _text(self, code: int) -> str:
-        return self._library.qc_error(code).decode()
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    """Result and argument types of functions that do not just take pointers and return a code."""
-    library.qc_error.restype = ctypes.c_char_p
-    for name in ("qc_destroy", "qc_close"):
-        getattr(library, name).restype = None
-        getattr(library, name).argtypes = [ctypes.c_void_p]
-    if hasattr(library, "qc_feed"):
-        library.qc_feed.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        library.qc_cache.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
-        library.qc_cache.restype = ctypes.c_void_p
+            raise InputError(f"The library refuses to run: {self._library.error(code)}. Check the values and shapes.")
 
 
 def read_facts(directory: Path) -> dict[str, Any]:

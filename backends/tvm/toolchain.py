@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -22,21 +23,23 @@ PAIR = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 """The versions that work together. The wheel of the first allows 0.1.15 of the second, with which it crashes."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Platform:
     """An operating system and its C tools.
 
     Attributes:
-        name: For messages.
-        triple: LLVM's name by architecture.
-        cc: The C compiler by architecture: a command.
+        triples: LLVM's name by architecture.
+        cc: The C compiler by architecture.
         ar: The archiver by architecture.
-        package: What to install where the compiler is missing.
+        package: What to install where a tool is missing.
+        emulator: The command that runs a program of it elsewhere; empty if none does.
     """
 
-    def __init__(
-        self, name: str, triples: Mapping[str, str], cc: Mapping[str, str], ar: Mapping[str, str], package: str
-    ):
-        self.name, self.triples, self.cc, self.ar, self.package = name, triples, cc, ar, package
+    triples: Mapping[str, str]
+    cc: Mapping[str, str]
+    ar: Mapping[str, str]
+    package: str
+    emulator: tuple[str, ...] = ()
 
 
 def check_versions() -> None:

@@ -18,13 +18,13 @@ from qc.backends.tvm.shapes import Dim, Size, dim, divide, product
 from qc.ir import dialect
 from qc.ir.quant import Weight, read_weight
 
-__all__ = ["float_weight", "gather", "linear", "matmul", "product_of", "quantized_weight"]
+__all__ = ["Tail", "float_weight", "gather", "linear", "matmul", "product_of", "quantized_weight"]
 
 _STORED = {ir.DataType.FLOAT: "f32", ir.DataType.BFLOAT16: "bf16", ir.DataType.FLOAT16: "f16"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tail:
+class Tail:
     """What is computed in a product's epilogue: which value it yields in the end."""
 
     value: ir.Value
@@ -32,7 +32,7 @@ class _Tail:
     activation: str
 
 
-def _tail(at: Lowering, node: ir.Node, shape: tuple[Dim, ...]) -> _Tail:
+def _tail(at: Lowering, node: ir.Node, shape: tuple[Dim, ...]) -> Tail:
     """Takes a residual and an activation that alone read the product into it."""
     value, residual, activation = node.outputs[0], None, "none"
     user = at.sole_user(value)
@@ -47,7 +47,7 @@ def _tail(at: Lowering, node: ir.Node, shape: tuple[Dim, ...]) -> _Tail:
     if kind is not None and user is not None and not _gates(at, user):
         activation, value = kind, user.outputs[0]
         at.done.add(user)
-    return _Tail(value, residual, activation)
+    return Tail(value, residual, activation)
 
 
 def _gates(at: Lowering, node: ir.Node) -> bool:
@@ -76,7 +76,7 @@ def linear(at: Lowering, node: ir.Node) -> None:
         _quantized(at, x, weight, bias, tail, y)
 
 
-def _last_rows(at: Lowering, tail: _Tail, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _last_rows(at: Lowering, tail: Tail, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Leaves out the logits that a caller does not ask for: ``qc_skip`` tokens of the one text that is fed."""
     role = tail.value.metadata_props.get("qc.role", "")
     if role != "logits" or tail.residual is not None or len(x.shape) != 3 or not at.cached:
@@ -86,7 +86,7 @@ def _last_rows(at: Lowering, tail: _Tail, x: Tensor, y: Tensor) -> tuple[Tensor,
     return x.view((left, n), (ld, dim(1)), ld * dim("qc_skip")), y.view((left, y.shape[-1]), (y.shape[-1], dim(1)))
 
 
-def _epilogue(at: Lowering, bias: Tensor | None, tail: _Tail) -> tuple[list[Tensor], Dim]:
+def _epilogue(at: Lowering, bias: Tensor | None, tail: Tail) -> tuple[list[Tensor], Dim]:
     """The pointers of an epilogue behind y, and the distance of the rows of the residual."""
     extra, distance = [], dim(0)
     if bias is not None:
@@ -97,7 +97,7 @@ def _epilogue(at: Lowering, bias: Tensor | None, tail: _Tail) -> tuple[list[Tens
     return extra, distance
 
 
-def _float(at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, tail: _Tail, y: Tensor) -> None:
+def _float(at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, tail: Tail, y: Tensor) -> None:
     rows, columns = weight.shape
     wide = at.isa.tile[1]
     if rows % (wide * at.isa.lanes) and not rows % (2 * at.isa.lanes):
@@ -126,7 +126,7 @@ def float_weight(at: Lowering, weight: Weight, wide: int) -> Tensor:
 
 
 def product_of(
-    at: Lowering, x: Tensor, packed: Tensor, stored: str, wide: int, columns: Size, bias: Tensor | None, tail: _Tail,
+    at: Lowering, x: Tensor, packed: Tensor, stored: str, wide: int, columns: Size, bias: Tensor | None, tail: Tail,
     y: Tensor,
 ) -> None:  # fmt: skip
     """Calls the float product."""
@@ -139,7 +139,7 @@ def product_of(
     at.program.call(name, [x, packed, y, *extra], [m, n, columns, ldx, n, ldr], units, writes=[y])
 
 
-def _quantized(at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, tail: _Tail, y: Tensor) -> None:
+def _quantized(at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, tail: Tail, y: Tensor) -> None:
     assert weight.format is not None
     rows, columns = weight.shape
     codes = codes_of(weight.format, columns, at.isa)

@@ -1,0 +1,7 @@
+/* From [batch, places, channels] to [batch, all, places], the channels behind others. */
+static void turn(const float *x, float *y, int64_t batch, int64_t places, int64_t channels, int64_t all, int64_t first) {
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t c = 0; c < channels; c++)
+      for (int64_t p = 0; p < places; p++)
+        y[(b * all + first + c) * places + p] = x[(b * places + p) * channels + c];
+}

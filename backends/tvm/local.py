@@ -1,0 +1,129 @@
+"""A library in this process, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qc.ir.errors import UnsupportedError
+
+__all__ = ["LocalLibrary", "Sampling"]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (("threads", ctypes.c_int32), ("parallel_for", ctypes.c_void_p), ("user", ctypes.c_void_p))
+
+
+class Sampling(ctypes.Structure):
+    """How tokens are drawn, as the library takes it: ``temperature``, ``top_k``, ``top_p``, ``seed``."""
+
+    _fields_ = (
+        ("temperature", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+        ("top_p", ctypes.c_float),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+class LocalLibrary:
+    """The functions of ``model.h`` on one model and one instance; codes are returned as they are."""
+
+    def __init__(self, library: Path, dimensions: int) -> None:
+        try:
+            self._c = ctypes.CDLL(str(library.resolve()))
+        except OSError as error:
+            raise UnsupportedError(f"Cannot load {library} here ({error}). It is for another machine.") from error
+        _declare(self._c)
+        self._dimensions = dimensions
+        self._model, self._instance = ctypes.c_void_p(), ctypes.c_void_p()
+
+    def __del__(self) -> None:
+        self._destroy()
+        if getattr(self, "_model", None):
+            self._c.qc_close(self._model)
+
+    def open(self, weights: Path) -> int:
+        """Maps and checks the weights."""
+        return self._c.qc_open(str(weights).encode(), ctypes.byref(self._model))
+
+    def default_limits(self) -> list[int]:
+        """The limits of an instance that nothing is said about."""
+        return list((ctypes.c_int64 * max(self._dimensions, 1)).in_dll(self._c, "qc_default_limits"))[
+            : self._dimensions
+        ]
+
+    def create(self, limits: Sequence[int], threads: int) -> int:
+        """Makes the instance anew."""
+        self._destroy()
+        options = _Options(threads, None, None)
+        return self._c.qc_create(self._model, _numbers(limits), ctypes.byref(options), ctypes.byref(self._instance))
+
+    def output_shape(self, index: int, dims: Sequence[int]) -> tuple[int, ...]:
+        """The shape of an output."""
+        shape = (ctypes.c_int64 * 16)()
+        rank = self._c.qc_output_shape(index, _numbers(dims), shape)
+        return tuple(shape[:rank])
+
+    def run(self, dims: Sequence[int], inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> int:
+        """Runs once, on arrays without gaps."""
+        sources = (ctypes.c_void_p * max(len(inputs), 1))(*(a.ctypes.data for a in inputs))
+        targets = (ctypes.c_void_p * max(len(outputs), 1))(*(a.ctypes.data for a in outputs))
+        return self._c.qc_run(self._instance, _numbers(dims), sources, targets)
+
+    def write_cache(self, index: int, content: np.ndarray) -> None:
+        """Puts ``[batch, heads, length, channels]`` into a cache."""
+        self._cache(index)[: content.shape[0], :, : content.shape[2]] = content
+
+    def read_cache(self, index: int, content: np.ndarray) -> None:
+        """Takes ``[batch, heads, length, channels]`` out of a cache."""
+        content[:] = self._cache(index)[: content.shape[0], :, : content.shape[2]]
+
+    def reset(self) -> int:
+        """Forgets the text."""
+        return self._c.qc_reset(self._instance)
+
+    def feed(self, tokens: Sequence[int]) -> int:
+        """Appends tokens."""
+        return self._c.qc_feed(self._instance, _numbers(tokens), len(tokens))
+
+    def sample(self, sampling: Sampling | None) -> tuple[int, int]:
+        """A code and the next token."""
+        token = ctypes.c_int64()
+        chosen = None if sampling is None else ctypes.byref(sampling)
+        code = self._c.qc_sample(self._instance, chosen, ctypes.byref(token))
+        return code, token.value
+
+    def error(self, code: int) -> str:
+        """What a code means."""
+        return self._c.qc_error(code).decode()
+
+    def _cache(self, index: int) -> np.ndarray:
+        """The library's memory of one cache: ``[batch, heads, room, channels]``."""
+        shape = (ctypes.c_int64 * 4)()
+        address = self._c.qc_cache(self._instance, index, shape)
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), tuple(shape))
+
+    def _destroy(self) -> None:
+        if getattr(self, "_instance", None):
+            self._c.qc_destroy(self._instance)
+            self._instance = ctypes.c_void_p()
+
+
+def _numbers(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * max(len(values), 1))(*map(int, values))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Result and argument types of functions that do not just take pointers and return a code."""
+    library.qc_error.restype = ctypes.c_char_p
+    for name in ("qc_destroy", "qc_close"):
+        getattr(library, name).restype = None
+        getattr(library, name).argtypes = [ctypes.c_void_p]
+    if hasattr(library, "qc_feed"):
+        library.qc_feed.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        library.qc_cache.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
+        library.qc_cache.restype = ctypes.c_void_p

@@ -1,0 +1,145 @@
+"""A library of another architecture, in an emulator: a small program around it that takes commands through a pipe."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qc.backends.tvm.host import template
+from qc.backends.tvm.local import Sampling
+from qc.backends.tvm.toolchain import run_tool
+from qc.ir.errors import InternalError, UnsupportedError
+
+__all__ = ["RemoteLibrary"]
+
+
+class RemoteLibrary:
+    """The same functions as `LocalLibrary`, in a process of its own."""
+
+    def __init__(self, directory: Path, dimensions: int, cc: str, emulator: Sequence[str], package: str) -> None:
+        if shutil.which(emulator[0]) is None:
+            raise UnsupportedError(
+                f"Expected the emulator {emulator[0]} to run a library for another processor, found none. Install it "
+                f"({package})."
+            )
+        self._dimensions = dimensions
+        self._work = tempfile.TemporaryDirectory()
+        decoder = ["-DDECODER"] if "qc_feed" in (directory / "model.h").read_text("utf-8") else []
+        (Path(self._work.name) / "driver.c").write_text(template("driver.c"), "utf-8")
+        program = Path(self._work.name) / "driver"
+        library = (directory / "libmodel.a").resolve()
+        command = [cc, "-O1", "-static", *decoder, "-I", str(directory.resolve()), "driver.c", str(library)]
+        run_tool([*command, "-lm", "-lpthread", "-o", str(program)], Path(self._work.name), package)
+        self._process = subprocess.Popen(  # noqa: S603
+            [*emulator, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def __del__(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is not None:
+            process.stdin.close()
+            process.wait()
+            process.stdout.close()
+        if getattr(self, "_work", None) is not None:
+            self._work.cleanup()
+
+    def open(self, weights: Path) -> int:
+        """Maps and checks the weights."""
+        name = str(weights.resolve()).encode()
+        self._send(b"o", struct.pack("<q", len(name)), name)
+        return self._integer()
+
+    def default_limits(self) -> list[int]:
+        """The limits of an instance that nothing is said about."""
+        self._send(b"d")
+        return list(struct.unpack(f"<{self._dimensions}q", self._read(8 * self._dimensions)))
+
+    def create(self, limits: Sequence[int], threads: int) -> int:
+        """Makes the instance anew."""
+        self._send(b"c", _numbers(limits), struct.pack("<q", threads))
+        return self._integer()
+
+    def output_shape(self, index: int, dims: Sequence[int]) -> tuple[int, ...]:
+        """The shape of an output."""
+        self._send(b"s", struct.pack("<q", index), _numbers(dims))
+        rank = self._integer()
+        return struct.unpack(f"<{rank}q", self._read(8 * rank))
+
+    def run(self, dims: Sequence[int], inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> int:
+        """Runs once, on arrays without gaps."""
+        self._send(b"r", _numbers(dims), struct.pack("<2q", len(inputs), len(outputs)))
+        for array in inputs:
+            self._send(struct.pack("<q", array.nbytes), array.tobytes())
+        for array in outputs:
+            self._send(struct.pack("<q", array.nbytes))
+        code = self._integer()
+        for array in outputs:
+            array[...] = np.frombuffer(self._read(array.nbytes), array.dtype).reshape(array.shape)
+        return code
+
+    def write_cache(self, index: int, content: np.ndarray) -> None:
+        """Puts ``[batch, heads, length, channels]`` into a cache."""
+        whole = self._whole(index)
+        whole[: content.shape[0], :, : content.shape[2]] = content
+        self._send(b"w", struct.pack("<q", index), whole.tobytes())
+
+    def read_cache(self, index: int, content: np.ndarray) -> None:
+        """Takes ``[batch, heads, length, channels]`` out of a cache."""
+        content[:] = self._whole(index)[: content.shape[0], :, : content.shape[2]]
+
+    def reset(self) -> int:
+        """Forgets the text."""
+        self._send(b"z")
+        return self._integer()
+
+    def feed(self, tokens: Sequence[int]) -> int:
+        """Appends tokens."""
+        self._send(b"f", struct.pack("<q", len(tokens)), _numbers(tokens))
+        return self._integer()
+
+    def sample(self, sampling: Sampling | None) -> tuple[int, int]:
+        """A code and the next token."""
+        held = Sampling() if sampling is None else sampling
+        self._send(b"n", bytes(held))
+        code, token = self._integer(), self._integer()
+        ctypes.memmove(ctypes.byref(held), self._read(ctypes.sizeof(Sampling)), ctypes.sizeof(Sampling))
+        return code, token
+
+    def error(self, code: int) -> str:
+        """What a code means."""
+        self._send(b"e", struct.pack("<q", code))
+        return self._read(self._integer()).decode()
+
+    def _whole(self, index: int) -> np.ndarray:
+        self._send(b"k", struct.pack("<q", index))
+        shape = struct.unpack("<4q", self._read(32))
+        count = int(np.prod(shape))
+        return np.frombuffer(self._read(4 * count), np.float32).reshape(shape).copy()
+
+    def _send(self, *parts: bytes) -> None:
+        assert self._process.stdin is not None
+        for part in parts:
+            self._process.stdin.write(part)
+
+    def _read(self, size: int) -> bytes:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.flush()
+        found = self._process.stdout.read(size)
+        if len(found) != size:
+            raise InternalError(f"The library stopped in its emulator (exit code {self._process.wait()}).")
+        return found
+
+    def _integer(self) -> int:
+        return struct.unpack("<q", self._read(8))[0]
+
+
+def _numbers(values: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(values)}q", *map(int, values))

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from qc.ir.errors import UnsupportedError
 from qc.ir.store import Store
+from qc.passes.canonicalize._graph import add_constant
 
 __all__ = ["Constants", "rotated"]
 
@@ -101,11 +102,6 @@ class _Chain:
     def _constant(self, stem: str, array: np.ndarray) -> ir.Value:
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            number, name = 0, stem
-            while name in self._graph.initializers:
-                number, name = number + 1, f"{stem}.{number + 1}"
-            tensor = self._store.put(name, np.ascontiguousarray(array))
-            shape, kind = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
-            self._constants[key] = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
-            self._graph.register_initializer(self._constants[key])
+            tensor = self._store.put(stem, np.ascontiguousarray(array))
+            self._constants[key] = add_constant(self._graph, stem, tensor)
         return self._constants[key]

@@ -69,6 +69,11 @@ class Inputs:
         """
         return self.tied(np.maximum(self.greatest(columns), 0.0))
 
+    def magnitude(self, columns: Columns) -> np.ndarray:
+        """The largest magnitude of each channel, from its minima and maxima: ``[width of the group]``."""
+        bounds = zip(columns[Statistic.MIN], columns[Statistic.MAX], strict=True)
+        return self.largest([np.maximum(-low, high) for low, high in bounds])
+
     def greatest(self, columns: Sequence[np.ndarray]) -> np.ndarray:
         """The maximum over products and repeated columns.
 

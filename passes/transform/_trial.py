@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,13 +20,10 @@ __all__ = ["GRANULARITIES", "STATISTICS", "Product", "Quantizers", "Trial", "sto
 GRANULARITIES = ("tensor", "token")
 
 STATISTICS = (Statistic.SAMPLES, Statistic.MIN, Statistic.MAX)
-"""What a trial needs of the input of each product."""
+"""What choices by trial need of the input of each product."""
 
 _ROWS = 128
 """Rows of each weight that are tried, evenly spaced: all rows share a transform, and more rows choose no other."""
-
-_SAMPLES = 512
-"""Rows of the input that are tried, evenly spaced."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Quantizers:
     Attributes:
         weights: Format of weights.
         bits: Bits of an activation; codes are asymmetric.
-        granularity: ``tensor``: one range, that of the calibration data; ``token``: a range per row.
+        granularity: ``tensor``: one static range; ``token``: a range per row.
         threads: Number of threads.
     """
 
@@ -60,7 +57,7 @@ class Quantizers:
         return cls(Format.parse(weights), bits, granularity, threads)
 
     def activation(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Rounds ``x [S, K]``, whose channels lie between `low` and `high` ``[K]`` on all calibration data."""
+        """Rounds ``x [S, K]``, whose channels have static ranges from `low` to `high` ``[K]``."""
         if self.granularity == "token":
             low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
         else:
@@ -82,8 +79,8 @@ class Product:
 
     Attributes:
         x: Rows of its input, ``[S, K]``.
-        low: The smallest value of each channel, ``[K]``.
-        high: The largest.
+        low: Where a static range of each channel begins, ``[K]``.
+        high: Where it ends.
         rows: Rows of its weight, ``[N, K]``.
     """
 
@@ -99,32 +96,39 @@ Change = Callable[[Use, Product], Product]
 class Trial:
     """The products on one channel group, without any change, and the error with changes.
 
-    The error of each product counts in relation to the size of its output.
+    Transforms are chosen on one half of the samples and judged on the other: what is fitted to the largest values that
+    were seen meets larger ones later. The error of each product counts in relation to the size of its output.
+
+    Attributes:
+        columns: `STATISTICS` of the half to choose on.
     """
 
-    def __init__(
-        self, products: Sequence[Use], columns: Mapping[Statistic, Sequence[np.ndarray]], quantizers: Quantizers
-    ) -> None:
+    def __init__(self, products: Sequence[Use], samples: Sequence[np.ndarray], quantizers: Quantizers) -> None:
         """Reads a sample of each weight.
 
         Args:
             products: Weights of linear layers.
-            columns: `STATISTICS` of the input of each.
+            samples: Rows of the input of each.
             quantizers: What rounds them.
         """
         self._quantizers = quantizers
-        self.products: dict[Use, Product] = {}
-        self._outputs: dict[Use, np.ndarray] = {}
-        for use, samples, low, high in zip(products, *(columns[s] for s in STATISTICS), strict=True):
-            x = samples[:: -(-len(samples) // _SAMPLES)]
-            product = Product(x, low, high, stored(use, _ROWS))
-            self.products[use] = product
-            self._outputs[use] = x @ product.rows.T
+        halves = [(x[: -(-len(x) // 2)], x[len(x) // 2 :]) for x in samples]
+        self.columns: dict[Statistic, list[np.ndarray]] = {
+            Statistic.SAMPLES: [x for x, _ in halves],
+            Statistic.MIN: [x.min(axis=0) for x, _ in halves],
+            Statistic.MAX: [x.max(axis=0) for x, _ in halves],
+        }
+        bounds = zip(self.columns[Statistic.MIN], self.columns[Statistic.MAX], strict=True)
+        self._products = {
+            use: Product(x, low, high, stored(use, _ROWS))
+            for use, (_, x), (low, high) in zip(products, halves, bounds, strict=True)
+        }
+        self._outputs = {use: p.x @ p.rows.T for use, p in self._products.items()}
 
     def error(self, change: Change) -> float:
         """The sum over products of ``|Q(x') Q(W')^T - x W^T|^2 / |x W^T|^2``, with what `change` makes of a product."""
         total = 0.0
-        for use, product in self.products.items():
+        for use, product in self._products.items():
             changed, expected = change(use, product), self._outputs[use]
             weights = self._quantizers.weight(changed.rows, np.square(changed.x).mean(axis=0, dtype=np.float64))
             found = self._quantizers.activation(changed.x, changed.low, changed.high) @ weights.T

@@ -36,13 +36,14 @@ class Reassemble(BlockPass):
     """Splits each channel into ``T = ceil(max|x| / theta)`` equal parts, and merges as many others as were added.
 
     The parts ``x / T`` are read by equal columns of the weights, which is exact; no channel is larger than theta. To
-    keep the width, channels ``i`` and ``j`` become their mean, and their columns the sum. Those are merged for which
-    the error of the outputs is least, ``|x_i - x_j|^2 |W_i - W_j|^2 / 4``, the sum over all layers that read them.
+    keep the width, channels ``i`` and ``j`` become their mean, and their columns the sum, corrected by least squares on
+    samples. Those are merged for which the error of the outputs is least without the correction,
+    ``|x_i - x_j|^2 |W_i - W_j|^2 / 4``, the sum over all layers that read them.
 
     ``theta`` is searched for each channel group: the one of the least error of the outputs of its layers on samples of
-    their input, with weights and activations rounded as the passes behind this one will do it. No threshold at all is
-    among the candidates, so by this measure no group becomes worse. Where the width grows, the error must shrink by a
-    larger factor.
+    their input, with weights and activations rounded as the passes behind this one will do it. Copies and ranges come
+    from one half of the samples, errors from the other. No threshold at all is among the candidates, so by this measure
+    no group becomes worse. Where the width grows, the error must shrink by a larger factor.
 
     Where the channels are rows of a projection, or the linear side of a gate, these take up the parts, no operator is
     added, and the width grows, since a mean of products is no product. Behind a norm, channels are gathered at run
@@ -95,9 +96,17 @@ class Reassemble(BlockPass):
 
         def change(inputs: Inputs, columns: Columns, facts: dict[str, object]) -> Site:
             folds = _folds(inputs)
-            choice = _Choice(inputs, columns, quantizers, self.ratio, join=self.merge and not folds, align=folds)
-            action, found = choice.search() if self.theta == "search" else choice.of(float(self.theta))
-            return _apply(model, inputs, action, context.store, facts | found)
+            matching = _matched(inputs, columns) if self.merge and not folds else None
+            choice = _Choice(inputs, columns, self.ratio, matching, align=folds)
+            if self.theta != "search":
+                return _apply(model, inputs, choice.of(float(self.theta)), context.store, facts | {"theta": self.theta})
+            trial = Trial(inputs.products, columns[Statistic.SAMPLES], quantizers)
+            theta, found = _search(_Choice(inputs, trial.columns, self.ratio, matching, align=folds), trial)
+            # More data may have shown larger channels, which want more copies.
+            theta = max(theta, choice.least())
+            if np.isfinite(theta):
+                found["theta"] = theta
+            return _apply(model, inputs, choice.of(theta), context.store, facts | found)
 
         return visit(model, context, self.exclude, STATISTICS, _obstacle, change)
 
@@ -115,86 +124,73 @@ def _folds(inputs: Inputs) -> bool:
     return {"split", "scale"} <= inputs.group.admits
 
 
+def _matched(inputs: Inputs, columns: Columns) -> Matching:
+    matching = Matching(inputs.group.width)
+    for use, x in zip(inputs.products, columns[Statistic.SAMPLES], strict=True):
+        order = np.argsort(use.index)
+        matching.add(x[:, order], stored(use, _EVERYTHING)[:, order])
+    return matching
+
+
 class _Choice:
-    """The reassembly of one channel group."""
+    """The reassemblies of one channel group."""
 
     def __init__(
-        self, inputs: Inputs, columns: Columns, quantizers: Quantizers, ratio: float, *, join: bool, align: bool
+        self, inputs: Inputs, columns: Columns, ratio: float, matching: Matching | None, *, align: bool
     ) -> None:
-        self._inputs, self._columns, self._quantizers = inputs, columns, quantizers
-        low, high = (columns[s] for s in (Statistic.MIN, Statistic.MAX))
-        self._maxima = inputs.largest([np.maximum(-a, b) for a, b in zip(low, high, strict=True)])
+        self._maxima = inputs.magnitude(columns)
         self._most = int(ratio * inputs.group.width)
-        self._matching = self._matched() if join else None
-        self._samples = np.concatenate([x[:, np.argsort(u.index)] for u, x in self._distinct()]) if join else None
-        self._align = align
+        self._matching, self._align = matching, align
+        pairs = zip(inputs.products, columns[Statistic.SAMPLES], strict=True)
+        distinct = {use.node.inputs[0]: x[:, np.argsort(use.index)] for use, x in pairs}
+        self._samples = np.concatenate(list(distinct.values())) if matching is not None else None
 
-    def _distinct(self) -> Iterable[tuple[Use, np.ndarray]]:
-        """The products with samples of their input, once for each value that they read."""
-        pairs = zip(self._inputs.products, self._columns[Statistic.SAMPLES], strict=True)
-        return {use.node.inputs[0]: (use, x) for use, x in pairs}.values()
-
-    def of(self, theta: float) -> tuple[Reassembly | None, dict[str, object]]:
+    def of(self, theta: float) -> Reassembly | None:
         """The reassembly at a threshold; None if it would take too many copies."""
         copies = self._copies(theta)
-        enough = copies.sum() - len(copies) <= self._most
-        return self._action(copies) if enough else None, {"theta": theta}
+        if copies.sum() - len(copies) > self._most:
+            return None
+        clusters = np.arange(int(copies.sum())) if self._matching is None else self._matching.clusters(copies)
+        return None if clusters is None else Reassembly(copies, clusters, self._samples)
 
-    def search(self) -> tuple[Reassembly, dict[str, object]]:
-        """The reassembly of the least error."""
-        trial = Trial(self._inputs.products, self._columns, self._quantizers)
-        before = trial.error(lambda use, product: product)
-        best, lowest, theta = before, before, np.inf
-        chosen = self._action(np.ones(len(self._maxima), int))
-        assert chosen is not None
-        for candidate, copies in self._candidates():
-            action = self._action(copies)
-            if action is None:
-                continue
-            error = trial.error(lambda use, product, action=action: _reassembled(use, product, action))
-            cost = error * len(action.sizes) / len(copies)  # what grows takes time
-            if cost < lowest:
-                best, lowest, theta, chosen = error, cost, candidate, action
-        facts: dict[str, object] = {} if chosen.is_identity() else {"theta": theta}
-        if before > 0:
-            facts["error"] = round(best / before, 4)
-        return chosen, facts
-
-    def _candidates(self) -> Iterable[tuple[float, np.ndarray]]:
-        """Thresholds with different numbers of copies, the largest first, as long as there are not too many copies."""
-        largest = float(self._maxima.max())
-        if largest == 0:
-            return
-        low, high = 0.0, largest
-        while high - low > 1e-3 * largest:
+    def least(self) -> float:
+        """The smallest threshold that does not take too many copies."""
+        low, high = 0.0, float(self._maxima.max())
+        while high > 0 and high - low > 1e-3 * high:
             middle = (low + high) / 2
             enough = self._copies(middle).sum() - len(self._maxima) <= self._most
             low, high = (low, middle) if enough else (middle, high)
-        known = {0}
-        for theta in np.geomspace(largest, high, _CANDIDATES + 1)[1:]:
-            copies = self._copies(theta)
-            added = int(copies.sum()) - len(copies)
-            if added not in known:
-                known.add(added)
-                yield float(theta), copies
+        return high
+
+    def candidates(self) -> Iterable[tuple[float, Reassembly]]:
+        """Thresholds with different numbers of copies, the largest first, as long as there are not too many copies."""
+        largest, known = float(self._maxima.max()), {len(self._maxima)}
+        if largest == 0:
+            return
+        for theta in np.geomspace(largest, self.least(), _CANDIDATES + 1)[1:]:
+            action = self.of(theta)
+            if action is not None and int(action.copies.sum()) not in known:
+                known.add(int(action.copies.sum()))
+                yield float(theta), action
 
     def _copies(self, theta: float) -> np.ndarray:
         copies = np.maximum(np.ceil(np.minimum(self._maxima / theta, 2**31)), 1).astype(int)
         if self._align and np.any(copies > 1):
-            while (copies.sum()) % _ALIGNED:
+            while copies.sum() % _ALIGNED:
                 copies[np.argmax(self._maxima / copies)] += 1
         return copies
 
-    def _action(self, copies: np.ndarray) -> Reassembly | None:
-        clusters = np.arange(int(copies.sum())) if self._matching is None else self._matching.clusters(copies)
-        return None if clusters is None else Reassembly(copies, clusters, self._samples)
 
-    def _matched(self) -> Matching:
-        matching = Matching(self._inputs.group.width)
-        for use, x in zip(self._inputs.products, self._columns[Statistic.SAMPLES], strict=True):
-            order = np.argsort(use.index)
-            matching.add(x[:, order], stored(use, _EVERYTHING)[:, order])
-        return matching
+def _search(choice: _Choice, trial: Trial) -> tuple[float, dict[str, float]]:
+    """The threshold of the least error, and that error relative to the one without any."""
+    before = trial.error(lambda use, product: product)
+    best, lowest, theta = before, before, np.inf
+    for candidate, action in choice.candidates():
+        error = trial.error(lambda use, product, action=action: _reassembled(use, product, action))
+        cost = error * len(action.sizes) / len(action.copies)  # what grows takes time
+        if cost < lowest:
+            best, lowest, theta = error, cost, candidate
+    return theta, {"error": round(best / before, 4) if before > 0 else 1.0}
 
 
 def _reassembled(use: Use, product: Product, action: Reassembly) -> Product:

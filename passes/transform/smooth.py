@@ -52,7 +52,7 @@ class Smooth(BlockPass):
 
     ``alpha`` may be searched for each group, among 0, 0.05, ..., 1 and leaving it as it is: the one of the least error
     of the outputs of its layers on samples of their input, with weights and activations rounded as the passes behind
-    this one will do it.
+    this one will do it. Factors and ranges come from one half of the samples, errors from the other.
 
     Where no weight can take up the factors, such as behind an activation function that is not homogeneous, or a norm
     whose output is also added to something, they can be multiplied with at run time (`runtime`). A static quantizer
@@ -106,7 +106,7 @@ class Smooth(BlockPass):
             weight = inputs.largest([_column_maxima(use.value) for use in inputs.products])
             if self.alpha != "search":
                 return _factors(activation, weight, float(self.alpha)), {"alpha": self.alpha}
-            trial = Trial(inputs.products, columns, quantizers)
+            trial = Trial(inputs.products, columns[Statistic.SAMPLES], quantizers)
             return _search(inputs, trial, activation, weight)
 
         return scale_inputs(model, context, self.exclude, self._statistics, choose, obstacle=self._obstacle)
@@ -118,17 +118,16 @@ class Smooth(BlockPass):
 def _search(
     inputs: Inputs, trial: Trial, activation: np.ndarray, weight: np.ndarray
 ) -> tuple[np.ndarray, dict[str, object]]:
-    best, alpha, before = np.ones(len(weight)), None, trial.scaled(inputs, np.ones(len(weight)))
+    alpha, seen, before = None, inputs.magnitude(trial.columns), trial.scaled(inputs, np.ones(len(weight)))
     lowest = before
     for candidate in np.linspace(0, 1, _STEPS + 1):
-        factors = _factors(activation, weight, candidate)
-        error = trial.scaled(inputs, factors)
+        error = trial.scaled(inputs, _factors(seen, weight, candidate))
         if error < lowest:
-            best, alpha, lowest = factors, round(float(candidate), 4), error
+            alpha, lowest = round(float(candidate), 4), error
     facts: dict[str, object] = {"alpha": alpha}
     if before > 0:
         facts["error"] = round(lowest / before, 4)
-    return best, facts
+    return np.ones(len(weight)) if alpha is None else _factors(activation, weight, alpha), facts
 
 
 def _factors(activation: np.ndarray, weight: np.ndarray, alpha: float) -> np.ndarray:

@@ -73,17 +73,19 @@ def test_powers_of_two_change_no_bit_of_the_output(x: np.ndarray) -> None:
     assert set(np.log2(factors)) <= {0.0, 1.0, 2.0, 3.0}
 
 
-def test_each_channel_gets_the_power_of_two_that_rounds_it_best(x: np.ndarray) -> None:
-    model, report = transformed(CHAIN, "smooth-powers{bits=4,largest=3}", x)
-    step = (x.max() - x.min()) / 15
-    zero = np.rint(-x.min() / step)
+def test_each_channel_gets_the_smallest_power_of_two_that_does_not_clip_it(x: np.ndarray) -> None:
+    lopsided = np.where(x < 0, x / 4, x)
+    model, report = transformed(CHAIN, "smooth-powers{largest=3}", lopsided)
+    low, high = lopsided.min() / 8, lopsided.max() / 8
     for channel in range(16):
-        own = [step / 2 ** (3 - k) for k in range(4)]
-        errors = [
-            np.square((np.clip(np.rint(x[:, channel] / d) + zero, 0, 15) - zero) * d - x[:, channel]).sum() for d in own
+        fits = [
+            lopsided[:, channel].min() >= low * 2**k and lopsided[:, channel].max() <= high * 2**k for k in range(4)
         ]
-        assert array(model, "w1")[channel, channel] == 2.0 ** -int(np.argmin(errors))
+        assert array(model, "w1")[channel, channel] == 2.0 ** -fits.index(True)
     assert sum(report.sites[-1].details["exponents"]) == 16
+    found = channels(model, lopsided)
+    assert found.min() == low, "all channels share an eighth of the range"
+    assert found.max() == high
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -155,7 +157,7 @@ def test_the_searched_alpha_rounds_no_worse_than_any_other(x: np.ndarray) -> Non
 
 @pytest.mark.parametrize(
     "spec",
-    ["smooth{alpha=find}", "smooth-percentile{share=1.0}", "smooth-powers{largest=0}", "smooth-powers{bits=1}",
+    ["smooth{alpha=find}", "smooth-percentile{share=1.0}", "smooth-powers{largest=0}", "smooth-powers{largest=20}",
      "outlier-tune{bits=40}", "permute-channels{by=name}"],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(spec: str) -> None:

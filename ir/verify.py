@@ -17,6 +17,8 @@ __all__ = ["STAGES", "Difference", "Stage", "check_structure", "compare", "sqnr"
 
 _ROUNDING = frozenset({"DynamicQuantizeLinear", "DynamicQuantize", "QuantizeLinear"})
 _ROUNDED = 5e-2
+_STEPS = 3
+"""On a coarse grid outputs may differ by so many of its steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +107,18 @@ def tolerance(model: ir.Model, tol: float) -> float:
     """The tolerance of a pass that promises `tol`: at least 5e-2 on a model that rounds activations.
 
     Another order of summation changes the last bit of a float, which the rounding may turn into one step of its grid,
-    1/255 of the range; later layers spread it.
+    1/255 of the range or, with fewer bits, more; later layers spread it.
     """
-    return max(tol, _ROUNDED if any(n.op_type in _ROUNDING for n in model.graph.all_nodes()) else 0.0)
+    bits = [_grid_bits(n) for n in model.graph.all_nodes() if n.op_type in _ROUNDING]
+    return max([tol, *(max(_ROUNDED, _STEPS / ((1 << b) - 1)) for b in bits)])
+
+
+def _grid_bits(node: ir.Node) -> int:
+    """Bits of the codes that an operator rounds to; 8 if it does not say."""
+    if "bits" in node.attributes:
+        return node.attributes["bits"].as_int()
+    dtype = node.outputs[0].dtype if node.op_type == "QuantizeLinear" else None
+    return dtype.bitwidth if dtype is not None else 8
 
 
 def sqnr(reference: np.ndarray, found: np.ndarray) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -86,13 +89,28 @@ def _solve(
         row[0, starts[:-1] + np.array(plan)] = 1
         constraints.append(LinearConstraint(row, -np.inf, len(plan) - 1))
     damage = np.array([o.damage for o in flat])
-    result = milp(
-        damage / (damage.mean() or 1.0),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0},
-    )
+    with _standard_output_closed():
+        result = milp(
+            damage / (damage.mean() or 1.0),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         return None
     return tuple(int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(starts))
+
+
+@contextlib.contextmanager
+def _standard_output_closed() -> Iterator[None]:
+    """Sends what libraries print to the standard output to nowhere: HiGHS prints traces at times, amid ``--json``."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

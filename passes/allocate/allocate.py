@@ -26,9 +26,6 @@ from qc.passes.statistics import Request, Statistic
 __all__ = ["Allocate"]
 
 _KINDS = frozenset({Kind.LINEAR, Kind.HEAD, Kind.VALUE, Kind.EMBEDDING})
-_SMALLEST_TABLE_BITS = 4
-"""Look-ups have no fused kernel for fewer bits: the whole table would be decoded for each token."""
-
 _TRIED, _JUDGED = 2, 4
 """Batches that single weights are tried on, and further ones that whole plans are judged on."""
 
@@ -50,7 +47,7 @@ class Allocate(Pass):
     the plan into the model; ``quantize-weights`` behind it follows it. Every stored bit counts: codes, scales, zero
     points, padding.
 
-    Left alone: what ``quantize-weights`` leaves alone, and convolutions. A table of embeddings gets 4 bits or more.
+    Left alone: what ``quantize-weights`` leaves alone, and convolutions.
 
     Attributes:
         bits: Average bits per weight, stored, over all weights with a plan.
@@ -201,10 +198,7 @@ class _Unit:
         """Lists the formats that fit the shape, and, where time counts, have a fused kernel."""
         weight = self._uses[0].weight
         assert weight is not None
-        table = any(use.kind is Kind.EMBEDDING for use in self._uses)
         for format in dict.fromkeys(fitted(Format.parse(text), weight.shape[1]) for text in formats):
-            if table and format.values.bits < _SMALLEST_TABLE_BITS:
-                continue
             per_weight = relative_time(format, weight.shape[1], target) if target and self.multiplies else 0.0
             if per_weight is not None:
                 self.options.append(
@@ -233,7 +227,7 @@ class _Unit:
         option = self.options[choice]
         facts = {
             "format": str(option.format),
-            "bits_per_weight": option.bits / self.elements,
+            "planned_bits": option.bits / self.elements,
             "relative_error": option.error / max(self.power, 1e-30),
         }
         return Site(self.name, Outcome.CHANGED, "", facts)

@@ -84,6 +84,18 @@ class Hessian:
             found["damping"] = f"raised to {self.damping:g}: the second moments were not positive definite"
         return found
 
+    @property
+    def importance(self) -> np.ndarray:
+        """What an error of each column counts where ranges are chosen, ``[K]`` in the order of H: ``R_kk sqrt(H_kk)``.
+
+        An error costs ``R_kk^2`` once later columns have made up for it, and ``H_kk`` if they cannot, as at 2 bits.
+        Their geometric mean leaves 5 % less error than the diagonal at 4 bits and 6 % less at 2, where the pivots alone
+        leave more (builtin:tiny-llama).
+        """
+        pivots = np.empty(len(self.pivots))
+        pivots[self.order] = self.pivots
+        return pivots * np.sqrt(self.diagonal)
+
     @functools.cached_property
     def matrix(self) -> np.ndarray:
         """The damped matrix in its own order, float32."""

@@ -8,7 +8,7 @@ so with the columns before k rounded, column k is best rounded to the nearest of
 That is GPTQ in the form of LDLQ (QuIP, arXiv 2307.13304, theorem 6): the same codes, but one factorization and no
 inverse. The last column has no later one to lean on, so a column's place matters: those with the largest second moment
 come first. Groups do not move with them (*static groups*): their parameters are found before, by range search weighted
-by the diagonal of H, and the result needs no index of groups.
+by `Hessian.importance`, and the result needs no index of groups.
 
 Where H is a multiple of the identity, the codes are those of range search. A weight that the format holds exactly stays
 as it is.
@@ -73,7 +73,7 @@ def gptq(
         return assign_with_remainder(weight, format, hessian.diagonal, dense)
     if not takes(format):
         raise InputError(f"Expected a format with a code per element, in groups along K, found {format} for {name!r}.")
-    tensor = assign(weight, format, hessian.diagonal, name=name, threads=threads, effort=effort)
+    tensor = assign(weight, format, hessian.importance, name=name, threads=threads, effort=effort)
 
     def work(start: int) -> None:
         rows = slice(start, start + ROWS)

@@ -14,6 +14,7 @@ from qc.ir import dialect
 from qc.ir.errors import ContractError, InputError
 from qc.ir.model import Model
 from qc.ir.runtime import Session
+from qc.ir.text import parse
 from qc.passes.base import BlockPass, Context, Contract, Exact, Lossy, Outcome, Result, Site
 from qc.passes.manager import PassManager
 from qc.passes.pipeline import Step
@@ -229,3 +230,24 @@ def test_a_network_without_repeats_is_one_part() -> None:
     assert error.label == "stem"
     assert error.before is None
     assert error.after == pytest.approx(23, abs=5)
+
+
+EXPERT = """
+    g (float[n,64] x, bool[n] chosen) => (float[n,64] y) {
+      rows = Compress <axis = 0> (x, chosen)
+      h = qc.Linear (rows, w)
+      total = ReduceSum <keepdims = 1> (h, axes)
+      y = Add (x, total)
+    }
+"""
+
+
+@pytest.mark.parametrize("assign", ["search", "gptq"])
+def test_an_expert_that_no_token_is_sent_to_is_quantized_as_if_nothing_were_known(assign: str) -> None:
+    rng = np.random.default_rng(0)
+    model = parse(EXPERT, weights={"w": rng.standard_normal((64, 64)).astype(np.float32), "axes": np.array([0])})
+    batch = {"x": rng.standard_normal((6, 64)).astype(np.float32), "chosen": np.zeros(6, bool)}
+    _, (report,) = PassManager([Sequential(assign=assign)]).run(model, calibration=[batch], probe=[batch])
+    (site,) = report.sites
+    assert site.outcome is Outcome.CHANGED
+    assert site.details["sqnr_db"] > 20

@@ -18,8 +18,12 @@ __all__ = ["LearnedWeight", "learnable"]
 
 _TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
-_HALF = 0.5 - 1e-4
+_EDGE = 0.5 - 1e-4
 """How far a latent number may be from the code that it starts at; beyond half a step it would round to another."""
+
+_MEANT = 0.25
+"""Where a latent number starts whose code feedback has moved away from it: the code is meant, so not at its edge, from
+which the first steps would push it back."""
 
 
 def learnable(format: Format) -> str:
@@ -45,8 +49,8 @@ class LearnedWeight:
       point follow;
     * ``scale``: factors of the scales alone; with nothing else, codes stay as they are (PEQA, arXiv 2305.14152).
 
-    Where nothing has been learned yet, it is exactly the tensor that it started as, however its codes were chosen: in a
-    group with feedback (GPTQ) a latent number is brought within half a step of its code.
+    Where nothing has been learned yet, it is exactly the tensor that it started as, however its codes were chosen:
+    where feedback (GPTQ) has chosen another code than the nearest, the latent number is brought to that code.
 
     Attributes:
         parameters: What is learned, by name.
@@ -88,7 +92,9 @@ class LearnedWeight:
         units = codes - self._zero
         latent = self._grouped(np.asarray(weight, np.float32), device) / self._scale
         beyond = ((codes >= self._top) & (latent > units)) | ((codes <= 0) & (latent < units))
-        self._latent = torch.where(beyond, latent, units + (latent - units).clamp(-_HALF, _HALF))
+        off = latent - units
+        off = torch.where(off.abs() > 0.5, _MEANT * off.sign(), off.clamp(-_EDGE, _EDGE))
+        self._latent = torch.where(beyond, latent, units + off)
         self._units = units
         self._moves = bool({"rounding", "weights", "low-rank", "range"} & set(learn))
         self._bounded = "weights" not in learn

@@ -47,6 +47,7 @@ TRANSFORMS = {
     "none": "",
     "smooth": "smooth",
     "awq": "awq{format=FORMAT,group=0}",
+    "outlier-tune": "outlier-tune{bits=BITS,optional=true}",
     "reassemble": _REASSEMBLE,
     "smooth, reassemble": f"smooth,{_REASSEMBLE}",
     "rotate, folded": "rotate",

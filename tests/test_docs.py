@@ -105,7 +105,7 @@ def test_the_page_on_artifacts_names_every_key_of_a_manifest() -> None:
     assert [f.name for f in dataclasses.fields(Manifest) if f"`{f.name}`" not in page] == []
 
 
-@pytest.mark.parametrize("name", ["quantize-weights", "quantize-activations"])
+@pytest.mark.parametrize("name", ["quantize-weights", "quantize-activations", "allocate"])
 def test_the_page_on_recipes_names_every_option(name: str) -> None:
     from qc.passes.pipeline import options_of, pass_class
 

@@ -83,6 +83,15 @@ def test_rotation_makes_four_bits_indifferent_to_outliers(source: Source) -> Non
     assert rotated < smoothed < 0.2
 
 
+@pytest.mark.slow
+def test_reassembly_alone_brings_outliers_within_reach_of_four_bits(source: Source) -> None:
+    reassembly = "reassemble{bits=4,granularity=token,weights=int4,exclude=[lm_head]}"
+    without, reassembled = rounded(source, FOUR_BITS, 20), rounded(source, f"{reassembly},{FOUR_BITS}", 20)
+    print(f"perplexity above float: {without:.1%}, reassembled {reassembled:.1%}")
+    assert without > 1
+    assert reassembled < 0.35
+
+
 def rounded(source: Source, pipeline: str, factor: float) -> float:
     """By how much the perplexity is above that of the float model, with planted outliers."""
     original, reference, data = source

@@ -51,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--samples", type=_positive, metavar="N", help="calibrate on at most so many windows, texts or batches"
     )
-    c.add_argument("--memory", metavar="SIZE", help="refuse to start if more memory is needed, such as 8G")
+    c.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="refuse to start if more memory is needed, such as 8G; activations beyond it go to files",
+    )
     c.add_argument(
         "--exclude",
         action="append",

@@ -18,7 +18,7 @@ from qc.ir._quant_learned import Learned, Nested, Planes, Power, SignedLowRank, 
 from qc.ir._quant_packing import TRITS, row_bytes, slices
 from qc.ir._quant_remainder import Columns, LowRank, Remainder, Sparse
 from qc.ir._quant_scales import MicroScale, NanoScale, NoScale, Scale, TwoLevel
-from qc.ir._quant_tables import Select, Table
+from qc.ir._quant_tables import SearchedFloat, Select, Table
 from qc.ir._quant_types import Stream
 
 __all__ = ["DECODES", "decode_function", "parse_signature", "signature"]
@@ -178,6 +178,12 @@ def _(values: Select, body: _Body, codes: ir.Value, params: Mapping[str, ir.Valu
     first = body.op("Mul", params["kind"], np.array(1 << values.bits, np.int32))
     index = body.op("Add", codes, body.op("Unsqueeze", first, np.array([-1])))
     return body.op("Gather", values.values.reshape(-1), index)
+
+
+@_units.register
+def _(values: SearchedFloat, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
+    first = body.op("Mul", params["kind"], np.array(1 << values.bits, np.int32))
+    return body.op("Gather", values.values.reshape(-1), body.op("Add", codes, first))
 
 
 @_units.register

@@ -10,7 +10,7 @@ from qc.ir._quant_affine import Affine
 from qc.ir._quant_learned import Learned, Nested, Planes, Power, SignedLowRank, Vector
 from qc.ir._quant_remainder import parse_remainder
 from qc.ir._quant_scales import FloatScale, NoScale, Scale, parse_scale
-from qc.ir._quant_tables import Select, Table, table_names
+from qc.ir._quant_tables import SearchedFloat, Select, Table, table_names
 from qc.ir._quant_types import ValueMap
 from qc.ir.errors import InputError
 
@@ -37,6 +37,7 @@ def _affine(match: re.Match[str]) -> Affine:
 
 _VALUES: tuple[tuple[str, Callable[[re.Match[str]], ValueMap]], ...] = (
     (r"(int|uint|mid|zint)(\d+)", _affine),
+    (r"fpx(\d+)", lambda m: SearchedFloat(int(m[1]))),
     (r"bitmod(\d+)", lambda m: Select(int(m[1]))),
     (r"lut(\d+)", lambda m: Learned(int(m[1]))),
     (r"nested(\d+)-(\d+)", lambda m: Nested(int(m[1]), int(m[2]))),

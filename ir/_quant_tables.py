@@ -13,7 +13,7 @@ import numpy as np
 from qc.ir._quant_types import Param
 from qc.ir.errors import InputError
 
-__all__ = ["Select", "Table", "minifloat", "nearest_in", "table_names"]
+__all__ = ["SearchedFloat", "Select", "Table", "minifloat", "nearest_in", "table_names"]
 
 _MINIFLOATS = {"e2m1": (2, 1), "e3m0": (3, 0), "e1m2": (1, 2), "e2m3": (2, 3), "e3m2": (3, 2), "e4m3": (4, 3),
                "e5m2": (5, 2)}  # fmt: skip
@@ -227,3 +227,48 @@ class Select:
             rising, order = _order(table)
             codes[chosen] = order[nearest_in(units[chosen], rising)]
         return codes
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchedFloat:
+    """A float whose bits are split between exponent and mantissa as suits the weight (LLM-FP4, arXiv 2310.16836).
+
+    The real exponent bias of the paper is the scale: ``2^-bias``.
+
+    Attributes:
+        bits: Width of a code, 3 to 6.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.bits <= 6:
+            raise InputError(f"Expected floats of 3 to 6 bits, found {self.bits}.")
+
+    def __str__(self) -> str:
+        return f"fpx{self.bits}"
+
+    low = 0
+    tile = books = 1
+    scaled = True
+    params = (Param("kind", "tensor", bits=3),)
+    about = "a float whose exponent bits are searched for each weight (LLM-FP4)"
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        """Units ``[kinds, 2^bits]``: with 1 exponent bit, with 2, ..."""
+        return np.stack([minifloat(e, self.bits - 1 - e) for e in range(1, self.bits)])
+
+    def _table(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self.values[int(params["kind"].reshape(-1)[0])]
+
+    def reach(self, params: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        table = self._table(params)
+        return np.full((1, 1), table.min()), np.full((1, 1), table.max())
+
+    def decode(self, codes: np.ndarray, params: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self._table(params)[codes]
+
+    def nearest(self, units: np.ndarray, params: Mapping[str, np.ndarray]) -> np.ndarray:
+        rising, codes = _order(self._table(params))
+        return codes[nearest_in(units, rising)]

@@ -20,7 +20,7 @@ from qc.ir._quant_learned import Learned, Nested, Planes, Power, SignedLowRank, 
 from qc.ir._quant_remainder import Columns, LowRank, Order, Remainder, Sparse
 from qc.ir._quant_scales import FloatScale, MicroScale, NanoScale, NoScale, Scale, TwoLevel
 from qc.ir._quant_spelling import STANDARD
-from qc.ir._quant_tables import Select, Table, table_names
+from qc.ir._quant_tables import SearchedFloat, Select, Table, table_names
 from qc.ir._quant_types import Param, Stream, ValueMap
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "QuantizedTensor",
     "Remainder",
     "Scale",
+    "SearchedFloat",
     "Select",
     "SignedLowRank",
     "Sparse",
@@ -61,9 +62,9 @@ __all__ = [
 
 
 _STORED = (
-    "bitmod3", "bitmod4", *(f"pow{b}" for b in range(2, 9)), *(f"lut{b}" for b in range(1, 9)), "nested3-6",
-    "nested3-8", "bin1", "bin2", "bin3", "fdb2", "vq8x4", "vq8x4:in", "vq12x8:in", "aq8x8x2", "bitstack1x16",
-    "bitstack2x16", "bitstack3x16",
+    "fpx3", "fpx4", "fpx6", "bitmod3", "bitmod4", *(f"pow{b}" for b in range(2, 9)), *(f"lut{b}" for b in range(1, 9)),
+    "nested3-6", "nested3-8", "bin1", "bin2", "bin3", "fdb2", "vq8x4", "vq8x4:in", "vq12x8:in", "aq8x8x2",
+    "bitstack1x16", "bitstack2x16", "bitstack3x16",
 )  # fmt: skip
 """Value maps that store more than scales; any other numbers may stand in their names."""
 

@@ -17,6 +17,7 @@ from qc.ir.quant import (
     FloatScale,
     Format,
     QuantizedTensor,
+    SearchedFloat,
     Sparse,
     Table,
     Weight,
@@ -52,6 +53,7 @@ def random_tensor(format: Format, rows: int = 24, columns: int = 40) -> Quantize
             continue
         if stream.bits is not None:
             top = 1 << stream.bits if stream.bits else 3
+            top = 2 if isinstance(format.values, SearchedFloat) and stream.name == "kind" else top
             array = rng.integers(stream.low, stream.low + top, stream.shape)
             held[stream.name] = array.astype(np.int8 if stream.low else np.uint8 if top <= 256 else np.uint16)
         elif stream.dtype is not None and stream.dtype.is_floating_point():

@@ -19,13 +19,14 @@ from qc.ir.quant import (
     Nested,
     Planes,
     Power,
+    SearchedFloat,
     Select,
     SignedLowRank,
     Table,
     Vector,
 )
 from qc.passes.quantize._fit_base import Fit, better, measured
-from qc.passes.quantize._fit_scaled import fit_affine, fit_power, fit_select, fit_table
+from qc.passes.quantize._fit_scaled import fit_affine, fit_power, fit_searched_float, fit_select, fit_table
 from qc.passes.quantize._fit_stored import fit_learned, fit_nested, fit_planes, fit_signed_low_rank, fit_vector
 from qc.passes.quantize._search import Search
 
@@ -34,6 +35,7 @@ __all__ = ["fit_scales"]
 _FITS: Mapping[type, Callable[[Any, np.ndarray, np.ndarray | None, Search], Fit]] = {
     Affine: fit_affine,
     Table: fit_table,
+    SearchedFloat: fit_searched_float,
     Select: fit_select,
     Power: fit_power,
     Learned: fit_learned,

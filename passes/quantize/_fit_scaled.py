@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 
-from qc.ir.quant import Affine, Power, Select, Table
+from qc.ir.quant import Affine, Power, SearchedFloat, Select, Table
 from qc.passes.quantize._fit_base import Fit, better, measured, range_search
 from qc.passes.quantize._search import Search, search
 
-__all__ = ["fit_affine", "fit_power", "fit_select", "fit_table"]
+__all__ = ["fit_affine", "fit_power", "fit_searched_float", "fit_select", "fit_table"]
 
 _REFITS = 4
 """Steps of alternation between nearest codes and least squares; later ones change less than a thousandth."""
@@ -62,6 +62,12 @@ def fit_select(values: Select, w: np.ndarray, importance: np.ndarray | None, eff
         best = found if best is None else better(best, found)
     assert best is not None
     return best
+
+
+def fit_searched_float(values: SearchedFloat, w: np.ndarray, importance: np.ndarray | None, effort: Search) -> Fit:
+    """The split of the bits with the least error of the whole weight."""
+    kinds = [{"kind": np.array([kind], np.uint8)} for kind in range(len(values.values))]
+    return min((range_search(values, w, importance, p, effort) for p in kinds), key=lambda f: float(f.error.sum()))
 
 
 def fit_power(values: Power, w: np.ndarray, importance: np.ndarray | None, effort: Search) -> Fit:

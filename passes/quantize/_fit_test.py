@@ -15,7 +15,7 @@ NORMAL = np.random.default_rng(0).standard_normal((48, 4096)).astype(np.float32)
 EVERY = [
     "mid1", "mid2:g32", "uint1:g16", "int3:g32:f16", "uint5", "zint4:g32:f16", "uint4:tensor", "int8:in", "uint4:in16",
     "mxfp4", "mxfp6", "mxfp8", "mxint8", "nvfp4", "nf4-dq", "uint4:g16:q6x8", "int4:g16:s6", "nf3:g32:bf16",
-    "iq4nl:g32", "bnb4:g64", "e3m0:g32", "e5m2", "shift3", "ternary:tensor", "bitmod3:g32:f16", "bitmod4",
+    "iq4nl:g32", "bnb4:g64", "e3m0:g32", "e5m2", "shift3", "ternary:tensor", "fpx4:g32", "bitmod3:g32:f16", "bitmod4",
     "lut1", "lut4:g64", "lut3:tensor", "nested2-5", "bin2:g64", "fdb2:g64", "pow4", "vq4x4", "vq4x2:in", "aq4x4x2",
     "bitstack2x4",
     "lut3+sparse1", "int2:g32+lowrank4", "mid1+columns10:int8", "uint4:g32+order",
@@ -153,3 +153,10 @@ def test_low_rank_takes_up_what_is_of_low_rank() -> None:
     rng = np.random.default_rng(0)
     weight = (rng.standard_normal((64, 3)) @ rng.standard_normal((3, 96))).astype(np.float32)
     assert error(weight, assign(weight, Format.parse("uint2:g32+lowrank3"))) < 1e-5
+
+
+def test_a_searched_float_is_as_good_as_the_best_of_its_kinds() -> None:
+    weight = np.random.default_rng(0).standard_t(3, (32, 256)).astype(np.float32)
+    found = error(weight, assign(weight, Format.parse("fpx4:f16")))
+    kinds = [error(weight, assign(weight, Format.parse(f"{name}:f16"))) for name in ("e1m2", "e2m1", "e3m0")]
+    assert found == pytest.approx(min(kinds), rel=1e-3)

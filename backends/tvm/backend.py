@@ -38,9 +38,10 @@ ANDROID = Platform(
 
 _FORMATS = tuple(
     f"{sign}int{bits}{group}"
-    for bits in (2, 4, 8)
+    for bits in (2, 3, 4, 8)
     for sign in ("", "u")
     for group in ("", ":g16", ":g32", ":g64", ":g128", ":g256")
+    if (bits, group) != (3, ":g16")
 )
 
 

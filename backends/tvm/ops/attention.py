@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx_ir as ir
 
@@ -18,17 +16,6 @@ __all__ = ["attention", "group_query_attention", "rotary_embedding"]
 
 _FEW = 3
 """Up to so many queries stream through the keys; more are worth transposing them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Operand:
-    """``[batch, heads, length, channels]`` at any strides, channels being neighbours."""
-
-    tensor: Tensor
-
-    @property
-    def strides(self) -> list[Dim]:
-        return [self.tensor.strides[i] for i in (0, 1, 2)]
 
 
 def _heads(at: Lowering, x: Tensor, heads: int) -> Tensor:

@@ -10,7 +10,7 @@ from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.program import C_TYPES, Tensor
 from qc.backends.tvm.shapes import dim, product
 
-__all__ = ["arg_max", "cum_sum", "global_average_pool", "normalization", "reduce", "softmax_"]
+__all__ = ["arg_max", "cum_sum", "global_average_pool", "normalization", "reduce", "softmax_", "top_k"]
 
 
 @operator("RMSNormalization", "LayerNormalization")
@@ -163,3 +163,24 @@ def cum_sum(at: Lowering, node: ir.Node) -> None:
     )
     outer, inner = product(x.shape[:number]), product(x.shape[number + 1 :])
     at.program.add(f"cum_sum_{kind}({x.c}, {y.c}, {outer.c}, {x.shape[number].c}, {inner.c});", [x], [y])
+
+
+@operator("TopK")
+def top_k(at: Lowering, node: ir.Node) -> None:
+    """The largest elements of the last axis, with their places."""
+    x, k = at.input(node, 0), at.input(node, 1)
+    assert x is not None
+    count = k.values[0] if k is not None and k.values is not None else None
+    axis = int(at.attribute(node, "axis", -1))  # type: ignore[call-overload]
+    if count is None or axis % len(x.shape) != len(x.shape) - 1 or x.dtype != ir.DataType.FLOAT:
+        raise at.refuse(node, "its count is computed, or it is not over the last axis of float32")
+    x = at.contiguous(x)
+    shape = (*x.shape[:-1], count)
+    y = at.result(node.outputs[0], shape)
+    places = at.result(node.outputs[1], shape, ir.DataType.INT64)
+    at.program.use("top_k")
+    largest = int(bool(at.attribute(node, "largest", 1)))
+    rows = product(x.shape[:-1])
+    at.program.add(
+        f"top_k({x.c}, {y.c}, {places.c}, {rows.c}, {x.shape[-1].c}, {count.c}, {largest});", [x], [y, places]
+    )

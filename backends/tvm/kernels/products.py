@@ -98,7 +98,7 @@ def quantize_rows(isa: Isa, name: str, block: int) -> Any:
                 top = v.intrinsic("llvm.fabs", f"float32x{step}", parts[0])
                 for part in parts[1:]:
                     a = v.intrinsic("llvm.fabs", f"float32x{step}", part)
-                    top = T.bind(T.Select(top > a, top, a))
+                    top = v.intrinsic("llvm.maxnum", f"float32x{step}", top, a)
                 m = v.intrinsic("llvm.vector.reduce.fmax", "float32", top)
                 inverse = T.bind(T.Select(m > T.float32(0), T.float32(127) / m, T.float32(0)))
                 total = None

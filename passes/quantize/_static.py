@@ -14,7 +14,7 @@ from qc.passes.canonicalize._graph import add_constant
 from qc.passes.quantize._ranges import Grid, Observed
 from qc.passes.statistics import Request, Statistic
 
-__all__ = ["STATIC_BITS", "column_power", "needed_opset", "observed", "pair", "requests", "write"]
+__all__ = ["STATIC_BITS", "column_power", "needed_opset", "observed", "pair", "requests", "shifted", "write"]
 
 _TYPES = {
     (4, False): ir.DataType.UINT4,
@@ -77,6 +77,16 @@ def write(model: ir.Model, x: ir.Value, grid: Grid, before: ir.Node) -> ir.Value
     nodes = pair(model, x, grid, str(x.name))
     model.graph.insert_before(before, nodes)
     return nodes[-1].outputs[0]
+
+
+def shifted(model: ir.Model, x: ir.Value, offsets: np.ndarray, before: ir.Node) -> ir.Value:
+    """``x + offsets``, with one offset for each channel, in front of `before`."""
+    constant = add_constant(model.graph, f"{x.name}.offsets", ir.tensor(offsets.astype(np.float32)))
+    node = ir.node("Add", [x, constant])
+    out = node.outputs[0]
+    out.name, out.dtype, out.shape = f"{x.name}.shifted", x.dtype, x.shape
+    model.graph.insert_before(before, node)
+    return out
 
 
 def pair(model: ir.Model, x: ir.Value, grid: Grid, name: str) -> list[ir.Node]:

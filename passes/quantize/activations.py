@@ -14,8 +14,9 @@ from qc.ir.errors import InputError
 from qc.ir.quant import read_weight
 from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns, site_name
 from qc.passes.quantize._attention import operands, why_not, write_out
+from qc.passes.quantize._copies import copy_offsets
 from qc.passes.quantize._ranges import RULES, Grid, choose
-from qc.passes.quantize._static import STATIC_BITS, needed_opset, observed, requests, write
+from qc.passes.quantize._static import STATIC_BITS, needed_opset, observed, requests, shifted, write
 from qc.passes.statistics import Request
 
 __all__ = ["QuantizeActivations"]
@@ -43,6 +44,8 @@ class QuantizeActivations(BlockPass):
 
     Layers that read the same value share one grid. Integer kernels compute the same product without the float round
     trip; choosing them is the target's work.
+
+    The codes of channels that are copies of one are split (see `qc.passes.quantize._copies`), which costs one addition.
 
     Left alone, with the reason: layers with float weights unless `float_weights`, and in static mode inputs that were
     not observed, or were not finite.
@@ -233,8 +236,13 @@ class _Work:
         if grid is None:
             return None, {}
         facts = self._facts() | {"bits": grid.bits} | facts
+        offsets = None
         if grid.scale.ndim == 0:
             facts["scale"] = float(grid.scale)
+            offsets = copy_offsets(x)
+        if offsets is not None:
+            facts["split_codes"] = int(np.count_nonzero(offsets))
+            x = shifted(self._model, x, offsets * float(grid.scale), before)
         return write(self._model, x, grid, before), facts
 
     def write_out(self, node: ir.Node, grids: list[Grid]) -> None:

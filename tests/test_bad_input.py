@@ -159,7 +159,7 @@ TABLE: dict[str, tuple[str, int, list[str]]] = {
     "unbalanced braces": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{", 2, ["braces"]),
     "no value": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{format}", 2, ["option=value"]),
     "a bad value": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{group=many}", 2, ["int", "'many'"]),
-    "a format that is none": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{format=int5}", 2, ["int5"]),
+    "a format that is none": ("compile {d}/model.onnx -o {d}/out --passes quantize-weights{format=int9}", 2, ["int9"]),
     "recipe and passes": ("compile {d}/model.onnx -o {d}/out --recipe w4 --passes x", 2, ["not allowed with"]),
     "no such target": ("compile {d}/model.onnx -o {d}/out --target toaster", 2, ["ort-cpu", "'toaster'", "qc targets"]),
     "a malformed setting": ("compile {d}/model.onnx -o {d}/out --set group", 2, ["pass.option=value", "'group'"]),

@@ -145,7 +145,7 @@ def test_a_quantized_checkpoint_keeps_its_codes_and_computes_what_its_decoded_we
         group = rng.permutation(group) if i == 0 else group
         spread = scale.astype(np.float32)[:, group]
         codes = np.clip(np.rint(tensors[name] / spread) + 8, 0, 15).astype(np.uint32)
-        tensors[name] = (codes.astype(np.float32) - 8) * spread
+        tensors[name] = np.ascontiguousarray((codes.astype(np.float32) - 8) * spread)
         shifts = np.arange(0, 32, 4, dtype=np.uint32)
         words = np.bitwise_or.reduce(codes.T.reshape(-1, 8, rows) << shifts[:, None], axis=1)
         module = name.removesuffix(".weight")

@@ -26,6 +26,10 @@ _ROWS = 128
 """Rows of each weight that are tried, evenly spaced: all rows share a transform, and more rows choose no other."""
 
 
+_SHRUNK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Static ranges that are tried, relative to what was seen."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantizers:
     """What rounds products after the transform.
@@ -56,12 +60,19 @@ class Quantizers:
             raise InputError(f"Expected the granularity of {name} to be {known}, found {granularity!r}.")
         return cls(Format.parse(weights), bits, granularity, threads)
 
-    def activation(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Rounds ``x [S, K]``, whose channels have static ranges from `low` to `high` ``[K]``."""
+    def activation(self, x: np.ndarray, low: np.ndarray, high: np.ndarray, power: np.ndarray) -> np.ndarray:
+        """Rounds ``x [S, K]``, whose channels have static ranges from `low` to `high` ``[K]``.
+
+        A static range is shrunk as far as it lessens ``sum_k power_k |x_k - x'_k|^2``, with ``power [K]`` the squared
+        weights that read a channel: the rule by which `quantize-activations` chooses ranges.
+        """
         if self.granularity == "token":
-            low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
-        else:
-            low, high = low.min(keepdims=True), high.max(keepdims=True)
+            return self._rounded(x, x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True))
+        low, high = low.min(keepdims=True), high.max(keepdims=True)
+        tried = (self._rounded(x, low * share, high * share) for share in _SHRUNK)
+        return min(tried, key=lambda found: float(np.square(x - found).sum(axis=0, dtype=np.float64) @ power))
+
+    def _rounded(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         levels = (1 << self.bits) - 1
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
         step = np.where(high > low, (high - low) / levels, 1.0).astype(np.float32)
@@ -131,7 +142,8 @@ class Trial:
         for use, product in self._products.items():
             changed, expected = change(use, product), self._outputs[use]
             weights = self._quantizers.weight(changed.rows, np.square(changed.x).mean(axis=0, dtype=np.float64))
-            found = self._quantizers.activation(changed.x, changed.low, changed.high) @ weights.T
+            power = np.square(weights, dtype=np.float64).sum(axis=0)
+            found = self._quantizers.activation(changed.x, changed.low, changed.high, power) @ weights.T
             size = float(np.vdot(expected, expected))
             total += float(np.square(found - expected).sum(dtype=np.float64)) / (size if size > 0 else 1.0)
         return total

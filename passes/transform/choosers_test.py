@@ -144,7 +144,8 @@ def test_the_searched_alpha_rounds_no_worse_than_any_other(x: np.ndarray) -> Non
         model, _ = transformed(CHAIN, f"smooth{{{spec},optional=true}}", x)
         rounding, h = Quantizers(Format.parse("int4"), 4, "tensor"), channels(model, x)
         weight = rounding.weight(array(model, "w2"), np.square(h).mean(axis=0))
-        rounded = rounding.activation(h, h.min(axis=0), h.max(axis=0)) @ weight.T
+        power = np.square(weight, dtype=np.float64).sum(axis=0)
+        rounded = rounding.activation(h, h.min(axis=0), h.max(axis=0), power) @ weight.T
         return float(np.square(rounded - x @ array(build(CHAIN), "w2").T).sum())
 
     search = "alpha=search,bits=4,weights=int4,granularity=tensor"

@@ -20,6 +20,7 @@ from qc.ir._quant_remainder import Columns, LowRank, Remainder, Sparse
 from qc.ir._quant_scales import MicroScale, NanoScale, NoScale, Scale, TwoLevel
 from qc.ir._quant_tables import SearchedFloat, Select, Table
 from qc.ir._quant_types import Stream
+from qc.ir.errors import InternalError
 
 __all__ = ["DECODES", "decode_function", "parse_signature", "signature"]
 
@@ -154,7 +155,7 @@ def _decode(body: _Body, format: Format, shape: tuple[int, int], held: Mapping[s
 @functools.singledispatch
 def _units(values: object, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
     """`ValueMap.decode` of codes int32 ``[G, n]``."""
-    raise NotImplementedError(f"no body for {values}")
+    raise InternalError(f"Bug: no operators decode the values {values}")
 
 
 @_units.register

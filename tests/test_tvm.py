@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -38,19 +40,34 @@ ALLOWED = {
 
 
 @pytest.fixture(scope="session")
-def emitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """tiny-llama with 4-bit weights: one quantization, emitted for ONNX Runtime and as a library, both exact."""
+def quantized() -> Model:
+    """tiny-llama with 4-bit weights."""
     steps = [
         *(Step(p, optional=True) for p in canonicalize_passes()),
         *parse_pipeline("quantize-weights{format=uint4,group=32}"),
     ]
-    quantized, _ = PassManager(steps, verify=False).run(load("builtin:tiny-llama"))
+    return Model.of(PassManager(steps, verify=False).run(load("builtin:tiny-llama"))[0])
+
+
+@pytest.fixture(scope="session")
+def emitted(quantized: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One quantization, emitted for ONNX Runtime and as a library, both exact."""
     made = {}
     for name, backend in (("ort", OrtCpu(accuracy_level=0)), ("tvm", TvmCpu(exact=True))):
-        lowered, _ = PassManager(list(backend.lowering()), stage="lowering", verify=False).run(quantized.clone())
         made[name] = tmp_path_factory.mktemp("emitted")
-        backend.emit(Model.of(lowered), made[name])
+        emit(quantized, backend, made[name])
     return made
+
+
+def emit(model: Model, backend: OrtCpu | TvmCpu, directory: Path) -> None:
+    lowered, _ = PassManager(list(backend.lowering()), stage="lowering", verify=False).run(model.clone())
+    backend.emit(Model.of(lowered), directory)
+
+
+def example(root: Path) -> str:
+    """The C program of the documentation."""
+    text = (root / "docs/tvm.md").read_text("utf-8")
+    return re.findall(r"^```c\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
 
 
 def test_greedy_tokens_are_those_of_onnx_runtime_with_the_same_weights(emitted: dict[str, Path]) -> None:
@@ -141,9 +158,7 @@ def test_the_example_of_the_documentation_runs(
 ) -> None:
     """Also with the generated C file, its memory and arithmetic checked; its kernels are as they are."""
     directory = emitted["tvm"]
-    text = (root / "docs/tvm.md").read_text("utf-8")
-    source = re.findall(r"^```c\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    (tmp_path / "example.c").write_text(source[0])
+    (tmp_path / "example.c").write_text(example(root))
     files = [directory / "libmodel.a"]
     if check:
         subprocess.run(["ar", "x", directory / "libmodel.a"], cwd=tmp_path, check=True)
@@ -155,6 +170,24 @@ def test_the_example_of_the_documentation_runs(
         [tmp_path / "example", directory / "model.weights"], capture_output=True, text=True, check=True
     )
     expected = list(open_runner(directory, threads=1).generate([3, 17, 200, 5, 1000], 8))
+    assert list(map(int, done.stdout.split())) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="valgrind checks the level x86-64")
+def test_a_library_and_its_kernels_touch_no_memory_but_theirs(quantized: Model, root: Path, tmp_path: Path) -> None:
+    """Valgrind emulates AVX2 and nothing beyond it: the lowest level stands for all, for they are one source."""
+    emit(quantized, TvmCpu("x86-64"), tmp_path)
+    (tmp_path / "example.c").write_text(example(root))
+    command = ["cc", "-g", "-I", tmp_path, tmp_path / "example.c", tmp_path / "libmodel.a", "-lm", "-o"]
+    subprocess.run([*command, tmp_path / "example"], check=True)
+    checker = ["valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full"]
+    done = subprocess.run(
+        [*checker, tmp_path / "example", tmp_path / "model.weights"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = list(open_runner(tmp_path, threads=1).generate([3, 17, 200, 5, 1000], 8))
     assert list(map(int, done.stdout.split())) == expected
 
 

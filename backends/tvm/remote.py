@@ -30,13 +30,13 @@ class RemoteLibrary:
                 f"({package})."
             )
         self._dimensions = dimensions
-        self._work = tempfile.TemporaryDirectory()
+        self._work = Path(tempfile.mkdtemp())
         decoder = ["-DDECODER"] if "qc_feed" in (directory / "model.h").read_text("utf-8") else []
-        (Path(self._work.name) / "driver.c").write_text(template("driver.c"), "utf-8")
-        program = Path(self._work.name) / "driver"
+        (self._work / "driver.c").write_text(template("driver.c"), "utf-8")
+        program = self._work / "driver"
         library = (directory / "libmodel.a").resolve()
         command = [cc, "-O1", "-static", *decoder, "-I", str(directory.resolve()), "driver.c", str(library)]
-        run_tool([*command, "-lm", "-lpthread", "-o", str(program)], Path(self._work.name), package)
+        run_tool([*command, "-lm", "-lpthread", "-o", str(program)], self._work, package)
         self._process = subprocess.Popen(  # noqa: S603
             [*emulator, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -48,7 +48,7 @@ class RemoteLibrary:
             process.wait()
             process.stdout.close()
         if getattr(self, "_work", None) is not None:
-            self._work.cleanup()
+            shutil.rmtree(self._work)
 
     def open(self, weights: Path) -> int:
         """Maps and checks the weights."""

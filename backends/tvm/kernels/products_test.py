@@ -62,7 +62,12 @@ def test_an_integer_product_equals_its_definition_bit_for_bit(isa, call, rng, te
     check_integer_product(isa, call, rng, text)
 
 
-@pytest.mark.parametrize("text", ["int4:g64:f16", "uint8:g128", "int2:g16", "int8"])
+@pytest.mark.parametrize("text", ["uint4:g32", "uint8:g32"])
+def test_an_integer_product_has_the_same_bits_on_other_levels_of_arm(other_arm, call, rng, text):
+    check_integer_product(other_arm, call, rng, text)
+
+
+@pytest.mark.parametrize("text", ["int4:g64:f16", "uint8:g128", "int2:g16", "int3:g32", "int8"])
 def test_an_integer_product_of_every_kind_of_format(call, rng, text):
     check_integer_product(best_for_host(), call, rng, text)
 

@@ -26,6 +26,7 @@ class Target:
         runtime: The runtime's package and the lowest version that loads what we emit: ``("onnxruntime", "1.26")``.
         formats: Spellings of weight formats that run on a fused kernel: ``int4:g32`` ...
         stage: The stage (`qc.ir.verify.STAGES`) of a model that is lowered for it.
+        recipe: The recipe that a compile for it takes unless told otherwise.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     runtime: tuple[str, str]
     formats: tuple[str, ...]
     stage: str = "lowered"
+    recipe: str = "w4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +121,23 @@ class Backend(Protocol):
         ...
 
 
+def _without_options(name: str, options: str) -> None:
+    if options:
+        raise InputError(f"Expected the target {name} without options, found {options!r}.")
+
+
 def _ort_cpu(options: str) -> Backend:
     from qc.backends.ort.backend import OrtCpu
 
-    if options:
-        raise InputError(f"Expected the target ort-cpu without options, found {options!r}.")
+    _without_options("ort-cpu", options)
     return OrtCpu()
+
+
+def _ort_web(options: str) -> Backend:
+    from qc.backends.ort.web import OrtWeb
+
+    _without_options("ort-web", options)
+    return OrtWeb()
 
 
 def _tvm_cpu(options: str) -> Backend:
@@ -141,6 +154,7 @@ def _tvm_android(options: str) -> Backend:
 
 _TARGETS: dict[str, Callable[[str], Backend]] = {
     "ort-cpu": _ort_cpu,
+    "ort-web": _ort_web,
     "tvm-android": _tvm_android,
     "tvm-cpu": _tvm_cpu,
 }

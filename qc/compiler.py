@@ -69,7 +69,7 @@ def compile(  # noqa: A001  the verb of the product
     out: str | Path,
     *,
     target: str = "ort-cpu",
-    recipe: str = "w4",
+    recipe: str | None = None,
     passes: str | None = None,
     calib: str | Path | Iterable[Mapping[str, object]] | None = None,
     samples: int | None = None,
@@ -89,7 +89,7 @@ def compile(  # noqa: A001  the verb of the product
         source: A Hugging Face directory, an ``.onnx`` or ``.pt2`` file, ``builtin:NAME``, or a `Model`.
         out: The artifact's directory; must not exist or be empty, unless `force`.
         target: Name of a target.
-        recipe: Name or file of a recipe; ignored if `passes` is given.
+        recipe: Name or file of a recipe; the target's own if None; ignored if `passes` is given.
         passes: A pipeline as a string, in place of a recipe.
         calib: What to calibrate on, see `qc.calibration`: a text file (its end calibrates, its beginning measures),
             JSON lines, token ids, arrays, images, or any iterable of inputs by name. Else the model's own sample text,
@@ -117,7 +117,7 @@ def compile(  # noqa: A001  the verb of the product
     progress = progress or Progress()
     clock = _Clock(progress)
     backend = backend_for(target)
-    chosen = _recipe(recipe, passes).with_options(settings)
+    chosen = _recipe(recipe or backend.target.recipe, passes).with_options(settings)
     steps = steps_of(chosen.passes)
     out = Path(out)
     writer = ArtifactWriter(out, force=force, resume=resume)

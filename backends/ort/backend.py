@@ -92,9 +92,10 @@ class OrtCpu:
 
     def emit(self, model: Model, directory: Path) -> None:
         """Writes the files that the runtime loads."""
-        from qc.backends.ort.emit import emit
+        from qc.backends.ort.emit import emit, emit_genai
 
         emit(model, directory)
+        emit_genai(model, directory)
 
     def streamed_bytes(self, directory: Path) -> int:
         """Bytes of weights that are read to yield one token."""

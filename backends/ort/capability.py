@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -19,6 +19,7 @@ from qc.passes.base import site_name
 __all__ = [
     "LIMITS",
     "MATMUL_BLOCKS",
+    "WEB_LIMITS",
     "Limit",
     "facts_of",
     "has_kernel",
@@ -93,9 +94,27 @@ LIMITS: tuple[Limit, ...] = (
 """Measured with version 1.31.1; benchmarks/ort_kernels.py has the times."""
 
 
-def limit_of(op: str, facts: Mapping[str, object]) -> Limit | None:
-    """The first limit that a node of `op` with these facts runs into, or None."""
-    for limit in LIMITS:
+WEB_LIMITS: tuple[Limit, ...] = (
+    Limit(
+        _MATMUL,
+        {},
+        runs=True,
+        reason="WebAssembly has no kernel for it: slower than a float weight, 10 times for one token; choose int8 per "
+        "channel with 8-bit activations, or let the weight be decoded at load",
+    ),
+    Limit(
+        "com.microsoft::MatMulIntegerToFloat",
+        {"activations": frozenset({"int8"})},
+        runs=True,
+        reason="WebAssembly multiplies signed activations 13 times slower than unsigned ones; choose uint8",
+    ),
+)
+"""What is slow in WebAssembly; measured with onnxruntime-web 1.30.0 by benchmarks/web.py."""
+
+
+def limit_of(op: str, facts: Mapping[str, object], limits: Sequence[Limit] = LIMITS) -> Limit | None:
+    """The first of the limits that a node of `op` with these facts runs into, or None."""
+    for limit in limits:
         if limit.op == op and all(facts.get(key) in values for key, values in limit.facts.items()):
             return limit
     return None
@@ -119,6 +138,8 @@ def facts_of(node: ir.Node) -> dict[str, object]:
             floating = zero_points.dtype is not None and zero_points.dtype.is_floating_point()
             facts["zero_points"] = "float" if floating else "integer"
         facts["g_idx"] = g_idx is not None
+    if node.op_type == "MatMulIntegerToFloat" and node.inputs[0] is not None and node.inputs[0].dtype is not None:
+        facts["activations"] = node.inputs[0].dtype.name.lower()
     return facts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -21,14 +22,19 @@ _QUANTIZING = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
 _PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "Conv", "ConvTranspose", "Gather", "Einsum"})
 
 
-def coverage(model: ir.Model) -> Coverage:
-    """Counts the nodes of the graph and its subgraphs by operator and by the reason why they are slow."""
+def coverage(model: ir.Model, limits: Sequence[capability.Limit] = capability.LIMITS) -> Coverage:
+    """Counts the nodes of the graph and its subgraphs by operator and by the reason why they are slow.
+
+    Args:
+        model: A lowered model.
+        limits: What is slow where the model is to run.
+    """
     local = {key[:2] for key in model.functions}
     counts: Counter[tuple[str, str]] = Counter()
     for node in model.graph.all_nodes():
         op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         known = (node.domain, node.op_type) in local
-        counts[op, "" if known else why_off_target(node, model.graph.opset_imports)] += 1
+        counts[op, "" if known else why_off_target(node, model.graph.opset_imports, limits)] += 1
     nodes = [
         {"op": op, "count": count, "on_target": not reason, "reason": reason}
         for (op, reason), count in sorted(counts.items())
@@ -37,13 +43,15 @@ def coverage(model: ir.Model) -> Coverage:
     return Coverage(on, counts.total() - on, nodes)
 
 
-def why_off_target(node: ir.Node, imports: dict[str, int]) -> str:
+def why_off_target(
+    node: ir.Node, imports: dict[str, int], limits: Sequence[capability.Limit] = capability.LIMITS
+) -> str:
     """Why `node` runs slowly or not at all; empty if it runs on a kernel made for the job."""
     if SLOW in node.metadata_props:
         return node.metadata_props[SLOW]
     if node.domain == dialect.DOMAIN:
         return "an operator of the compiler that was not lowered"
-    limit = capability.limit_of(f"{node.domain}::{node.op_type}", capability.facts_of(node))
+    limit = capability.limit_of(f"{node.domain}::{node.op_type}", capability.facts_of(node), limits)
     if limit is not None:
         return limit.reason
     decodes = node.metadata_props.get(DECODES)

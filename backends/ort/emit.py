@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +13,7 @@ from qc.backends.manifest import dump_json
 from qc.backends.ort.genai import CONFIG, genai_config
 from qc.ir.model import Model
 
-__all__ = ["MODEL", "WEIGHTS", "emit"]
+__all__ = ["MODEL", "WEIGHTS", "emit", "emit_genai"]
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -23,8 +24,8 @@ _PAGE = 4096  # bytes; large tensors start on a page, so that mapping one touche
 _LARGE = 1 << 16
 
 
-def emit(model: Model, directory: Path) -> None:
-    """Writes ``model.onnx``, ``model.onnx.data``, the assets, and for a decoder ``genai_config.json``.
+def emit(model: Model, directory: Path, *, shard: int | None = None) -> None:
+    """Writes ``model.onnx``, ``model.onnx.data`` and the assets.
 
     Weights stream through memory one tensor at a time, in the order of the graph; a tensor that several initializers
     share is stored once. Metadata that others left in the graph (module paths and source lines of the exporting
@@ -33,25 +34,28 @@ def emit(model: Model, directory: Path) -> None:
     Args:
         model: A lowered model; unchanged.
         directory: An existing directory; files of these names in it are replaced.
+        shard: Bytes after which weights go on in another file, ``model-00002.onnx.data`` and so on. Only a tensor that
+            is itself larger makes a larger file.
     """
     written = Model.of(model.clone())
     _strip(written)
-    with (directory / WEIGHTS).open("wb") as stream:
-        _externalize(written, stream, directory)
-        empty = stream.tell() == 0
-    if empty:
-        (directory / WEIGHTS).unlink()
+    with contextlib.closing(_WeightFiles(directory, shard)) as files:
+        _externalize(written, files, directory)
     ir.save(written, directory / MODEL)
     for name, source in sorted(model.assets.items()):
         shutil.copyfile(source, directory / name)
+
+
+def emit_genai(model: Model, directory: Path) -> None:
+    """Writes ``genai_config.json`` beside the model of a decoder."""
     config = genai_config(model, MODEL)
     if config is not None:
         (directory / CONFIG).write_text(dump_json(config), "utf-8", newline="\n")
 
 
-def _externalize(model: ir.Model, stream: BinaryIO, directory: Path) -> None:
-    """Writes every large initializer to `stream` and makes it refer there."""
-    placed: dict[object, int] = {}
+def _externalize(model: ir.Model, files: _WeightFiles, directory: Path) -> None:
+    """Writes every large initializer to `files` and makes it refer there."""
+    placed: dict[object, tuple[str, int]] = {}
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
@@ -62,19 +66,54 @@ def _externalize(model: ir.Model, stream: BinaryIO, directory: Path) -> None:
                 continue
             key = _identity(tensor)
             if key not in placed:
-                unit = _PAGE if tensor.nbytes >= _LARGE else _LINE
-                stream.write(bytes(-stream.tell() % unit))
-                placed[key] = stream.tell()
-                _write(tensor, stream)
+                placed[key] = files.append(tensor)
+            name, offset = placed[key]
             value.const_value = ir.ExternalTensor(
-                WEIGHTS,
-                placed[key],
+                name,
+                offset,
                 tensor.nbytes,
                 tensor.dtype,
                 shape=ir.Shape(tensor.shape),
                 name=value.name or "",
                 base_dir=str(directory),
             )
+
+
+class _WeightFiles:
+    """The files of the weights, written one after the other; none if there is nothing to write."""
+
+    def __init__(self, directory: Path, shard: int | None) -> None:
+        self._directory, self._shard = directory, shard
+        self._stream: BinaryIO | None = None
+        self._count = 0
+
+    def append(self, tensor: ir.TensorProtocol) -> tuple[str, int]:
+        """Writes a tensor; returns the name of its file and its offset there."""
+        unit = _PAGE if tensor.nbytes >= _LARGE else _LINE
+        stream = self._stream
+        if stream is not None and self._shard is not None and stream.tell() + unit + tensor.nbytes > self._shard:
+            stream = None
+        if stream is None:
+            stream = self._next()
+        stream.write(bytes(-stream.tell() % unit))
+        offset = stream.tell()
+        _write(tensor, stream)
+        return self._name, offset
+
+    @property
+    def _name(self) -> str:
+        return WEIGHTS if self._shard is None else f"model-{self._count:05d}.onnx.data"
+
+    def _next(self) -> BinaryIO:
+        self.close()
+        self._count += 1
+        self._stream = (self._directory / self._name).open("wb")
+        return self._stream
+
+    def close(self) -> None:
+        """Closes the last file."""
+        if self._stream is not None:
+            self._stream.close()
 
 
 def _write(tensor: ir.TensorProtocol, stream: BinaryIO) -> None:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from qc.backends.inputs import text_inputs
-from qc.backends.ort.emit import MODEL, WEIGHTS, emit
+from qc.backends.ort.emit import MODEL, WEIGHTS, emit, emit_genai
 from qc.backends.ort.genai import CONFIG, genai_config
 from qc.backends.ort.runner import open_runner
 from qc.ir.model import Model
@@ -62,6 +62,19 @@ def test_weights_are_aligned_and_small_ones_stay_in_the_graph(build, tmp_path):
     stored = {t.name: {e.key: e.value for e in t.external_data} for t in proto.graph.initializer}
     assert stored.pop("small") == {}
     assert all(entry["location"] == WEIGHTS and int(entry["offset"]) % 64 == 0 for entry in stored.values())
+
+
+def test_weights_go_on_in_another_file_once_one_is_full(build, tmp_path):
+    model = build("appending")
+    emit(model, tmp_path, shard=10_000)
+    files = sorted(tmp_path.glob("model-*.onnx.data"))
+    largest = max(v.const_value.nbytes for v in model.graph.initializers.values())
+    assert len(files) > 2
+    assert all(f.stat().st_size <= max(10_000, largest) for f in files)
+    assert not (tmp_path / WEIGHTS).exists()
+    inputs = text_inputs(model.signature, np.array([[3, 5, 7]]))
+    found = open_runner(tmp_path, threads=1).run(inputs)
+    np.testing.assert_allclose(found["logits"], Session(model).run(inputs)["logits"], atol=1e-5)
 
 
 def test_a_tensor_that_two_initializers_share_is_stored_once(build, tmp_path):
@@ -139,7 +152,9 @@ def test_only_a_decoder_with_a_cache_gets_a_genai_file(build, kind):
 @pytest.mark.parametrize("kind", ["appending", "sharing"])
 def test_onnxruntime_genai_generates_the_same_tokens_as_the_runner(build, kind, tmp_path, decoder_files):
     genai = pytest.importorskip("onnxruntime_genai", reason="the extra [genai] is not installed")
-    emit(Model.of(build(kind), assets=decoder_files), tmp_path)
+    model = Model.of(build(kind), assets=decoder_files)
+    emit(model, tmp_path)
+    emit_genai(model, tmp_path)
     expected = list(open_runner(tmp_path, threads=1).generate([3, 5, 7], 12))
     model = genai.Model(str(tmp_path))
     params = genai.GeneratorParams(model)

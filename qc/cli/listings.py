@@ -66,10 +66,16 @@ def targets(arguments: argparse.Namespace) -> int:
 
     found = [backend_for(name).target for name in target_names()]
     data = [
-        {"name": t.name, "about": t.about, "runtime": " >= ".join(t.runtime), "formats": ", ".join(t.formats)}
+        {
+            "name": t.name,
+            "about": t.about,
+            "runtime": " >= ".join(t.runtime),
+            "recipe": t.recipe,
+            "formats": ", ".join(t.formats),
+        }
         for t in found
     ]
-    return _show(arguments, "targets", data, ("name", "about", "runtime", "formats"))
+    return _show(arguments, "targets", data, ("name", "about", "runtime", "recipe", "formats"))
 
 
 def formats(arguments: argparse.Namespace) -> int:

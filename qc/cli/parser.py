@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--target", default="ort-cpu", help="what it shall run on; see `qc targets` (default: %(default)s)")
     how = c.add_mutually_exclusive_group()
-    how.add_argument("--recipe", default="w4", metavar="NAME|FILE", help="see `qc recipes` (default: %(default)s)")
+    how.add_argument("--recipe", metavar="NAME|FILE", help="see `qc recipes` (default: the target's, w4 for most)")
     how.add_argument(
         "--passes", metavar="PIPELINE", help='in place of a recipe: "name{option=value},name"; see `qc passes`'
     )

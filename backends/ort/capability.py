@@ -99,14 +99,14 @@ WEB_LIMITS: tuple[Limit, ...] = (
         _MATMUL,
         {},
         runs=True,
-        reason="WebAssembly has no kernel for it: slower than a float weight, 10 times for one token; choose int8 per "
+        reason="WebAssembly has no kernel for it: slower than a float weight, 9 times for one token; choose int8 per "
         "channel with 8-bit activations, or let the weight be decoded at load",
     ),
     Limit(
         "com.microsoft::MatMulIntegerToFloat",
         {"activations": frozenset({"int8"})},
         runs=True,
-        reason="WebAssembly multiplies signed activations 13 times slower than unsigned ones; choose uint8",
+        reason="WebAssembly multiplies signed activations 6 to 13 times slower than unsigned ones; choose uint8",
     ),
 )
 """What is slow in WebAssembly; measured with onnxruntime-web 1.30.0 by benchmarks/web.py."""

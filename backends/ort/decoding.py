@@ -21,7 +21,7 @@ class DecodeWhenLoaded(Pass):
     """Rewrites the ``DequantizeLinear`` of a Linear's weight to operators that the runtime folds at load.
 
     ``(Cast(codes) - Cast(zero_point)) * scale``, in groups where the scales are. The runtime computes this once, and
-    leaves a ``DequantizeLinear`` to each call. WebAssembly then multiplies one token with a 4-bit weight 13 times
+    leaves a ``DequantizeLinear`` to each call. WebAssembly then multiplies one token with a 4-bit weight 9 times
     faster than ``MatMulNBits`` does. The file stays small, memory holds floats. A look-up in the same table reads the
     floats too. Exact.
 

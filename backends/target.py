@@ -27,6 +27,8 @@ class Target:
         formats: Spellings of weight formats that run on a fused kernel: ``int4:g32`` ...
         stage: The stage (`qc.ir.verify.STAGES`) of a model that is lowered for it.
         recipe: The recipe that a compile for it takes unless told otherwise.
+        longest: Tokens that a decoder, and another model, takes at most where shapes are fixed; None if they are not.
+        simulated: Whether it runs in a simulator here, thousands of times slower than the hardware.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Target:
     formats: tuple[str, ...]
     stage: str = "lowered"
     recipe: str = "w4"
+    longest: tuple[int, int] | None = None
+    simulated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,12 @@ def _ort_web(options: str) -> Backend:
     return OrtWeb()
 
 
+def _ort_npu(options: str) -> Backend:
+    from qc.backends.ort.npu.backend import OrtNpu
+
+    return OrtNpu.parse(options)
+
+
 def _tvm_cpu(options: str) -> Backend:
     from qc.backends.tvm.backend import TvmCpu
 
@@ -154,6 +164,7 @@ def _tvm_android(options: str) -> Backend:
 
 _TARGETS: dict[str, Callable[[str], Backend]] = {
     "ort-cpu": _ort_cpu,
+    "ort-npu": _ort_npu,
     "ort-web": _ort_web,
     "tvm-android": _tvm_android,
     "tvm-cpu": _tvm_cpu,

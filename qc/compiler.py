@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.artifact import Artifact, ArtifactWriter
+from qc.backends.decoding import context_limit
 from qc.backends.manifest import Manifest, source_files
 from qc.backends.reference import ModelRunner, Remembered
-from qc.backends.target import Backend, Coverage, Runner, backend_for
+from qc.backends.target import Backend, Coverage, Runner, Target, backend_for
 from qc.backends.workspace import work_directory
 from qc.frontend import load
 from qc.ir.digest import digest_batches
@@ -25,7 +26,7 @@ from qc.ir.model import Model
 from qc.ir.probe import Found, find_inputs, run_in_turn
 from qc.ir.store import Store
 from qc.ir.verify import STAGES, check_structure, compare
-from qc.measurement import Data, measure, measured_batches, read_data, rehearse, speed
+from qc.measurement import Data, measure, measured_batches, read_data, rehearse, shortened, speed
 from qc.passes.base import CALIBRATION_TOKENS, Context
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.journal import Journal
@@ -126,12 +127,15 @@ def compile(  # noqa: A001  the verb of the product
             clock.start("import")
             shutil.rmtree(work / "import", ignore_errors=True)  # of a killed compile
             model = source if isinstance(source, Model) else load(source, work=work / "import")  # type: ignore[arg-type]
+            _limit(model, backend.target)
             plan = make_plan(model, steps, exported=(work / "import").is_dir())
             progress.plan(plan)
             plan.check(out, memory)
             if dry_run:
                 return CompileResult(None, plan, (), {}, {}, clock.stop())
             data = read_data(model, calib, samples=samples, tokens=_calibration_tokens(steps), seed=seed)
+            if backend.target.simulated:
+                data = shortened(data, plan)
             original = model.clone()
             store = Store(work / "store")
             reference = Remembered(ModelRunner(original), store)
@@ -174,7 +178,8 @@ def compile(  # noqa: A001  the verb of the product
                     runner = backend.open(writer.directory)
                 _require_same(runner, found.batches, unlowered)
                 accuracy = measure(runner, reference, plan, data, found)
-                figures = speed(runner, found.batches) if found.batches and not plan.in_parts else {}
+                timed = found.batches and not plan.in_parts and not backend.target.simulated
+                figures = speed(runner, found.batches) if timed else {}
                 report = build_report(
                     plan=plan,
                     reports=reports,
@@ -213,6 +218,14 @@ def lower(model: Model, target: str = "ort-cpu", *, verify: bool = True) -> tupl
     manager = PassManager(list(backend.lowering()), stage="lowering", verify=verify)
     lowered, _ = manager.run(model)
     return lowered, backend.coverage(lowered)
+
+
+def _limit(model: Model, target: Target) -> None:
+    """Says how long a text may be where the target fixes it, so that longer ones are cut before they are used."""
+    if target.longest is None or model.signature.input("tokens") is None:
+        return
+    longest = target.longest[0 if model.signature.caches else 1]
+    model.record(max_positions=min(longest, context_limit(model.provenance) or longest))
 
 
 def _described(data: Data) -> dict[str, object]:

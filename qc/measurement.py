@@ -24,7 +24,7 @@ from qc.ir.probe import Found
 from qc.passes.base import CALIBRATION_TOKENS
 from qc.plan import Plan, evaluation_windows
 
-__all__ = ["Data", "measure", "measured_batches", "read_data", "rehearse", "speed"]
+__all__ = ["Data", "measure", "measured_batches", "read_data", "rehearse", "shortened", "speed"]
 
 _MOST_BATCHES = 128
 """Batches of arrays to calibrate on."""
@@ -36,6 +36,9 @@ _OTHER_SUFFIXES = frozenset(
 
 _MOST_SENTENCES = 256
 """Sentences that an encoder is calibrated on, and as many that it is measured on: several thousand tokens each."""
+
+_SIMULATED_WINDOWS, _SIMULATED_ROWS = 2, 8
+"""What is measured in a simulator of the hardware, where a layer takes a tenth of a second or more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,18 @@ def read_data(
     if documents.continuous:
         return _windows(model, path, documents.ids[0], samples or -(-tokens // WINDOW))
     return _texts(model, path, documents.ids, samples or _MOST_SENTENCES, seed)
+
+
+def shortened(data: Data, plan: Plan) -> Data:
+    """The same data with so little to measure on that a simulator comes to an end: 2 windows, or 8 rows."""
+    if data.tokens is not None:
+        window, _ = evaluation_windows(plan.parameters)
+        return dataclasses.replace(data, tokens=data.tokens[: _SIMULATED_WINDOWS * window])
+    if data.batches is None:
+        return data
+    rows = [{k: v[i : i + 1] for k, v in b.items()} for b in data.batches for i in range(len(next(iter(b.values()))))]
+    step = max(1, len(rows) // _SIMULATED_ROWS)
+    return dataclasses.replace(data, batches=rows[::step][:_SIMULATED_ROWS])
 
 
 def _random_tokens(model: Model) -> list[int]:

@@ -13,7 +13,7 @@ from qc.backends.manifest import dump_json
 from qc.backends.ort.genai import CONFIG, genai_config
 from qc.ir.model import Model
 
-__all__ = ["MODEL", "WEIGHTS", "emit", "emit_genai"]
+__all__ = ["MODEL", "WEIGHTS", "emit", "emit_genai", "stripped_copy"]
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -37,13 +37,18 @@ def emit(model: Model, directory: Path, *, shard: int | None = None) -> None:
         shard: Bytes after which weights go on in another file, ``model-00002.onnx.data`` and so on. Only a tensor that
             is itself larger makes a larger file.
     """
+    ir.save(stripped_copy(model, directory, shard=shard), directory / MODEL)
+    for name, source in sorted(model.assets.items()):
+        shutil.copyfile(source, directory / name)
+
+
+def stripped_copy(model: Model, directory: Path, *, shard: int | None = None) -> Model:
+    """A copy of a model without foreign metadata, whose large tensors lie in the weight files of `directory`."""
     written = Model.of(model.clone())
     _strip(written)
     with contextlib.closing(_WeightFiles(directory, shard)) as files:
         _externalize(written, files, directory)
-    ir.save(written, directory / MODEL)
-    for name, source in sorted(model.assets.items()):
-        shutil.copyfile(source, directory / name)
+    return written
 
 
 def emit_genai(model: Model, directory: Path) -> None:

@@ -15,6 +15,7 @@ __all__ = ["doctor", "formats", "passes", "recipes", "targets"]
 _EXTRAS = {
     "torch": ("torch", "transformers"),
     "genai": ("onnxruntime-genai",),
+    "npu": ("onnxruntime-qnn",),
     "tvm": ("apache-tvm",),
     "report": ("jinja2",),
     "allocate": ("scipy",),

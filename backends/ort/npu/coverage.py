@@ -1,0 +1,48 @@
+"""Which nodes of a lowered model an NPU computes with integers, and why it does not the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx_ir as ir
+
+from qc.backends.ort.npu.outside import outside_nodes
+from qc.backends.target import Coverage
+from qc.passes.canonicalize._graph import made_by
+
+__all__ = ["coverage"]
+
+_ROUNDING = ("QuantizeLinear", "DequantizeLinear")
+
+
+def coverage(model: ir.Model) -> Coverage:
+    """Counts the nodes of the graph by operator and by the reason why they do not compute with integers.
+
+    What runs beside the NPU and on lengths alone is not counted: it is no node of the NPU's graph.
+    """
+    beside = outside_nodes(model.graph)
+    counts: Counter[tuple[str, str]] = Counter()
+    for node in model.graph:
+        if node in beside or not any(_is_float(v) for v in (*node.inputs, *node.outputs)) or node.op_type == "Constant":
+            continue
+        counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type, _why_not(node, beside)] += 1
+    nodes = [
+        {"op": op, "count": count, "on_target": not reason, "reason": reason}
+        for (op, reason), count in sorted(counts.items())
+    ]
+    on = sum(count for (_, reason), count in counts.items() if not reason)
+    return Coverage(on, counts.total() - on, nodes)
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is not None and value.dtype.is_floating_point()
+
+
+def _why_not(node: ir.Node, beside: set[ir.Node]) -> str:
+    if node.op_type in _ROUNDING:
+        return ""
+    activations = [v for v in node.inputs if _is_float(v) and v.producer() is not None]
+    if not all(made_by(v, "DequantizeLinear") is not None for v in activations):
+        return "computes in half precision: its input has no grid, because it was not observed on calibration data"
+    readers = {u.node.op_type for out in node.outputs for u in out.uses() if u.node not in beside}
+    return "" if readers <= {"QuantizeLinear"} else "computes in half precision: its result has no grid"

@@ -1,0 +1,130 @@
+"""ONNX Runtime with an NPU behind it, or the NPU's simulator."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qc.ir.errors import UnsupportedError
+from qc.ir.runtime import describe
+
+__all__ = ["PACKAGE", "NpuSession", "is_simulator"]
+
+PACKAGE = ("onnxruntime-qnn", "2.0")
+"""The package with the plugin for Qualcomm's NPUs, and the lowest version that runs what we emit."""
+
+_PROVIDER = "QNNExecutionProvider"
+
+_MOST_NAMED = 8
+
+
+class NpuSession:
+    """A model of which every node runs on the NPU: the processor takes nothing over.
+
+    Attributes:
+        inputs: The shape of each input.
+        outputs: Names of the outputs.
+    """
+
+    def __init__(self, file: Path, soc: int) -> None:
+        """Compiles a model for the NPU and loads it.
+
+        Args:
+            file: The model.
+            soc: The number by which Qualcomm's tools call the chip.
+
+        Raises:
+            UnsupportedError: If a node does not run there, or there is no NPU.
+        """
+        try:
+            self._session = _session(file, soc, {"session.disable_cpu_ep_fallback": "1"})
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            left = _left(file, soc)
+            raise UnsupportedError(
+                f"Expected every node of {file.name} to run on the NPU, which refuses {left or describe(error)}. "
+                "Compile for another target, or write these operators otherwise."
+            ) from error
+        self.inputs = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
+        self.outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs once on arrays of the fixed shapes."""
+        return dict(zip(self.outputs, self._session.run(None, dict(inputs)), strict=True))
+
+
+def is_simulator() -> bool:
+    """Whether the plugin of this machine simulates the NPU: chips of Qualcomm have arm64 processors."""
+    return platform.machine() not in ("aarch64", "arm64", "ARM64")
+
+
+def _session(file: Path, soc: int, entries: Mapping[str, str]) -> Any:
+    import onnxruntime as ort
+
+    device, backend = _device()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    options.add_provider_for_devices([device], {"backend_path": backend, "soc_model": str(soc)})
+    with _without_chatter():
+        return ort.InferenceSession(str(file), options)
+
+
+def _left(file: Path, soc: int) -> str:
+    """The nodes that the NPU does not take; empty if the runtime does not say."""
+    try:
+        session = _session(file, soc, {"session.record_ep_graph_assignment_info": "1"})
+        parts = session.get_provider_graph_assignment_info()
+    except Exception:  # noqa: BLE001  only an explanation is lost
+        return ""
+    nodes = [f"{n.op_type} at {n.name!r}" for part in parts if part.ep_name != _PROVIDER for n in part.get_nodes()]
+    more = [f"and {len(nodes) - _MOST_NAMED} more"] if len(nodes) > _MOST_NAMED else []
+    return ", ".join(nodes[:_MOST_NAMED] + more)
+
+
+@functools.cache
+def _device() -> tuple[Any, str]:
+    """The device of the plugin, and the library of its backend."""
+    import onnxruntime as ort
+
+    try:
+        import onnxruntime_qnn
+    except ImportError:
+        package, minimum = PACKAGE
+        raise UnsupportedError(
+            f"The target ort-npu:qnn runs in {package} >= {minimum}, which is not installed. Run "
+            f"`pip install {package}`; on x86-64 Linux it brings a simulator of the NPU."
+        ) from None
+    ort.register_execution_provider_library(_PROVIDER, onnxruntime_qnn.get_library_path())
+    found = [d for d in ort.get_ep_devices() if d.ep_name == _PROVIDER]
+    if not found:
+        raise UnsupportedError("onnxruntime-qnn finds neither an NPU nor its simulator on this machine.")
+    return found[0], onnxruntime_qnn.get_qnn_htp_path()
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Keeps what the simulator prints about itself out of our standard output, which may be JSON."""
+    flush = getattr(ctypes.CDLL(None), "fflush", None) if os.name == "posix" else None
+    if flush is None:
+        yield
+        return
+    flush(None)
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -49,11 +49,13 @@ class Coverage:
         on_target: Number of nodes on the target's own kernels.
         off_target: Number of nodes that run, but slowly or by decoding weights on each call.
         nodes: One entry per kind of node: ``{"op", "count", "on_target", "reason"}``; a reason for each that is off.
+        accelerators: What accelerators beside the target would take; see `qc.backends.ort.accelerators`.
     """
 
     on_target: int
     off_target: int
     nodes: Sequence[Mapping[str, object]]
+    accelerators: Sequence[Mapping[str, object]] = ()
 
 
 class Runner(Protocol):
@@ -137,6 +139,13 @@ def _ort_cpu(options: str) -> Backend:
     return OrtCpu()
 
 
+def _ort_mobile(options: str) -> Backend:
+    from qc.backends.ort.mobile import OrtMobile
+
+    _without_options("ort-mobile", options)
+    return OrtMobile()
+
+
 def _ort_web(options: str) -> Backend:
     from qc.backends.ort.web import OrtWeb
 
@@ -164,6 +173,7 @@ def _tvm_android(options: str) -> Backend:
 
 _TARGETS: dict[str, Callable[[str], Backend]] = {
     "ort-cpu": _ort_cpu,
+    "ort-mobile": _ort_mobile,
     "ort-npu": _ort_npu,
     "ort-web": _ort_web,
     "tvm-android": _tvm_android,

@@ -17,6 +17,7 @@ from qc.ir.errors import UnsupportedError
 from qc.passes.base import site_name
 
 __all__ = [
+    "ARM_LIMITS",
     "LIMITS",
     "MATMUL_BLOCKS",
     "WEB_LIMITS",
@@ -93,6 +94,17 @@ LIMITS: tuple[Limit, ...] = (
 )
 """Measured with version 1.31.1; benchmarks/ort_kernels.py has the times."""
 
+
+ARM_LIMITS: tuple[Limit, ...] = (
+    *LIMITS,
+    Limit(
+        _MATMUL,
+        {"bits": frozenset({2})},
+        runs=True,
+        reason="arm64 has no 2-bit kernel: the weight is decoded on each call; choose 4 bits",
+    ),
+)
+"""What is slow on arm64: from the table of kernels in ONNX Runtime's source, not measured."""
 
 WEB_LIMITS: tuple[Limit, ...] = (
     Limit(

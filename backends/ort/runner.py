@@ -19,18 +19,19 @@ from qc.ir.runtime import describe, flatten
 __all__ = ["OrtRunner", "open_runner"]
 
 
-def open_runner(directory: Path, *, threads: int = 0, spinning: bool = True) -> OrtRunner:
+def open_runner(directory: Path, *, threads: int = 0, spinning: bool = True, file: str = MODEL) -> OrtRunner:
     """Loads an emitted directory.
 
     Args:
         directory: Holds ``model.onnx``.
         threads: Threads within an operator; 0 for one per core.
         spinning: Whether idle threads wait actively: faster alone, unfair to whatever runs beside it.
+        file: The file that the runtime loads.
 
     Raises:
         InputError: If the runtime cannot load the file.
     """
-    return OrtRunner(Path(directory), threads=threads, spinning=spinning)
+    return OrtRunner(Path(directory), threads=threads, spinning=spinning, file=file)
 
 
 class OrtRunner:
@@ -42,7 +43,7 @@ class OrtRunner:
         threads: Threads within an operator; 0 for one per core.
     """
 
-    def __init__(self, directory: Path, *, threads: int, spinning: bool) -> None:
+    def __init__(self, directory: Path, *, threads: int, spinning: bool, file: str = MODEL) -> None:
         import onnxruntime as ort
 
         model = Model.load(directory)
@@ -58,10 +59,10 @@ class OrtRunner:
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         try:
-            self._session = ort.InferenceSession(str(directory / MODEL), options, ["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(directory / file), options, ["CPUExecutionProvider"])
         except Exception as error:
             raise InputError(
-                f"ONNX Runtime {ort.__version__} cannot load {directory / MODEL}: {describe(error)}. If the file is "
+                f"ONNX Runtime {ort.__version__} cannot load {directory / file}: {describe(error)}. If the file is "
                 "as it was compiled (`qc verify`), this runtime may be too old for it."
             ) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,12 @@ def report(arguments: argparse.Namespace) -> int:
         print_table(
             "\nSlow paths", ("operator", "nodes", "reason"), ((n["op"], n["count"], n["reason"]) for n in off), (1,)
         )
+    if coverage.get("accelerators"):
+        print_table(
+            "\nAccelerators",
+            ("", "takes", "if shapes were fixed", "but not"),
+            map(_accelerator, coverage["accelerators"]),
+        )
     page = Path(arguments.artifact) / "report.html"
     print(f"\npage: {page}" if page.is_file() else "\nfor a page: pip install 'qc-compiler[report]' and compile again")
     return 0
@@ -71,6 +78,17 @@ def _on_text(runner: Runner) -> Found:
         return Found(obstacle="no graph tells which inputs it takes")
     batch = text_inputs(runner.signature, np.arange(_TOKENS)[None])
     return Found([batch], [runner.run(batch)])
+
+
+def _accelerator(found: dict[str, Any]) -> tuple[str, ...]:
+    def said(key: str) -> str:
+        if key not in found:
+            return ""
+        f = found[key]
+        return f"{f['nodes']} of {f['of']} nodes in {f['partitions']} parts: {f['verdict']}"
+
+    unsupported = [op.removeprefix("ai.onnx:") for op in found["unsupported"]]
+    return found["name"], said("as_is"), said("fixed_shapes"), ", ".join(unsupported)
 
 
 def verify(arguments: argparse.Namespace) -> int:

@@ -57,6 +57,7 @@ def build_report(
                 "on_target": coverage.on_target,
                 "off_target": coverage.off_target,
                 "nodes": [dict(n) for n in coverage.nodes],
+                "accelerators": [dict(a) for a in coverage.accelerators],
             },
         }
     )  # type: ignore[return-value]

@@ -86,6 +86,15 @@ against the float model, on {{ accuracy.measured_on }}.</p>{% endif %}
 <td class="{{ 'changed' if n.on_target else 'skipped' }}">{{ "on target" if n.on_target else "slow path" }}</td>
 <td>{{ n.reason }}</td></tr>
 {% endfor %}</table></div>
+{% if coverage.accelerators -%}
+<h2>Accelerators</h2><div class="scroll"><table>
+<tr><th></th><th>takes</th><th>if shapes were fixed</th><th>but not</th></tr>
+{% for a in coverage.accelerators -%}
+<tr><td>{{ a.name }}</td>{% for f in (a.as_is, a.fixed_shapes | default(none)) -%}
+<td>{% if f %}{{ f.nodes }} of {{ f.of }} nodes in {{ f.partitions }} parts: {{ f.verdict }}{% endif %}</td>
+{%- endfor %}<td>{{ a.unsupported | join(", ") }}</td></tr>
+{% endfor %}</table></div>
+{%- endif %}
 </body></html>
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -30,13 +31,12 @@ _ARRAYS = {
 """What a tensor of onnxruntime-web holds its numbers in."""
 
 
-def texts(facts: Facts) -> Mapping[str, str]:
+def texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """The texts that depend on the model."""
     return {
         "input_types": _members(facts.signature.inputs),
         "output_types": _members(facts.signature.outputs),
         "first_input": facts.signature.inputs[0].name,
-        "minimum": facts.runtime[1],
     }
 
 

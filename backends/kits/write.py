@@ -1,48 +1,72 @@
 """Kits: the code that an app developer copies into an app, written for one artifact.
 
-A kit is a folder of templates. Files are copied; ``@@name@@`` in them is replaced by a text that is made from the facts
-of the model. What differs between models stands in one generated file of each kit, so that the rest of a kit is
-the same code for every model.
+A kit is made of folders of templates. Files are copied; ``@@name@@`` in them is replaced by a text that is made from the
+facts of the model. What differs between models stands in few generated files, so that the rest of a kit is the same
+code for every model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 
-from qc.backends.kits import javascript
+from qc.backends.kits import c_language, javascript
 from qc.backends.kits.facts import Facts, facts_of
 from qc.backends.target import Target
 from qc.ir.errors import InternalError
 from qc.ir.model import Model
 
-__all__ = ["KITS", "write_kit"]
+__all__ = ["KITS", "Kit", "write_kits"]
 
-KITS: Mapping[str, Callable[[Facts], Mapping[str, str]]] = {"web": javascript.texts}
-"""The texts that depend on the model, by kit: the folder of its templates, and its place in an artifact."""
+
+@dataclasses.dataclass(frozen=True)
+class Kit:
+    """A kit.
+
+    Attributes:
+        place: Its folder in an artifact.
+        folders: Folders of templates that make it up.
+        texts: The texts that depend on the model and on the files in an artifact.
+    """
+
+    place: str
+    folders: Sequence[str]
+    texts: Callable[[Facts, Path], Mapping[str, str]]
+
+
+KITS: Mapping[str, Kit] = {
+    "c": Kit("c", ["c"], c_language.texts),
+    "web": Kit("web", ["web"], javascript.texts),
+}
+"""All kits by name."""
 
 _MARK = re.compile(r"@@(\w+)@@")
 
 
-def write_kit(kit: str, model: Model, target: Target, directory: Path) -> None:
-    """Writes a kit into a folder of its name in an artifact that is otherwise complete.
+def write_kits(kits: Sequence[str], model: Model, target: Target, directory: Path) -> None:
+    """Writes kits into their folders in an artifact whose other files are there.
 
     Args:
-        kit: One of `KITS`.
+        kits: Names of `KITS`.
         model: The lowered model.
         target: What it was lowered for.
         directory: The artifact.
     """
     facts = facts_of(model, target, directory)
-    texts = {"title": facts.title, "facts": json.dumps(facts.to_json(), indent=2), **KITS[kit](facts)}
-    for name, file in _templates(importlib.resources.files("qc.backends.kits") / kit, PurePosixPath(kit)):
-        out = directory / name
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(_filled(file.read_text("utf-8"), texts, name), "utf-8", newline="\n")
+    for kit in map(KITS.__getitem__, kits):
+        common = {"title": facts.title, "facts": json.dumps(facts.to_json(), indent=2), "minimum": facts.runtime[1]}
+        texts = {**common, **kit.texts(facts, directory)}
+        for folder in kit.folders:
+            root = importlib.resources.files("qc.backends.kits") / folder
+            for name, file in _templates(root, PurePosixPath(kit.place)):
+                out = directory / name
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(_filled(file.read_text("utf-8"), texts, name), "utf-8", newline="\n")
 
 
 def _templates(folder: Traversable, at: PurePosixPath) -> Iterator[tuple[PurePosixPath, Traversable]]:

@@ -56,8 +56,8 @@ class OrtWeb(OrtCpu):
 
     def emit(self, model: Model, directory: Path) -> None:
         """Writes the model, its weights in files of bounded size, and the kit that loads them."""
-        from qc.backends.kits.write import write_kit
+        from qc.backends.kits.write import write_kits
         from qc.backends.ort.emit import emit
 
         emit(model, directory, shard=_SHARD)
-        write_kit("web", model, self.target, directory)
+        write_kits(["web"], model, self.target, directory)

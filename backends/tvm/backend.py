@@ -59,6 +59,7 @@ class TvmCpu:
     name: ClassVar[str] = "tvm-cpu"
     about: ClassVar[str] = "a C library for this machine: generated kernels, no runtime"
     platform: ClassVar[Platform] = HOST
+    kits: ClassVar[tuple[str, ...]] = ("c",)
 
     @classmethod
     def parse(cls, options: str) -> Self:
@@ -118,10 +119,12 @@ class TvmCpu:
         return Coverage(on, counts.total() - on, nodes)
 
     def emit(self, model: Model, directory: Path) -> None:
-        """Writes the library, its sources and its weights."""
+        """Writes the library, its sources, its weights, and the kits of apps."""
+        from qc.backends.kits.write import write_kits
         from qc.backends.tvm.emit import emit
 
         emit(model, directory, self.isa, self.platform, exact=self.exact)
+        write_kits(self.kits, model, self.target, directory)
 
     def streamed_bytes(self, directory: Path) -> int:
         """Bytes of weights that are read to yield one token."""

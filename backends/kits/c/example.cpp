@@ -1,0 +1,20 @@
+// Runs the model: example DIRECTORY [TOKEN...]
+#include <cstdio>
+#include <cstdlib>
+
+#include "qc_model.hpp"
+
+int main(int count, char **arguments) {
+  if (count < 2) {
+    std::fprintf(stderr, "usage: %s DIRECTORY [TOKEN...]\n", arguments[0]);
+    return 2;
+  }
+  try {
+    qc::Model model(arguments[1]);
+    qc::Instance instance(model);
+@@cpp_example@@
+  } catch (const qc::Error &error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}

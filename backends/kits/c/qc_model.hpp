@@ -1,0 +1,68 @@
+// The model for C++17: checked when it is loaded, freed when it goes out of scope. Errors are exceptions.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "model.h"
+#include "qc_check.h"
+
+namespace qc {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline void require(int code) {
+  if (code != QC_OK) throw Error(qc_error(code));
+}
+
+// The weights. Any number of instances share them.
+class Model {
+ public:
+  // Checks every file in `directory`, then maps the weights.
+  explicit Model(const std::string &directory) {
+    char message[4500];
+    if (qc_check(directory.c_str(), message, sizeof message)) throw Error(message);
+    qc_model *model = nullptr;
+    require(qc_open((directory + "/model.weights").c_str(), &model));
+    model_.reset(model);
+  }
+  const qc_model *get() const { return model_.get(); }
+
+ private:
+  struct Close {
+    void operator()(qc_model *model) const { qc_close(model); }
+  };
+  std::unique_ptr<qc_model, Close> model_;
+};
+
+// Working memory. For one thread at a time.
+class Instance {
+ public:
+  explicit Instance(const Model &model, int threads = 1) {
+    qc_options options = {};
+    options.threads = threads;
+    qc_instance *instance = nullptr;
+    require(qc_create(model.get(), nullptr, &options, &instance));
+    instance_.reset(instance);
+  }
+  qc_instance *get() const { return instance_.get(); }
+
+  // Runs once: the sizes of the dimensions, and one array per port, in the order of model.h.
+  void run(const std::vector<int64_t> &dims, const std::vector<const void *> &inputs, const std::vector<void *> &outputs) {
+    if (dims.size() != QC_DIMENSIONS) throw Error("expected " + std::to_string(QC_DIMENSIONS) + " dimensions");
+    require(qc_run(get(), dims.data(), inputs.data(), outputs.data()));
+  }
+@@cpp_generate@@
+ private:
+  struct Destroy {
+    void operator()(qc_instance *instance) const { qc_destroy(instance); }
+  };
+  std::unique_ptr<qc_instance, Destroy> instance_;
+};
+
+}  // namespace qc

@@ -98,7 +98,12 @@ def test_the_wheel_holds_every_module_and_recipe_and_no_test(source: Path, tmp_p
         files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     recipes = {f"qc/recipes/{file.name}" for file in (ROOT / "qc" / "recipes").glob("*.yaml")}
     host = {f"qc/backends/tvm/host/{file.name}" for file in (ROOT / "backends/tvm/host").glob("*.[ch]")}
-    assert files == {installed for _, installed in modules()} | recipes | host, (
+    kits = {
+        f"qc/{file.relative_to(ROOT).as_posix()}"
+        for file in (ROOT / "backends/kits").rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert files == {installed for _, installed in modules()} | recipes | host | kits, (
         "Is a package missing in pyproject.toml?"
     )
 

@@ -1,6 +1,6 @@
 """Kits: the code that an app developer copies into an app, written for one artifact.
 
-A kit is made of folders of templates. Files are copied; ``@@name@@`` in them is replaced by a text that is made from the
+A kit is made of folders of templates. Files are copied; ``@@name@@`` in them is replaced by a text made from the
 facts of the model. What differs between models stands in few generated files, so that the rest of a kit is the same
 code for every model.
 """

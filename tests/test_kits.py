@@ -1,0 +1,106 @@
+"""The kits that travel with libraries: built by the tools of an app developer, they run, and refuse changed files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qc.backends.target import backend_for
+from qc.backends.tvm.backend import ANDROID
+from qc.frontend import load
+from qc.ir.model import Model
+from qc.passes.canonicalize import canonicalize_passes
+from qc.passes.manager import PassManager
+from qc.passes.pipeline import Step, parse_pipeline
+
+pytest.importorskip("tvm", reason="kernels are compiled by TVM")
+
+PROMPT = [3, 17, 200, 5, 1000]
+
+Library = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """tiny-llama with 4-bit weights, emitted for a target once."""
+    steps = [
+        *(Step(p, optional=True) for p in canonicalize_passes()),
+        *parse_pipeline("quantize-weights{format=uint4,group=32}"),
+    ]
+    quantized, _ = PassManager(steps, verify=False).run(load("builtin:tiny-llama"))
+    made: dict[str, Path] = {}
+
+    def emitted(target: str) -> Path:
+        if target not in made:
+            backend = backend_for(target)
+            lowered, _ = PassManager(list(backend.lowering()), stage="lowering", verify=False).run(quantized.clone())
+            made[target] = tmp_path_factory.mktemp("library")
+            backend.emit(Model.of(lowered), made[target])
+        return made[target]
+
+    return emitted
+
+
+def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _built(artifact: Path, work: Path, *options: str) -> Path:
+    """The example of the C kit, built by CMake without a warning."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    strict = [f"-DCMAKE_{language}_FLAGS=-Wall -Wextra -Werror" for language in ("C", "CXX")]
+    for command in (["cmake", "-S", artifact / "c", "-B", work, *strict, *options], ["cmake", "--build", work]):
+        done = _run(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return work / "example"
+
+
+@pytest.mark.slow
+def test_the_c_kit_generates_what_the_runner_generates_and_refuses_changed_files(
+    library: Library, tmp_path: Path
+) -> None:
+    artifact = tmp_path / "artifact"
+    shutil.copytree(library("tvm-cpu:float"), artifact)
+    example = _built(artifact, tmp_path / "build")
+    done = _run(example, artifact, *map(str, PROMPT))
+    assert done.returncode == 0, done.stderr
+    expected = backend_for("tvm-cpu:float").open(artifact, threads=1).generate(PROMPT, 16)
+    assert [int(line) for line in done.stdout.split()] == list(expected)
+
+    tokenizer = (artifact / "tokenizer.json").read_bytes()
+    (artifact / "tokenizer.json").unlink()
+    _refuses(example, artifact, "tokenizer.json: missing at ")
+    (artifact / "tokenizer.json").write_bytes(tokenizer[:-1])
+    _refuses(example, artifact, f"tokenizer.json: expected {len(tokenizer)} bytes, found {len(tokenizer) - 1}")
+    (artifact / "tokenizer.json").write_bytes(tokenizer)
+    weights = bytearray((artifact / "model.weights").read_bytes())
+    weights[-1] ^= 1
+    (artifact / "model.weights").write_bytes(weights)
+    _refuses(example, artifact, "model.weights: content differs from what was compiled")
+
+
+def _refuses(example: Path, artifact: Path, message: str) -> None:
+    done = _run(example, artifact, "3")
+    assert done.returncode == 1
+    assert done.stderr.startswith(message), done.stderr
+
+
+@pytest.mark.slow
+def test_the_c_kit_runs_on_arm64(library: Library, tmp_path: Path) -> None:
+    tools = [f"aarch64-linux-gnu-{name}" for name in ("gcc", "g++")]
+    if not all(map(shutil.which, (*tools, ANDROID.emulator[0]))):
+        pytest.skip(f"needs g++-aarch64-linux-gnu and {ANDROID.package}")
+    artifact = library("tvm-android:float")
+    cross = [f"-DCMAKE_{key}_COMPILER={tool}" for key, tool in zip(("C", "CXX"), tools, strict=True)]
+    example = _built(
+        artifact, tmp_path / "build", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", *cross
+    )
+    done = _run(*ANDROID.emulator, "-L", "/usr/aarch64-linux-gnu", example, artifact, *map(str, PROMPT))
+    assert done.returncode == 0, done.stderr
+    expected = backend_for("tvm-cpu:float").open(library("tvm-cpu:float"), threads=1).generate(PROMPT, 16)
+    assert [int(line) for line in done.stdout.split()] == list(expected)

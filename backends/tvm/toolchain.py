@@ -129,7 +129,7 @@ def _register_pipeline() -> str:
     passes = [
         s.CanonicalizeLoop(), s.LowerInitBlock(), s.PlanAndUpdateBufferAllocationLocation(), s.ConvertBlocksToOpaque(),
         s.LowerMatchBuffer(), s.StmtSimplify(), s.LowerOpaqueBlock(), x.FlattenBuffer(),
-        x.NarrowDataType(32), s.LoopPartition(), x.VectorizeLoop(True), x.StorageRewrite(), x.UnrollLoop(),
+        x.NarrowDataType(32), s.LoopPartition(), x.VectorizeLoop(True), x.PointerValueTypeRewrite(), x.UnrollLoop(),
         x.StmtSimplify(), x.RemoveNoOp(), x.CommonSubexprElim(), on_host,
     ]  # fmt: skip
 

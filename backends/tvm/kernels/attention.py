@@ -95,34 +95,26 @@ class _Attention:
         `start` and `stop` are multiples of a vector. Returns the reciprocal of their sum, 0 if no key is seen.
         """
         v, T, L, h, work = self.v, self.v.T, self.v.L, self.h, self.k.buffers["work"]
-        low, high = self.range_of(query)
+        seen = self.range_of(query)
         top, sums = self.k.registers(L), self.k.registers(L)
         v.store(top, 0, v.spread(_NOTHING))
         v.store(sums, 0, v.spread(0.0))
-        with T.serial(start // L, stop // L) as i:
-            at = T.bind(i * L)
-            x = T.bind(v.load(work, row + at) * v.spread(h.scale))
-            if h.softcap:
-                x = T.bind(v.spread(h.softcap) * v.tanh(x / v.spread(h.softcap)))
-            lanes = T.bind(T.broadcast(at, L) + T.ramp(0, 1, L))
-            seen = lanes < T.broadcast(high, L)
-            if h.window:
-                seen = T.bitwise_and(seen, lanes >= T.broadcast(low, L))
-            if h.bias:
-                size, bias = self.k.sizes, self.k.buffers["bias"]
-                base = T.bind(self.batch * size["bb"] + head * size["bh"] + query * size["bs"])
-                slot = self.k.registers(L)
-                with T.If(at + L <= size["t"]):
-                    with T.Then():
-                        v.store(slot, 0, v.load(bias, base + at))
-                    with T.Else():
-                        v.store(slot, 0, v.spread(0.0))
-                        with T.serial(0, T.max(size["t"] - at, 0)) as j:
-                            T.buffer_store(slot, bias[base + at + j], [j])
-                x = T.bind(x + v.load(slot, 0))
-            x = v.keep(T.Select(seen, x, v.spread(_NOTHING)))
-            v.store(work, row + at, x)
-            v.store(top, 0, v.maximum(v.load(top, 0), x))
+        if not h.bias:
+            with T.serial(start // L, stop // L) as i:
+                self._score(row, T.bind(i * L), seen, None, top)
+        else:
+            size, bias = self.k.sizes, self.k.buffers["bias"]
+            base = T.bind(self.batch * size["bb"] + head * size["bh"] + query * size["bs"])
+            whole = T.bind(T.min(size["t"], stop) // L)
+            with T.serial(start // L, whole) as i:
+                self._score(row, T.bind(i * L), seen, v.load(bias, base + i * L), top)
+            slot = self.k.registers(L)
+            with T.serial(T.max(whole, start // L), stop // L) as i:
+                at = T.bind(i * L)
+                v.store(slot, 0, v.spread(0.0))
+                with T.serial(0, T.max(size["t"] - at, 0)) as j:
+                    T.buffer_store(slot, bias[base + at + j], [j])
+                self._score(row, at, seen, v.load(slot, 0), top)
         m = T.bind(T.max(v.largest_lane(v.load(top, 0)), T.float32(-1.0e38)))
         with T.serial(start // L, stop // L) as i:
             shifted = v.keep(v.load(work, row + i * L) - T.broadcast(m, L))
@@ -132,6 +124,23 @@ class _Attention:
             v.store(sums, 0, v.load(sums, 0) + e)
         total = T.bind(v.add_lanes(v.load(sums, 0)))
         return T.bind(T.Select(total > T.float32(0), T.float32(1) / total, T.float32(0)))
+
+
+    def _score(self, row: Any, at: Any, seen: tuple[Any, Any], bias: Any, top: Any) -> None:
+        """Finishes a vector of scores: scaled, with its bias, nothing where a key is not seen; raises `top`."""
+        v, T, L, h, work = self.v, self.v.T, self.v.L, self.h, self.k.buffers["work"]
+        x = T.bind(v.load(work, row + at) * v.spread(h.scale))
+        if h.softcap:
+            x = T.bind(v.spread(h.softcap) * v.tanh(x / v.spread(h.softcap)))
+        lanes = T.bind(T.broadcast(at, L) + T.ramp(0, 1, L))
+        inside = lanes < T.broadcast(seen[1], L)
+        if h.window:
+            inside = T.bitwise_and(inside, lanes >= T.broadcast(seen[0], L))
+        if bias is not None:
+            x = T.bind(x + bias)
+        x = v.keep(T.Select(inside, x, v.spread(_NOTHING)))
+        v.store(work, row + at, x)
+        v.store(top, 0, v.maximum(v.load(top, 0), x))
 
 
 def attend_many(isa: Isa, name: str, heads: Heads) -> Any:
@@ -167,8 +176,9 @@ def attend_many(isa: Isa, name: str, heads: Heads) -> Any:
                 stop = T.bind((a.range_of(queries[-1])[1] + (pair * L - 1)) // (pair * L) * (pair * L))
                 _scores(kernel, a, head, queries, base, scores, start, stop, pair)
                 factors = kernel.registers(rows)
-                for i in range(rows):
-                    T.buffer_store(factors, a.softmax(T.bind(scores + i * room), head, queries[i], start, stop), [i])
+                with T.serial(0, rows) as i:
+                    query = T.bind(T.min(tile * rows + i, s - 1))
+                    T.buffer_store(factors, a.softmax(T.bind(scores + i * room), head, query, start, stop), [i])
                 first = a.range_of(queries[0])[0]
                 last = a.range_of(queries[-1])[1]
                 source = (work, values, padded) if copied else (b["v"], a.at("v", a.head, 0), size["vs"])
@@ -269,7 +279,7 @@ def attend_few(isa: Isa, name: str, heads: Heads) -> Any:
                     for r in range(R):
                         T.buffer_store(work, T.float32(0), [base + r * room + t])
                 factors = kernel.registers(R)
-                for r in range(R):
+                with T.serial(0, R) as r:
                     head = T.bind(a.head * R + r)
                     T.buffer_store(factors, a.softmax(T.bind(base + r * room), head, query, start, stop), [r])
                 _few_values(kernel, a, query, base, low, high, factors)

@@ -72,6 +72,13 @@ class Vectors:
             value = self.T.float32(value)
         return self.T.broadcast(value, lanes or self.L)
 
+    def prefetch(self, buffer: Any, index: Expr) -> None:
+        """Asks for the cache line of an element that is read later. It need not exist."""
+        T = self.T
+        pointer, name = T.address_of(buffer[index]), T.llvm_lookup_intrinsic_id("llvm.prefetch")
+        read, near, data = T.int32(0), T.int32(2), T.int32(1)
+        T.evaluate(T.call_llvm_intrin(name, pointer, read, near, data, dtype="void"))
+
     def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """``a * b + c``, rounded once where the processor can."""
         if not self.isa.fma:

@@ -102,15 +102,24 @@ class TvmCpu:
         return [Step(p, optional=True) for p in (PackProjections(), FuseGroupQueryAttention(), MergeHeads())]
 
     def coverage(self, model: Model) -> Coverage:
-        """Every node runs on a kernel, or the model is refused; but some formats of weights become float weights."""
+        """Every node runs on a kernel, or the model is refused.
+
+        But some formats of weights become float weights, and some grids of activations are rounded to in float.
+        """
+        from qc.backends.ort.integers import rounded_source
+        from qc.backends.tvm.ops.rounding import is_emulated
         from qc.backends.tvm.pack import why_decoded
 
         counts: Counter[tuple[str, str]] = Counter()
         for node in model.graph:
             weight = read_weight(node.outputs[0])
             reason = why_decoded(weight.format) if weight is not None and weight.format is not None else ""
+            reason = f"stored in float: {reason}" if reason else ""
+            rounds = weight is None and node.op_type in ("DequantizeLinear", "DynamicQuantize")
+            if rounds and rounded_source(node.outputs[0]) is not None and is_emulated(node, exact=self.exact):
+                reason = "rounded in float: no kernel multiplies codes of this grid with this weight"
             name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-            counts[name, reason and f"stored in float: {reason}"] += 1
+            counts[name, reason] += 1
         nodes = [
             {"op": op, "count": count, "on_target": not reason, "reason": reason}
             for (op, reason), count in sorted(counts.items())

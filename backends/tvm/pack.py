@@ -6,11 +6,21 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.tvm.isa import Isa
+from qc.backends.tvm.kernels.bytes import FACTS, PADDING
 from qc.backends.tvm.kernels.products import Codes
 from qc.ir.errors import UnsupportedError
 from qc.ir.quant import Affine, FloatScale, Format, QuantizedTensor
 
-__all__ = ["codes_of", "groups_of", "pack_columns", "pack_records", "record_bytes", "why_decoded"]
+__all__ = [
+    "bytes_of",
+    "codes_of",
+    "groups_of",
+    "pack_bytes",
+    "pack_columns",
+    "pack_records",
+    "record_bytes",
+    "why_decoded",
+]
 
 _BLOCKS = (64, 32, 16)
 """Columns whose activations share a scale: the longest that divides a group. Longer ones would unroll to large code."""
@@ -116,6 +126,37 @@ def _per_group(params: np.ndarray, units: int, lanes: int, records: int, per: in
     full[: params.shape[0], : params.shape[1] if params.shape[1] > 1 else None] = params
     turned = np.ascontiguousarray(full.reshape(units, lanes, records, per).transpose(0, 2, 3, 1))
     return turned.reshape(units, records, -1).view(np.uint8)
+
+
+def bytes_of(rows: int, columns: int, unit: int) -> int:
+    """Bytes of a weight packed by `pack_bytes`."""
+    padded = -(-columns // PADDING) * PADDING
+    return -(-rows // unit) * unit * (padded + FACTS)
+
+
+def pack_bytes(tensor: QuantizedTensor, unit: int, isa: Isa) -> np.ndarray:
+    """Codes of 8 bits with one scale per row, `unit` rows to a unit; see `qc.backends.tvm.kernels.bytes`."""
+    values, (rows, columns) = tensor.format.values, tensor.codes.shape
+    assert isinstance(values, Affine)
+    units, padded = -(-rows // unit), -(-columns // PADDING) * PADDING
+    shift = 0 if isa.signed else 128  # the codes are signed there
+    low = -128 if values.symmetric else 0
+    codes = np.zeros((units * unit, padded), np.int16)
+    codes[:rows, :columns] = tensor.codes.astype(np.int16) - (low + 128) + shift
+    facts = np.zeros((units, 3, unit), np.int32)
+    scale = np.zeros(units * unit, np.float32)
+    scale[:rows] = np.broadcast_to(tensor.format.scale.decode(tensor.params).reshape(-1), rows)
+    facts[:, 0] = scale.reshape(units, unit).view(np.int32)
+    zero = np.zeros(units * unit, np.int32)
+    held = tensor.params["zero_point"].astype(np.int32).reshape(-1) if not values.symmetric else np.int32(0)
+    zero[:rows] = held - (low + 128) + shift
+    facts[:, 1] = zero.reshape(units, unit)
+    facts[:, 2] = codes[:, :columns].sum(1, dtype=np.int32).reshape(units, unit)
+    turned = codes.astype(np.uint8).reshape(units, unit, padded // 4, 4).transpose(0, 2, 1, 3)
+    out = np.empty((units, unit * (padded + FACTS)), np.uint8)
+    out[:, : unit * padded] = turned.reshape(units, -1)
+    out[:, unit * padded :] = facts.reshape(units, -1).view(np.uint8)
+    return out.reshape(-1)
 
 
 def pack_columns(weight: np.ndarray, columns: int) -> np.ndarray:

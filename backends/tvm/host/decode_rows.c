@@ -3,29 +3,34 @@ static int decode_rows@(const uint8_t *w, const int@_t *index, float *y, int64_t
     int is_signed) {
   const int64_t code_bytes = (int64_t)lanes * block * bits / 8, scale_size = half ? 2 : 4, records = (groups + per - 1) / per;
   const int64_t scale_at = per * blocks * code_bytes, zero_at = scale_at + per * lanes * scale_size;
+  const int each = bits == 3 ? 4 : 8 / bits, mask = (1 << bits) - 1;
   for (int64_t i = 0; i < count; i++) {
-    int64_t row = index[i] < 0 ? index[i] + rows : index[i];
+    const int64_t row = index[i] < 0 ? index[i] + rows : index[i];
     if (row < 0 || row >= rows) return QC_E_INDEX;
     const int lane = (int)(row % lanes);
-    for (int64_t k = 0; k < columns; k++) {
-      const int64_t b = k / block, g = b / blocks, in_block = k % block, slot = in_block / 4;
+    for (int64_t b = 0; b * block < columns; b++) {
+      const int64_t g = b / blocks;
       const uint8_t *r = w + (row / lanes * records + g / per) * record;
-      const uint8_t *codes = r + ((g % per) * blocks + b % blocks) * code_bytes + lane * 4 + in_block % 4;
-      int code;
-      if (bits == 3) {
-        const uint8_t low = codes[slot / 4 * 4 * lanes], high = codes[(block / 16 + slot / 8) * 4 * lanes];
-        code = ((low >> (2 * (slot % 4))) & 3) | (((high >> (slot % 8)) & 1) << 2);
-      } else {
-        const int each = 8 / bits;
-        code = (codes[slot / each * 4 * lanes] >> (bits * (slot % each))) & ((1 << bits) - 1);
-      }
-      if (is_signed) code = (int8_t)code;
+      const uint8_t *codes = r + ((g % per) * blocks + b % blocks) * code_bytes + lane * 4;
       const uint8_t *s = r + scale_at + ((g % per) * lanes + lane) * scale_size;
       float scale;
       if (half) { uint16_t h; memcpy(&h, s, 2); scale = half_to_float(h); } else memcpy(&scale, s, 4);
       int z = zero;
       if (zeros) { z = r[zero_at + (g % per) * lanes + lane]; if (is_signed) z = (int8_t)z; }
-      y[i * columns + k] = (float)(code - z) * scale;
+      float *to = y + i * columns + b * block;
+      const int64_t end = qc_min(block, columns - b * block);
+      for (int64_t k = 0; k < end; k++) {
+        const int slot = (int)(k / 4), byte = (int)(k % 4);
+        int code;
+        if (bits == 3) {
+          const uint8_t low = codes[slot / 4 * 4 * lanes + byte], high = codes[(block / 16 + slot / 8) * 4 * lanes + byte];
+          code = ((low >> (2 * (slot % 4))) & 3) | (((high >> (slot % 8)) & 1) << 2);
+        } else {
+          code = (codes[slot / each * 4 * lanes + byte] >> (bits * (slot % each))) & mask;
+        }
+        if (is_signed) code = (int8_t)code;
+        to[k] = (float)(code - z) * scale;
+      }
     }
   }
   return 0;

@@ -125,7 +125,6 @@ class _Attention:
         total = T.bind(v.add_lanes(v.load(sums, 0)))
         return T.bind(T.Select(total > T.float32(0), T.float32(1) / total, T.float32(0)))
 
-
     def _score(self, row: Any, at: Any, seen: tuple[Any, Any], bias: Any, top: Any) -> None:
         """Finishes a vector of scores: scaled, with its bias, nothing where a key is not seen; raises `top`."""
         v, T, L, h, work = self.v, self.v.T, self.v.L, self.h, self.k.buffers["work"]

@@ -13,9 +13,6 @@ __all__ = ["float_product"]
 _UNROLL = 4
 """Columns of x per step for a single row, each with sums of its own: one sum would wait for itself."""
 
-_LINE = 64
-"""Bytes of a cache line."""
-
 STORED = {"f32": ("float32", 1), "bf16": ("uint16", 1), "f16": ("float16", 1)}
 
 
@@ -32,12 +29,6 @@ def float_product(isa: Isa, name: str, stored: str, columns: int, bias: bool, re
         m, k, ldx = (kernel.sizes[n] for n in ("m", "k", "ldx"))
         x, w = kernel.buffers["x"], kernel.buffers["w"]
         epilogue = Epilogue(kernel, bias, residual, activation)
-        # A unit comes from far away. While it is multiplied, the next one is asked for: one line in so many steps that
-        # all tiles together ask for all of it.
-        line = _LINE // (4 if stored == "f32" else 2)
-        lines = T.bind(-(-columns * L // line) * k)
-        whole = T.bind(m // isa.tile[0])
-        pace = T.bind(sum(T.cast(whole * k >= lines * (1 << i), "int32") for i in range(1, 6)))
 
         def weight(unit: Any, at: Any, r: int) -> Any:
             raw = v.load(w, (unit * k + at) * (columns * L) + r * L)
@@ -55,7 +46,7 @@ def float_product(isa: Isa, name: str, stored: str, columns: int, bias: bool, re
                     place = offset + (i * columns + r) * L
                     v.store(sums, place, v.fma(xb, weights[r], v.load(sums, place)))
 
-        def tile(unit: Any, number: Any, row: Any, rows: int) -> None:
+        def tile(unit: Any, number: Any, row: Any, rows: int, ask: Any) -> None:
             copies = _UNROLL if rows == 1 else 1
             size = rows * columns * L
             sums = kernel.registers(copies * size)
@@ -65,9 +56,8 @@ def float_product(isa: Isa, name: str, stored: str, columns: int, bias: bool, re
             with T.serial(0, steps) as s:
                 for c in range(copies):
                     step(unit, row, s * copies + c, rows, sums, c * size)
-                if rows == isa.tile[0]:
-                    ahead = T.min((number * k + s) >> pace, lines - 1)
-                    v.prefetch(w, T.bind((unit + 1) * k * (columns * L) + ahead * line))
+                if ask is not None:
+                    ask(number, s)
             if copies > 1:
                 with T.serial(steps * copies, k) as s:
                     step(unit, row, s, rows, sums, 0)
@@ -85,8 +75,9 @@ def float_product(isa: Isa, name: str, stored: str, columns: int, bias: bool, re
             rows = isa.tile[0]
             while rows >= 1:
                 count = T.bind((m - done) // rows)
+                ask = kernel.ahead(w, unit, k * (columns * L), count, k) if rows == isa.tile[0] else None
                 with T.serial(0, count) as i:
-                    tile(unit, i, done + i * rows, rows)
+                    tile(unit, i, done + i * rows, rows, ask)
                 done = T.bind(done + count * rows)
                 rows = rows // 2 if rows > 2 else rows - 1
             epilogue.finish(T.bind(unit * columns * L), columns * L)

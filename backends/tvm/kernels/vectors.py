@@ -7,7 +7,7 @@ scope ``global``: with a constant size LLVM turns them into registers, while ``l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qc.backends.tvm.isa import Isa
@@ -22,14 +22,20 @@ Expr = Any
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 """Polynomial of ``exp`` on [-ln 2 / 2, ln 2 / 2], of the Cephes library: relative error 2e-7."""
 
-_ERF_P = (
-    7.853861353153693e-5, -8.010193625184903e-4, 5.188327685732524e-3, -2.685381193529856e-2, 1.128358514861418e-1,
-    -3.761262582423300e-1, 1.128379165726710e0,
+_ERF = (
+    -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05, -7.34990630326855e-04,
+    -2.95459980854025e-03, -1.60960333262415e-02,
 )  # fmt: skip
-"""``erf(x) / x`` as a polynomial in ``x^2`` for ``|x| <= 1``, of the Cephes library."""
+_ERF_BELOW = (
+    -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02,
+)  # fmt: skip
+"""``erf(x) = x p(x^2) / q(x^2)`` on [-4, 4], of the Eigen library; beyond, erf is 1 to seven digits."""
 
-_ERFC = (0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368)
-"""Of Numerical Recipes 6.2, erfcc: the exponent of erfc beyond its constant."""
+
+_LINE = 64
+"""Bytes of a cache line."""
+
+_BYTES = {"float32": 4, "float16": 2, "uint16": 2, "uint8": 1}
 
 
 class Vectors:
@@ -89,6 +95,10 @@ class Vectors:
         """The larger number of each lane; no lane is NaN."""
         return self.intrinsic("llvm.maxnum", self.f32(), a, b)
 
+    def minimum(self, a: Expr, b: Expr) -> Expr:
+        """The smaller number of each lane; no lane is NaN."""
+        return self.intrinsic("llvm.minnum", self.f32(), a, b)
+
     def absolute(self, a: Expr) -> Expr:
         """Absolute values."""
         return self.intrinsic("llvm.fabs", self.f32(), a)
@@ -132,8 +142,7 @@ class Vectors:
     def exp(self, x: Expr) -> Expr:
         """``e^x`` with a relative error of 2e-7; arguments beyond what float32 holds are clamped."""
         T = self.T
-        x = self.intrinsic("llvm.minnum", self.f32(), self.maximum(x, self.spread(-87.0)), self.spread(88.0))
-        x = self.keep(x)
+        x = self.keep(self.minimum(self.maximum(x, self.spread(-87.0)), self.spread(88.0)))
         n = self.keep(self.nearest(x * self.spread(1.4426950408889634)))
         r = self.keep(self.fma(n, self.spread(2.12194440e-4), self.fma(n, self.spread(-0.693359375), x)))
         p = self.fma(self.polynomial(r, _EXP), r * r, r + self.spread(1.0))
@@ -149,19 +158,10 @@ class Vectors:
         return self.T.bind(self.spread(2.0) * self.sigmoid(x + x) - self.spread(1.0))
 
     def erf(self, x: Expr) -> Expr:
-        """The error function, absolute error 2e-7.
-
-        A polynomial for ``|x| <= 1``; beyond, ``1 - t P(t) exp(-x^2)`` with ``t = 1 / (1 + |x| / 2)`` (Numerical
-        Recipes 6.2, erfcc: relative error of erfc 1.2e-7).
-        """
-        T, one = self.T, self.spread(1.0)
-        a, z = self.keep(self.absolute(x)), self.keep(x * x)
-        inner = T.bind(x * self.polynomial(z, _ERF_P))
-        t = self.keep(one / self.fma(a, self.spread(0.5), one))
-        exponent = self.fma(t, self.polynomial(t, _ERFC), self.spread(-1.26551223)) - z
-        outer = self.keep(one - t * self.exp(exponent))
-        outer = T.Select(x < self.spread(0.0), self.spread(0.0) - outer, outer)
-        return self.keep(T.Select(a < one, inner, outer))
+        """The error function, relative error 5e-7."""
+        x = self.keep(self.minimum(self.maximum(x, self.spread(-4.0)), self.spread(4.0)))
+        z = self.keep(x * x)
+        return self.keep(x * self.polynomial(z, _ERF) / self.polynomial(z, _ERF_BELOW))
 
     def dot(self, total: Expr, weights: Expr, activations: Expr) -> Expr:
         """Adds four byte products to each lane of `total`, exactly.
@@ -272,16 +272,41 @@ class Kernel:
         with self.v.T.serial(self.begin, self.end) as i:
             yield i
 
-    def registers(self, count: int) -> Any:
-        """Floats on the stack that become registers.
+    def ahead(self, buffer: Any, unit: Expr, size: Expr, tiles: Expr, steps: Expr) -> Callable[[Expr, Expr], None]:
+        """Asks for the next unit of a weight while one is multiplied: it comes from far away.
+
+        A line is asked for in so many steps that all tiles together ask for all of it, and not faster.
+
+        Args:
+            buffer: The weight.
+            unit: The unit at hand.
+            size: Elements of a unit.
+            tiles: How many tiles a unit is multiplied in.
+            steps: Steps of a tile.
+
+        Returns:
+            What a tile calls in each step, with its number and that of the step.
+        """
+        T = self.v.T
+        line = _LINE // _BYTES[str(buffer.dtype)]
+        lines, start = T.bind(size // line), T.bind((unit + 1) * size)
+        pace = T.bind(sum(T.cast(tiles * steps >= lines * (1 << i), "int32") for i in range(1, 6)))
+
+        def ask(tile: Expr, step: Expr) -> None:
+            self.v.prefetch(buffer, T.bind(start + T.min((tile * steps + step) >> pace, lines - 1) * line))
+
+        return ask
+
+    def registers(self, count: int, dtype: str = "float32") -> Any:
+        """Numbers of 32 bits on the stack that become registers.
 
         One array; or, where that would exceed what TVM puts there (1 KiB, else it calls for heap), a list of vectors,
         which `Vectors.load` and `store` take at constant multiples of one.
         """
         v = self.v
         if count * 4 < 1024:
-            return v.T.alloc_buffer((count,), "float32", scope="global")
-        return [v.T.alloc_buffer((v.L,), "float32", scope="global") for _ in range(count // v.L)]
+            return v.T.alloc_buffer((count,), dtype, scope="global")
+        return [v.T.alloc_buffer((v.L,), dtype, scope="global") for _ in range(count // v.L)]
 
     def function(self) -> Any:
         """The finished function."""

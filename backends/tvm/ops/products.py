@@ -7,12 +7,24 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.ort.integers import rounded_source
+from qc.backends.tvm.kernels.bytes import byte_product
 from qc.backends.tvm.kernels.float_products import float_product
 from qc.backends.tvm.kernels.products import exact_product, integer_product, quantize_rows
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.activations import activation_of
 from qc.backends.tvm.ops.loops import broadcast, copy, fill
-from qc.backends.tvm.pack import codes_of, groups_of, pack_columns, pack_records, record_bytes, why_decoded
+from qc.backends.tvm.ops.rounding import codes_of_rows, rounded_input
+from qc.backends.tvm.pack import (
+    bytes_of,
+    codes_of,
+    groups_of,
+    pack_bytes,
+    pack_columns,
+    pack_records,
+    record_bytes,
+    why_decoded,
+)
 from qc.backends.tvm.program import Tensor
 from qc.backends.tvm.shapes import Dim, Size, dim, divide, product
 from qc.ir import dialect
@@ -59,21 +71,26 @@ def _gates(at: Lowering, node: ir.Node) -> bool:
 @operator("Linear", domain=dialect.DOMAIN)
 def linear(at: Lowering, node: ir.Node) -> None:
     """``x @ weight.T + bias``, with what follows it."""
-    x = at.input(node, 0)
     weight = read_weight(node.inputs[1])
     if weight is None or len(weight.shape) != 2:
         raise at.refuse(node, "its weight is computed")
+    source, as_bytes = rounded_input(node, weight, exact=at.exact)
+    x = at.input(node if source is None else source, 0)
     assert x is not None
     bias = at.input(node, 2)
     rows = weight.shape[0]
     shape = (*x.shape[:-1], dim(rows))
     tail = _tail(at, node, shape)
     y = at.result(tail.value, shape)
+    if as_bytes and source is not None:
+        _bytes(at, source, weight, bias, tail, y)
+        return
     x, y = _last_rows(at, tail, x, y)
     if weight.format is None or why_decoded(weight.format):
         _float(at, x, weight, bias, tail, y)
     else:
-        _quantized(at, x, weight, bias, tail, y)
+        exact = at.exact or (source is None and rounded_source(node.inputs[0]) is not None)  # rounded as wanted already
+        _quantized(at, x, weight, bias, tail, y, exact=exact)
 
 
 def _last_rows(at: Lowering, tail: Tail, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +156,9 @@ def product_of(
     at.program.call(name, [x, packed, y, *extra], [m, n, columns, ldx, n, ldr], units, writes=[y])
 
 
-def _quantized(at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, tail: Tail, y: Tensor) -> None:
+def _quantized(
+    at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, tail: Tail, y: Tensor, *, exact: bool
+) -> None:
     assert weight.format is not None
     rows, columns = weight.shape
     codes = codes_of(weight.format, columns, at.isa)
@@ -152,7 +171,7 @@ def _quantized(at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, tai
     n = y.shape[-1]
     units = -(-rows // at.isa.lanes)
     grain = at.isa.int_tile[1]
-    if at.exact:
+    if exact:
         if columns != padded:
             wide = at.program.tensor((m, padded))
             fill(at, wide, "0.0f")
@@ -164,6 +183,25 @@ def _quantized(at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, tai
     q, s, z = _quantize(at, x, m, ldx, columns, padded, codes.block)
     name = at.program.kernel("int", integer_product, *options, pointers=5 + len(extra), integers=5)
     at.program.call(name, [q, s, z, packed, y, *extra], [m, n, groups, n, ldr], units, writes=[y], grain=grain)
+
+
+def _bytes(at: Lowering, source: ir.Node, weight: Weight, bias: Tensor | None, tail: Tail, y: Tensor) -> None:
+    """Bytes times bytes."""
+    codes, (rows, columns), wide = codes_of_rows(at, source), weight.shape, at.isa.tile[1]
+    unit, padded = wide * at.isa.lanes, codes.q.shape[1]
+    size = bytes_of(rows, columns, unit)
+
+    def make() -> np.ndarray:
+        return pack_bytes(weight.quantized(), unit, at.isa)
+
+    packed = at.program.constant((weight.data, "bytes", unit), make, size, (size,), ir.DataType.UINT8)
+    extra, ldr = _epilogue(at, bias, tail)
+    zero = [codes.zero] if codes.zero is not None else []
+    options = (wide, bool(zero), bias is not None, tail.residual is not None, tail.activation)
+    pointers = [codes.q, codes.scale, codes.total, *zero, packed, y, *extra]
+    name = at.program.kernel("bytes", byte_product, *options, pointers=len(pointers), integers=5)
+    n = y.shape[-1]
+    at.program.call(name, pointers, [codes.rows, n, padded, n, ldr], -(-rows // unit), writes=[y])
 
 
 def _quantize(

@@ -1,0 +1,173 @@
+"""Products of bytes with bytes: weights with one scale per output channel, activations on one grid per row.
+
+An activation is ``(q - z) s`` with signed bytes q and numbers s and z of its row; a weight ``(u - v) w`` with numbers w
+and v of its output channel. Sums run over the whole row in integers, exactly::
+
+    i = sum(q * u) - v * (sum(q) - k * z) - z * sum(u)            over the k columns
+    y = (float(i) * s) * w;  then bias, residual, activation
+
+which is ``sum (q - z) (u - v)`` on integers, the same on every processor, bit for bit.
+
+The weight lies in units of a few vectors of channels: ``[columns / 4, vectors, lanes, 4]`` bytes, then of each channel
+its scale, its zero point v and its sum(u). Columns are padded to `PADDING` with codes that meet zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qc.backends.tvm.isa import Isa
+from qc.backends.tvm.kernels.epilogue import Epilogue
+from qc.backends.tvm.kernels.vectors import Kernel, Vectors
+
+__all__ = ["FACTS", "PADDING", "byte_product", "quantize_grid", "row_ranges"]
+
+PADDING = 64
+"""Columns are padded to a multiple."""
+
+FACTS = 12
+"""Bytes behind the codes of a channel: scale, zero point and sum."""
+
+
+def row_ranges(isa: Isa, name: str) -> Any:
+    """The smallest and the largest entry of each row; units are rows."""
+    v = Vectors(isa)
+    T, L = v.T, v.L
+    with Kernel(name, v, {"x": "float32", "low": "float32", "high": "float32"}, ("ld", "k")) as kernel:
+        ld, k, x = kernel.sizes["ld"], kernel.sizes["k"], kernel.buffers["x"]
+        with kernel.units() as row:
+            first = T.bind(x[row * ld])
+            ends = {"low": (kernel.registers(L), v.minimum, T.min), "high": (kernel.registers(L), v.maximum, T.max)}
+            for slot, _, _ in ends.values():
+                v.store(slot, 0, T.broadcast(first, L))
+            with T.serial(0, k // L) as i:
+                part = v.load(x, row * ld + i * L)
+                for slot, pick, _ in ends.values():
+                    v.store(slot, 0, pick(v.load(slot, 0), part))
+            for (end, (slot, _, pick)), reduce in zip(ends.items(), ("fmin", "fmax"), strict=True):
+                found = v.intrinsic(f"llvm.vector.reduce.{reduce}", "float32", v.load(slot, 0))
+                T.buffer_store(kernel.buffers[end], found, [row])
+                with T.serial(k // L * L, k) as i:
+                    held = kernel.buffers[end]
+                    T.buffer_store(held, pick(held[row], x[row * ld + i]), [row])
+    return kernel.function()
+
+
+def quantize_grid(isa: Isa, name: str, low: int, high: int) -> Any:
+    """``q = clamp(rint(x / s) + z, low, high)``, and ``t = sum(q) - k * z`` of each row; units are rows.
+
+    Columns beyond k up to `kp` are zeros.
+    """
+    v = Vectors(isa)
+    T, L = v.T, v.L
+    pointers = {"x": "float32", "s": "float32", "z": "int32", "q": "int8", "t": "int32"}
+    with Kernel(name, v, pointers, ("ld", "k", "kp")) as kernel:
+        ld, k, kp = (kernel.sizes[n] for n in ("ld", "k", "kp"))
+        x, s, z, q, t = (kernel.buffers[n] for n in pointers)
+        with kernel.units() as row:
+            scale = T.bind(T.broadcast(s[row], L))
+            zero = T.bind(T.cast(z[row], "float32"))
+            total, rest = kernel.registers(L, "int32"), kernel.registers(L)
+            v.store(total, 0, T.broadcast(T.int32(0), L))
+
+            def codes(part: Any) -> Any:
+                rounded = v.intrinsic("llvm.rint", v.f32(), part / scale)
+                moved = T.bind(rounded + T.broadcast(zero, L))
+                held = v.minimum(v.maximum(moved, v.spread(float(low))), v.spread(float(high)))
+                return T.bind(T.cast(held, v.i32()))
+
+            whole = T.bind(k // L)
+            with T.serial(0, whole) as i:
+                found = codes(v.load(x, row * ld + i * L))
+                v.store(total, 0, v.load(total, 0) + found)
+                v.store(q, row * kp + i * L, T.cast(found, f"int8x{L}"))
+            with T.serial(whole, kp // L) as i:
+                v.store(q, row * kp + i * L, T.broadcast(T.int8(0), L))
+            v.store(rest, 0, v.spread(0.0))
+            with T.serial(0, k - whole * L) as j:
+                T.buffer_store(rest, x[row * ld + whole * L + j], [j])
+            tail = kernel.registers(L, "int32")
+            v.store(tail, 0, codes(v.load(rest, 0)))
+            T.buffer_store(t, v.intrinsic("llvm.vector.reduce.add", "int32", v.load(total, 0)) - k * z[row], [row])
+            with T.serial(0, k - whole * L) as j:
+                T.buffer_store(q, T.cast(tail[j], "int8"), [row * kp + whole * L + j])
+                T.buffer_store(t, t[row] + tail[j], [row])
+    return kernel.function()
+
+
+def byte_product(isa: Isa, name: str, columns: int, zeros: bool, bias: bool, residual: bool, activation: str) -> Any:
+    """The product above. Units are units of the weight: `columns` vectors of output channels.
+
+    Args:
+        isa: The level.
+        name: Of the function.
+        columns: Vectors of a unit.
+        zeros: Whether activations have zero points.
+        bias: See `Epilogue`, as the last two.
+        residual: See above.
+        activation: See above.
+    """
+    v = Vectors(isa)
+    pointers = {"q": "int8", "s": "float32", "t": "int32", **({"z": "int32"} if zeros else {}), "w": "uint8"}
+    pointers |= Epilogue.pointers(bias, residual)
+    with Kernel(name, v, pointers, ("m", "n", "k", "ldy", "ldr")) as kernel:
+        product = _ByteProduct(v, kernel, columns, zeros)
+        epilogue = Epilogue(kernel, bias, residual, activation)
+        with kernel.units() as unit:
+            done: Any = v.T.int32(0)
+            rows = isa.tile[0]
+            while rows >= 1:
+                count = v.T.bind((kernel.sizes["m"] - done) // rows)
+                ask = product.ahead(unit, count) if rows == isa.tile[0] else None
+                with v.T.serial(0, count) as i:
+                    row = v.T.bind(done + i * rows)
+                    totals = product.tile(unit, row, rows, i, ask)
+                    epilogue.store(v.T.bind(unit * columns * v.L), row, totals, columns)
+                done = v.T.bind(done + count * rows)
+                rows //= 2
+            epilogue.finish(v.T.bind(unit * columns * v.L), columns * v.L)
+    return kernel.function()
+
+
+class _ByteProduct:
+    def __init__(self, v: Vectors, kernel: Kernel, columns: int, zeros: bool) -> None:
+        self.v, self.kernel, self.columns, self.zeros = v, kernel, columns, zeros
+
+    def ahead(self, unit: Any, tiles: Any) -> Any:
+        """See `Kernel.ahead`."""
+        k, wide = self.kernel.sizes["k"], self.columns * self.v.L
+        return self.kernel.ahead(self.kernel.buffers["w"], unit, (k + FACTS) * wide, tiles, k // 4)
+
+    def tile(self, unit: Any, row: Any, rows: int, number: Any, ask: Any) -> dict[tuple[int, int], Any]:
+        """Finished products of a few rows, by row and vector."""
+        v, T, L, columns, b = self.v, self.v.T, self.v.L, self.columns, self.kernel.buffers
+        k, step = self.kernel.sizes["k"], columns * 4 * L
+        start = T.bind(unit * (k * columns * L + FACTS * columns * L))
+        sums = self.kernel.registers(rows * columns * L, "int32")
+        for i in range(rows * columns):
+            v.store(sums, i * L, T.broadcast(T.int32(0), L))
+        with T.serial(0, k // 4) as four:
+            weights = [v.load(b["w"], start + four * step + r * 4 * L, 4 * L) for r in range(columns)]
+            for i in range(rows):
+                word = T.reinterpret("int32", v.load(b["q"], (row + i) * k + 4 * four, 4))
+                x = T.bind(T.reinterpret(f"int8x{4 * L}", T.broadcast(word, L)))
+                for r in range(columns):
+                    place = (i * columns + r) * L
+                    v.store(sums, place, v.dot_bytes(v.load(sums, place), weights[r], x))
+            if ask is not None:
+                ask(number, four)
+        facts = [T.bind(start + k * (columns * L) + part * 4 * columns * L) for part in range(3)]
+        return {
+            (i, r): self._finished(facts, row + i, r, v.load(sums, (i * columns + r) * L))
+            for r in range(columns)
+            for i in range(rows)
+        }
+
+    def _finished(self, facts: list[Any], row: Any, r: int, total: Any) -> Any:
+        v, T, L, b = self.v, self.v.T, self.v.L, self.kernel.buffers
+        scale, zero, of_weight = (v.load(b["w"], fact + r * 4 * L, 4 * L) for fact in facts)
+        total = T.bind(total - T.reinterpret(v.i32(), zero) * T.broadcast(b["t"][row], L))
+        if self.zeros:
+            total = T.bind(total - T.reinterpret(v.i32(), of_weight) * T.broadcast(b["z"][row], L))
+        scaled = T.bind(T.cast(total, v.f32()) * T.broadcast(b["s"][row], L))
+        return T.bind(scaled * T.reinterpret(v.f32(), scale))

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qc.backends.tvm.kernels.bytes import PADDING, byte_product, quantize_grid, row_ranges
+from qc.backends.tvm.pack import bytes_of, pack_bytes
+from qc.ir.quant import Format, QuantizedTensor
+
+
+def weight(text: str, rows: int, columns: int, rng) -> QuantizedTensor:
+    format = Format.parse(text)
+    codes = rng.integers(format.values.low, format.values.high + 1, (rows, columns))
+    params = {"scale": (rng.random((rows, 1)) * 0.1 + 0.01).astype(np.float32)}
+    if not format.values.symmetric:
+        params["zero_point"] = rng.integers(0, 256, (rows, 1)).astype(np.uint8)
+    return QuantizedTensor(format, codes.astype(np.int8 if format.values.symmetric else np.uint8), params)
+
+
+@pytest.mark.parametrize(("text", "zeros"), [("int8", True), ("uint8", False)])
+def test_a_product_of_bytes_equals_its_definition_bit_for_bit(isa, call, rng, text, zeros):
+    m, n, k = 11, 53, 70
+    w, padded = weight(text, n, k, rng), PADDING * 2
+    q = rng.integers(-128, 128, (m, k)).astype(np.int8)
+    z = rng.integers(-128, 128, m).astype(np.int32) * zeros
+    s, y = rng.random(m).astype(np.float32), np.full((m + 1, n), np.nan, np.float32)
+    wide = np.zeros((m, padded), np.int8)
+    wide[:, :k] = q
+    t = (q.astype(np.int32).sum(1) - k * z).astype(np.int32)
+    unit = isa.tile[1] * isa.lanes
+    packed = pack_bytes(w, unit, isa)
+    assert packed.nbytes == bytes_of(n, k, unit)
+    arrays = [wide, s, t, *([z] if zeros else []), packed, y]
+    options = (isa.tile[1], zeros, False, False, "none")
+    call(isa, byte_product, options, arrays, (m, n, padded, n, 0), -(-n // unit))
+    v = w.params.get("zero_point", np.zeros((n, 1))).astype(np.int64)
+    exact = (q.astype(np.int64) - z[:, None]) @ (w.codes.astype(np.int64) - v).T
+    assert np.array_equal(y[:m], exact.astype(np.float32) * s[:, None] * w.params["scale"].T)
+    assert np.isnan(y[m]).all(), "it wrote beyond its rows"
+
+
+@pytest.mark.parametrize(("low", "high"), [(-128, 127), (0, 15)])
+def test_rows_are_put_on_their_grids(isa, call, rng, low, high):
+    m, k, padded = 5, 37, PADDING
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    lows, highs = np.zeros((2, m), np.float32)
+    call(isa, row_ranges, (), [x, lows, highs], (k, k), m)
+    assert np.array_equal(lows, x.min(1))
+    assert np.array_equal(highs, x.max(1))
+    s = ((highs - lows) / (high - low) * 0.7).astype(np.float32)
+    z = np.rint(low - lows / s).astype(np.int32)
+    q, t = np.ones((m, padded), np.int8), np.zeros(m, np.int32)
+    call(isa, quantize_grid, (low, high), [x, s, z, q, t], (k, k, padded), m)
+    expected = np.clip(np.rint(x / s[:, None]) + z[:, None], low, high).astype(np.int64)
+    assert np.array_equal(q[:, :k], expected)
+    assert not q[:, k:].any()
+    assert np.array_equal(t, expected.sum(1) - k * z)

@@ -124,8 +124,7 @@ def test_ten_instances_in_ten_threads_agree(emitted: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "bit", "header", "swapped", "empty"])
 def test_a_damaged_weights_file_is_refused(emitted: dict[str, Path], tmp_path: Path, damage: str) -> None:
-    for file in emitted["tvm"].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(emitted["tvm"], tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "model.weights"
     content = bytearray(weights.read_bytes())
     match damage:

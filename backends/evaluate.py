@@ -19,8 +19,9 @@ from qc.backends.inputs import text_inputs
 from qc.backends.target import Runner
 from qc.ir.errors import InputError
 from qc.ir.model import Signature
+from qc.ir.pooling import POOLINGS, embedding
 
-__all__ = ["KEYS", "WINDOW", "WINDOWS", "embedding", "evaluate", "text_windows"]
+__all__ = ["KEYS", "WINDOW", "WINDOWS", "evaluate", "text_windows"]
 
 WINDOW = 256
 """Tokens in a window, unless said otherwise."""
@@ -85,39 +86,6 @@ def evaluate(
     if reference is None:
         raise InputError("Expected a reference to compare the outputs with, found none. Give the float model.")
     return found | _arrays(runner, reference, inputs or ())
-
-
-def embedding(hidden: np.ndarray, mask: np.ndarray, pooling: str, *, normalize: bool = True) -> np.ndarray:
-    """Pools token vectors into one vector per sentence.
-
-    Args:
-        hidden: ``[batch, seq, width]``.
-        mask: ``[batch, seq]``, 1 where there is a token.
-        pooling: ``mean``, ``max``, ``cls`` or ``lasttoken``.
-        normalize: Whether each vector is scaled to length one.
-
-    Returns:
-        ``[batch, width]``, float64.
-    """
-    hidden, weight = hidden.astype(np.float64), mask.astype(np.float64)[..., None]
-    match pooling:
-        case "mean":
-            pooled = (hidden * weight).sum(1) / np.maximum(weight.sum(1), 1)
-        case "max":
-            pooled = np.where(weight > 0, hidden, -np.inf).max(1)
-        case "cls":
-            pooled = hidden[:, 0]
-        case "lasttoken":
-            last = np.maximum(mask.astype(np.int64).sum(1) - 1, 0)
-            pooled = hidden[np.arange(len(hidden)), last]
-        case _:
-            raise ValueError(f"Expected one of {sorted(_POOLINGS)}, found {pooling!r}.")
-    if not normalize:
-        return pooled
-    return pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
-
-
-_POOLINGS = frozenset({"mean", "max", "cls", "lasttoken"})
 
 
 def text_windows(runner: Runner, tokens: Sequence[int], window: int, windows: int) -> np.ndarray:
@@ -274,7 +242,7 @@ def _arrays(runner: Runner, reference: Runner, inputs: Sequence[Mapping[str, np.
 
 def _pooling(runner: Runner, mask: np.ndarray | None) -> str | None:
     how = runner.provenance.get("pooling", "")
-    return how if how in _POOLINGS and mask is not None else None
+    return how if how in POOLINGS and mask is not None else None
 
 
 def _mask(signature: Signature, batch: Mapping[str, np.ndarray]) -> np.ndarray | None:

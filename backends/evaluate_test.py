@@ -7,11 +7,12 @@ import onnx_ir as ir
 import pytest
 
 from qc.backends import evaluate as module
-from qc.backends.evaluate import KEYS, embedding, evaluate
+from qc.backends.evaluate import KEYS, evaluate
 from qc.backends.inputs import text_batches, text_inputs
 from qc.backends.reference import ModelRunner
 from qc.ir.errors import InputError
 from qc.ir.model import Port, Signature
+from qc.ir.pooling import embedding
 
 
 class Scripted:

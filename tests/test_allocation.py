@@ -22,4 +22,6 @@ def test_an_average_of_four_bits_is_kept_and_reported(qc: Callable[..., subproce
     assert len(set(planned.values())) > 1
     bits = 8 * sum(s["bytes_after"] for s in weights) / sum(s["elements"] for s in weights)
     assert 3.9 < bits <= 4.0
-    assert report["accuracy"]["kl"] < 0.05
+    assert report["accuracy"]["kl"] < 0.0125, (
+        "uint4 in groups of 128 has 0.0091 in 4.18 bits, int4 per channel 0.0233 in 4.06"
+    )

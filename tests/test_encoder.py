@@ -1,4 +1,4 @@
-"""A real sentence encoder, calibrated and measured on sentences: what static 8-bit quantization costs it."""
+"""A real sentence encoder, calibrated and measured on sentences: what static 8 bits and 4-bit weights cost it."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def test_static_8_bits_keep_embeddings_and_run_on_integers(encoder: Model, sente
     assert ops["MatMulIntegerToFloat"] == 25, "four products a layer and the pooler; query, key and value are one"
     assert ops["QuantizeLinear"] == 25
     assert not {"MatMul", "FusedMatMul", "DequantizeLinear", "DynamicQuantizeLinear"} & set(ops)
+
+
+@pytest.mark.slow
+def test_4_bits_with_feedback_keep_embeddings_in_15_mib(encoder: Model, sentences: Path, tmp_path: Path) -> None:
+    done = qc.compile(encoder, tmp_path / "out", recipe="gptq-w4", calib=sentences)
+    assert done.report["accuracy"]["cosine"] >= 0.987
+    assert done.report["coverage"]["off_target"] == 0
+    assert sum(p.stat().st_size for p in (tmp_path / "out").glob("model.onnx*")) <= 15 << 20

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from qc.ir import dialect
 from qc.ir.model import Model, port_of
+from qc.ir.pooling import POOLINGS, embedding
 from qc.ir.quant import Format
 from qc.ir.runtime import Session
 from qc.ir.store import Store
@@ -34,6 +35,12 @@ class Trial:
         roles = {str(v.name): port_of(v).role for v in model.graph.outputs}
         self._logits = {name for name, role in roles.items() if role == "logits"}
         self._outputs = self._logits or {name for name, role in roles.items() if role not in _CACHE}
+        masks = [str(v.name) for v in model.graph.inputs if port_of(v).role == "mask"]
+        hidden = {name for name, role in roles.items() if role == "hidden"} & self._outputs
+        pooling = model.provenance.get("pooling", "")
+        self._mask, self._pooling = "", ""
+        if hidden and masks and pooling in POOLINGS:
+            self._outputs, self._mask, self._pooling = hidden, masks[0], pooling
         self._expected = self._run(model)
 
     def divergence(self, plan: Mapping[int, Format]) -> float:
@@ -43,8 +50,8 @@ class Trial:
             plan: Formats by the number of a use in `weight_uses`; weights of other uses stay as they are.
 
         Returns:
-            The mean of ``KL(before || after)`` over all positions of logits; without logits, the squared error of all
-            outputs relative to their squares.
+            The mean of ``KL(before || after)`` over all positions of logits; without logits, the squared error of the
+            embedding of a sentence encoder whose pooling is known, or of all outputs, relative to their squares.
         """
         copy = self._model.clone()
         statistics, scope = {}, []
@@ -78,9 +85,16 @@ class Trial:
         runs = []
         for batch in self._batches:
             outputs = session.run(batch)
-            runs.append({name: outputs[name] for name in self._outputs if outputs[name].dtype.kind == "f"})
+            floats = {name: outputs[name] for name in self._outputs if outputs[name].dtype.kind == "f"}
+            runs.append({name: self._pooled(value, batch) for name, value in floats.items()})
         self._outputs = set(runs[0]) if runs else set()
         return runs
+
+    def _pooled(self, value: np.ndarray, batch: Batch) -> np.ndarray:
+        """Token vectors as the sentence's one, where it is known how; errors that cancel there do not count."""
+        if not self._pooling or value.ndim != 3:
+            return value
+        return embedding(value, np.asarray(batch[self._mask]), self._pooling)
 
 
 def _kl(before: np.ndarray, after: np.ndarray) -> float:

@@ -9,10 +9,13 @@ import pytest
 from qc.ir import dialect
 from qc.ir.errors import InputError
 from qc.ir.model import Model, set_role
+from qc.ir.pooling import embedding
 from qc.ir.quant import Format
+from qc.ir.runtime import Session
 from qc.passes.allocate._costs import relative_time
+from qc.passes.allocate._trial import Trial
 from qc.passes.allocate.allocate import Allocate
-from qc.passes.base import Outcome
+from qc.passes.base import Context, Outcome
 from qc.passes.manager import PassManager, PassReport
 from qc.passes.pipeline import Step, format_pipeline, parse_pipeline
 from qc.passes.quantize._sites import weight_uses
@@ -117,6 +120,30 @@ def test_models_without_logits_are_judged_by_their_outputs() -> None:
     assert any("plans moved by" in note for note in plan.notes)
 
 
+def test_embeddings_get_more_bits_where_feedback_helps_products() -> None:
+    bits = {}
+    for codes in ("search", "gptq"):
+        _, (plan,) = run(network(), Allocate(bits=4.5, assign=codes, plans=1))
+        bits[codes] = {s.name: s.details["planned_bits"] for s in plan.sites if s.outcome is Outcome.CHANGED}
+    assert bits["gptq"]["table"] > bits["search"]["table"]
+
+
+def test_a_sentence_encoder_is_judged_by_its_embeddings() -> None:
+    model, rows = network(role="hidden"), [b | {"mask": np.ones((1, 32), np.int64)} for b in batches()]
+    mask = ir.Value(name="mask", shape=ir.Shape(["batch", "seq"]), type=ir.TensorType(ir.DataType.INT64))
+    set_role(mask, "mask")
+    model.graph.inputs.append(mask)
+    model.record(pooling="mean")
+    plan = {number: Format.parse("uint2:g64") for number, _ in enumerate(weight_uses(model))}
+    found = Trial(model, Context(), rows).divergence(plan)
+    manager = PassManager([QuantizeWeights(format="uint2", group=64, metric="none")], verify=False)
+    quantized, _ = manager.run(model.clone())
+    name = str(model.graph.outputs[0].name)
+    hidden = [[Session(m).run(row)[name] for row in rows] for m in (model, quantized)]
+    a, b = (np.array([embedding(v, rows[0]["mask"], "mean")[0] for v in values]) for values in hidden)
+    assert found == pytest.approx(np.sum((a - b) ** 2) / np.sum(a**2), rel=1e-4)
+
+
 def test_a_time_budget_is_kept() -> None:
     def time(report: PassReport) -> float:
         sizes = {"layer0": 1, "layer1": 1, "layer2": 1, "head": 2}
@@ -150,7 +177,7 @@ def test_nothing_is_planned_twice() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"bits": 0.0}, {"time": -1.0}, {"formats": ()}, {"formats": ("int99",)}, {"target": "x"}],
+    [{"bits": 0.0}, {"time": -1.0}, {"formats": ()}, {"formats": ("int99",)}, {"target": "x"}, {"assign": "x"}],
 )
 def test_impossible_options_are_refused(options: dict) -> None:
     with pytest.raises(InputError):

@@ -13,7 +13,16 @@ from qc.ir.errors import InputError
 from qc.ir.model import Model, Signature
 from qc.passes.pipeline import Step
 
-__all__ = ["Backend", "Coverage", "PreparedRunner", "Runner", "Target", "backend_for", "target_names"]
+__all__ = [
+    "Backend",
+    "Coverage",
+    "PreparedRunner",
+    "Runner",
+    "Target",
+    "backend_for",
+    "split_targets",
+    "target_names",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +193,21 @@ _TARGETS: dict[str, Callable[[str], Backend]] = {
 def target_names() -> list[str]:
     """Names of all targets."""
     return sorted(_TARGETS)
+
+
+def split_targets(text: str) -> list[str]:
+    """Splits a list with commas; a word that names no target is an option of the one before it.
+
+    >>> split_targets("ort-cpu,tvm-cpu:avx2,float,ort-npu:qnn")
+    ['ort-cpu', 'tvm-cpu:avx2,float', 'ort-npu:qnn']
+    """
+    found: list[str] = []
+    for word in text.split(","):
+        if found and word.partition(":")[0] not in _TARGETS:
+            found[-1] += f",{word}"
+        else:
+            found.append(word)
+    return found
 
 
 def backend_for(target: str) -> Backend:

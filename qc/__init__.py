@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Artifact": "qc.backends.artifact",
-    "CompileResult": "qc.compiler",
+    "CompileResult": "qc.emission",
     "Context": "qc.passes.base",
     "ContractError": "qc.ir.errors",
     "Format": "qc.ir.quant",
@@ -28,6 +28,7 @@ _EXPORTS = {
     "Step": "qc.passes.pipeline",
     "UnsupportedError": "qc.ir.errors",
     "compile": "qc.compiler",
+    "compile_all": "qc.compiler",
     "load": "qc.frontend",
     "lower": "qc.compiler",
     "parse_pipeline": "qc.passes.pipeline",

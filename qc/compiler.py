@@ -4,65 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
+import re
 import shutil
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from qc.backends.artifact import Artifact, ArtifactWriter
-from qc.backends.decoding import context_limit
-from qc.backends.manifest import Manifest, source_files
+from qc.backends.artifact import ArtifactWriter
 from qc.backends.reference import ModelRunner, Remembered
-from qc.backends.target import Backend, Coverage, Runner, Target, backend_for
-from qc.backends.workspace import work_directory
+from qc.backends.target import Coverage, backend_for
+from qc.backends.workspace import sweep, work_directory
+from qc.emission import Clock, CompileResult, Prepared, canonicalize_steps, finish
 from qc.frontend import load
-from qc.ir.digest import digest_batches
-from qc.ir.errors import ContractError, InputError
+from qc.ir.errors import InputError
 from qc.ir.model import Model
-from qc.ir.probe import Found, find_inputs, run_in_turn
+from qc.ir.probe import Found, find_inputs
 from qc.ir.store import Store
-from qc.ir.verify import STAGES, check_structure, compare
-from qc.measurement import Data, measure, measured_batches, read_data, rehearse, shortened, speed
+from qc.measurement import read_data
 from qc.passes.base import CALIBRATION_TOKENS, Context
-from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.journal import Journal
 from qc.passes.manager import PassManager, PassReport
 from qc.passes.pipeline import Step, format_pipeline, parse_pipeline, steps_of
-from qc.plan import Plan, make_plan
+from qc.plan import make_plan
 from qc.progress import Progress
 from qc.recipes import Recipe, load_recipe
-from qc.report import build_report, write_report
 
-__all__ = ["CompileResult", "compile", "lower"]
-
-_LOWERING_SQNR = 10.0
-"""Decibels that a lowered model must keep against the quantized one. Kernels that quantize activations at run time land
-between 25 and 45; a wrong lowering lands near 0."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileResult:
-    """What `compile` returns.
-
-    Attributes:
-        artifact: The directory; None after a dry run.
-        plan: What was estimated before the work.
-        reports: One per pass, in order.
-        report: The content of ``report.json``.
-        speed: A first impression of the artifact's speed here: ``decode_tok_s`` and ``prefill_ms``, or ``latency_ms``.
-        seconds: Wall time of each stage. Neither is part of the artifact, which must not depend on the clock.
-    """
-
-    artifact: Artifact | None
-    plan: Plan
-    reports: Sequence[PassReport]
-    report: Mapping[str, Any]
-    speed: Mapping[str, float]
-    seconds: Mapping[str, float]
+__all__ = ["CompileResult", "compile", "compile_all", "directory_of", "lower"]
 
 
 def compile(  # noqa: A001  the verb of the product
@@ -115,97 +85,182 @@ def compile(  # noqa: A001  the verb of the product
         UnsupportedError: If the target cannot express the result.
         ContractError: If a pass, or the artifact, does not compute what it must.
     """
-    progress = progress or Progress()
-    clock = _Clock(progress)
-    backend = backend_for(target)
-    chosen = _recipe(recipe or backend.target.recipe, passes).with_options(settings)
-    steps = steps_of(chosen.passes)
-    out = Path(out)
-    writer = ArtifactWriter(out, force=force, resume=resume)
+    (result,) = _compile(
+        source,
+        Path(out),
+        {target: Path(out)},
+        recipe=recipe,
+        passes=passes,
+        calib=calib,
+        samples=samples,
+        memory=memory,
+        exclude=exclude,
+        settings=settings,
+        seed=seed,
+        force=force,
+        resume=resume,
+        dry_run=dry_run,
+        verify=verify,
+        progress=progress or Progress(),
+    ).values()
+    return result
+
+
+def compile_all(
+    source: object, out: str | Path, targets: Sequence[str], *, progress: Progress | None = None, **options: Any
+) -> dict[str, CompileResult]:
+    """Compiles a model for several targets, each into a directory of its own below `out`.
+
+    They share what comes before lowering: the import, the canonical form, and, where they take the same recipe, all of
+    its work. Each artifact is the same to the byte as one that was compiled alone, and appears as soon as it is
+    complete: if a later target fails, the earlier ones stand.
+
+    Args:
+        source: As of `compile`.
+        out: The directory above the artifacts, which are named after their targets, with ``-`` for ``:``, ``,``, ``=``.
+        targets: Names of targets.
+        progress: Receives events.
+        options: As of `compile`.
+
+    Returns:
+        What `compile` returns, by target.
+
+    Raises:
+        InputError: If two targets have the same directory, and as `compile`.
+    """
+    places = {target: Path(out) / directory_of(target) for target in targets}
+    if len(set(places.values())) < len(targets):
+        raise InputError(f"Expected different targets, found {', '.join(targets)}. Name each of them once.")
+    chosen = _DEFAULTS | options
+    if unknown := sorted(set(options) - set(_DEFAULTS)):
+        raise TypeError(f"compile_all() got unexpected options {', '.join(unknown)}")
+    sweep(Path(os.path.realpath(out)), resume=bool(options.get("resume")))
+    return _compile(source, Path(out), places, progress=progress or Progress(), **chosen)
+
+
+_DEFAULTS: dict[str, Any] = {
+    "recipe": None,
+    "passes": None,
+    "calib": None,
+    "samples": None,
+    "memory": None,
+    "exclude": (),
+    "settings": (),
+    "seed": 0,
+    "force": False,
+    "resume": False,
+    "dry_run": False,
+    "verify": True,
+}
+
+
+def directory_of(target: str) -> str:
+    """The name of the directory of an artifact that is one of several."""
+    return re.sub(r"[:,=]+", "-", target)
+
+
+def _compile(
+    source: object,
+    out: Path,
+    places: Mapping[str, Path],
+    *,
+    recipe: str | None,
+    passes: str | None,
+    calib: str | Path | Iterable[Mapping[str, object]] | None,
+    samples: int | None,
+    memory: int | None,
+    exclude: Sequence[str],
+    settings: Sequence[str],
+    seed: int,
+    force: bool,
+    resume: bool,
+    dry_run: bool,
+    verify: bool,
+    progress: Progress,
+) -> dict[str, CompileResult]:
+    """Compiles for each target into its place; works beside `out`."""
+    clock = Clock(progress)
+    backends = {target: backend_for(target) for target in places}
+    recipes = {t: _recipe(recipe or b.target.recipe, passes).with_options(settings) for t, b in backends.items()}
+    writers = {target: ArtifactWriter(place, force=force, resume=resume) for target, place in places.items()}
+    results: dict[str, CompileResult] = {}
     try:
         with work_directory(out, resume=resume) as work:
             clock.start("import")
             shutil.rmtree(work / "import", ignore_errors=True)  # of a killed compile
             model = source if isinstance(source, Model) else load(source, work=work / "import")  # type: ignore[arg-type]
-            _limit(model, backend.target)
-            plan = make_plan(model, steps, exported=(work / "import").is_dir())
-            progress.plan(plan)
-            plan.check(out, memory)
+            plans = {}
+            for chosen in _distinct(recipes.values()):
+                plan = make_plan(model, steps_of(chosen.passes), exported=(work / "import").is_dir())
+                progress.plan(plan)
+                plan.check(out, memory)
+                plans[str(chosen.passes)] = plan
             if dry_run:
-                return CompileResult(None, plan, (), {}, {}, clock.stop())
-            data = read_data(model, calib, samples=samples, tokens=_calibration_tokens(steps), seed=seed)
-            if backend.target.simulated:
-                data = shortened(data, plan)
-            original = model.clone()
-            store = Store(work / "store")
+                seconds = clock.stop()
+                return {t: CompileResult(None, plans[str(r.passes)], (), {}, {}, seconds) for t, r in recipes.items()}
+            original, store = model.clone(), Store(work / "store")
             reference = Remembered(ModelRunner(original), store)
             found = find_inputs(original, reference.run, seed)
             _require_finite(original, found)
-            context = Context(
-                store=store,
-                seed=seed,
-                exclude=tuple(exclude),
-                tick=progress.tick,
-                work=work / "activations",
-                activations=None if memory is None else max(0, memory - plan.memory_bytes),
-                journal=Journal(work / "journal", _facts(steps, seed, exclude), resume=resume),
-            )
-            phases = _phases(steps, backend)
-            reports: list[PassReport] = []
-            known = found.outputs
-            for phase, todo in phases.items():
-                clock.start(phase)
-                if phase == "lower":
-                    unlowered = known or _outputs(model, found.batches)
-                stage = "lowering" if phase == "lower" else "float"
-                manager = PassManager(todo, stage=stage, verify=verify, observer=progress.pass_event)
-                model, done = manager.run(
-                    model, context=context, probe=found.batches, calibration=data.calibration, outputs=known
-                )
-                reports, known = reports + done, manager.outputs
-                if phase == "recipe":
-                    _require_used(context)
-            check_structure(model, STAGES[backend.target.stage], _foreign_domains(original))
-            with writer:
-                clock.start("write")
-                backend.emit(model, writer.directory)
-                clock.start("measure")
-                rehearse(reference, plan, data)  # the float model and the artifact take turns in memory
-                if plan.in_parts:
-                    runner = backend.open_in_parts(writer.directory, work / "activations")
-                    runner.prepare(measured_batches(runner, plan, data))
-                else:
-                    runner = backend.open(writer.directory)
-                _require_same(runner, found.batches, unlowered)
-                accuracy = measure(runner, reference, plan, data, found)
-                timed = found.batches and not plan.in_parts and not backend.target.simulated
-                figures = speed(runner, found.batches) if timed else {}
-                report = build_report(
-                    plan=plan,
-                    reports=reports,
-                    coverage=backend.coverage(model),
-                    accuracy=accuracy,
-                    directory=writer.directory,
-                    recipe=chosen.name,
-                    target=target,
-                )
-                write_report(report, writer.directory)
-                manifest = Manifest.of(
-                    model,
-                    backend.target,
-                    recipe=chosen.name,
-                    steps=steps,
-                    lowering=[*phases["canonicalize"], *phases["lower"]],
+            canonical: list[PassReport] = []
+            outputs = found.outputs
+            different = _distinct(recipes.values())
+            for number, chosen in enumerate(different):
+                steps, plan = steps_of(chosen.passes), plans[str(chosen.passes)]
+                tokens = _calibration_tokens(steps)
+                data = read_data(original, calib, samples=samples, tokens=tokens, seed=seed)
+                journal = work / "journal" if number == 0 else work / "journal" / str(number)
+                context = Context(
+                    store=store,
                     seed=seed,
-                    source=source_files(_weight_files(original)),
-                    accuracy=accuracy,
-                    calibration=_described(data),
+                    exclude=tuple(exclude),
+                    tick=progress.tick,
+                    work=work / "activations",
+                    activations=None if memory is None else max(0, memory - plan.memory_bytes),
+                    journal=Journal(journal, _facts(steps, seed, exclude), resume=resume),
                 )
-                writer.describe(manifest)
-            artifact = Artifact.open(out)
-            return CompileResult(artifact, plan, reports, report, figures, clock.stop())
+                if number == 0:
+                    clock.start("canonicalize")
+                    manager = PassManager(canonicalize_steps(), verify=verify, observer=progress.pass_event)
+                    model, canonical = manager.run(
+                        model, context=context, probe=found.batches, calibration=data.calibration, outputs=outputs
+                    )
+                    outputs = manager.outputs
+                clock.start("recipe")
+                manager = PassManager(steps, verify=verify, observer=progress.pass_event)
+                quantized = model if chosen is different[-1] else model.clone()
+                quantized, done = manager.run(
+                    quantized, context=context, probe=found.batches, calibration=data.calibration, outputs=outputs
+                )
+                _require_used(context)
+                prepared = Prepared(
+                    original=original,
+                    reference=reference,
+                    found=found,
+                    outputs=manager.outputs,
+                    data=data,
+                    plan=plan,
+                    recipe=chosen,
+                    context=context,
+                    reports=[*canonical, *done],
+                )
+                todo = [t for t, r in recipes.items() if r == chosen]
+                for target in todo:
+                    lowered = quantized if target is todo[-1] else quantized.clone()
+                    own = Clock(progress, clock.stop())
+                    results[target] = finish(prepared, lowered, target, writers[target], own, verify=verify)
+        return {target: results[target] for target in places}
     finally:
         progress.close()
+
+
+def _distinct(recipes: Iterable[Recipe]) -> list[Recipe]:
+    """Each recipe once, in order."""
+    found: list[Recipe] = []
+    for recipe in recipes:
+        if recipe not in found:
+            found.append(recipe)
+    return found
 
 
 def lower(model: Model, target: str = "ort-cpu", *, verify: bool = True) -> tuple[Model, Coverage]:
@@ -218,21 +273,6 @@ def lower(model: Model, target: str = "ort-cpu", *, verify: bool = True) -> tupl
     manager = PassManager(list(backend.lowering()), stage="lowering", verify=verify)
     lowered, _ = manager.run(model)
     return lowered, backend.coverage(lowered)
-
-
-def _limit(model: Model, target: Target) -> None:
-    """Says how long a text may be where the target fixes it, so that longer ones are cut before they are used."""
-    if target.longest is None or model.signature.input("tokens") is None:
-        return
-    longest = target.longest[0 if model.signature.caches else 1]
-    model.record(max_positions=min(longest, context_limit(model.provenance) or longest))
-
-
-def _described(data: Data) -> dict[str, object]:
-    """What the manifest says about the calibration data."""
-    if data.calibration is None:
-        return {}
-    return {"source": data.name, "batches": len(data.calibration), "sha256": digest_batches(data.calibration)}
 
 
 def _calibration_tokens(steps: Sequence[Step]) -> int:
@@ -251,40 +291,6 @@ def _facts(steps: Sequence[Step], seed: int, exclude: Sequence[str]) -> dict[str
     }
 
 
-def _phases(steps: Sequence[Step], backend: Backend) -> dict[str, list[Step]]:
-    """The passes of each phase of a compile, in order."""
-    return {
-        "canonicalize": [Step(p, optional=True) for p in canonicalize_passes()],
-        "recipe": list(steps),
-        "lower": list(backend.lowering()),
-    }
-
-
-def _outputs(model: Model, batches: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    return run_in_turn(ModelRunner(model).run, model.signature, batches)
-
-
-class _Clock:
-    """Times the stages of a compile and announces them."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._seconds: dict[str, float] = {}
-        self._running: tuple[str, float] | None = None
-
-    def start(self, name: str) -> None:
-        self.stop()
-        self._running = (name, time.perf_counter())
-        self._progress.stage(name)
-
-    def stop(self) -> dict[str, float]:
-        if self._running is not None:
-            name, began = self._running
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
-            self._running = None
-        return dict(self._seconds)
-
-
 def _recipe(name: str, passes: str | None) -> Recipe:
     if passes is None:
         return load_recipe(name)
@@ -292,18 +298,6 @@ def _recipe(name: str, passes: str | None) -> Recipe:
         {s.action.spec_name(): dataclasses.asdict(s.action) | {"optional": s.optional}} for s in parse_pipeline(passes)
     ]
     return Recipe("custom", "A pipeline given as a string", "", entries)
-
-
-def _weight_files(model: Model) -> list[str]:
-    """The files that the model's weights and assets lie in."""
-    tensors = (v.const_value for v in model.graph.initializers.values())
-    return sorted(
-        {t.path for t in tensors if isinstance(t, ir.ExternalTensor)} | {str(p) for p in model.assets.values()}
-    )
-
-
-def _foreign_domains(model: Model) -> frozenset[str]:
-    return frozenset(n.domain for n in model.graph.all_nodes())
 
 
 def _require_finite(model: Model, found: Found) -> None:
@@ -337,17 +331,3 @@ def _require_used(context: Context) -> None:
             f"Expected --exclude to match a weight, found none that {', '.join(unused)} matches. A typo would quantize "
             "what you meant to keep; `qc inspect --sizes` lists the names."
         )
-
-
-def _require_same(
-    runner: Runner, probe: Sequence[Mapping[str, np.ndarray]], expected: Sequence[Mapping[str, np.ndarray]]
-) -> None:
-    """Compares the artifact in its own runtime with the model that was lowered."""
-    for before, after in zip(expected, run_in_turn(runner.run, runner.signature, probe), strict=True):
-        for difference in compare(before, after):
-            if not difference.sqnr >= _LOWERING_SQNR:
-                raise ContractError(
-                    f"The artifact does not compute what was lowered: output {difference.output!r} keeps "
-                    f"{difference.sqnr:.1f} dB on a random batch, expected at least {_LOWERING_SQNR:g} dB. "
-                    "This is a defect of qc or of the runtime's kernels; nothing was written."
-                )

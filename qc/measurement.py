@@ -19,12 +19,12 @@ from qc.backends.inputs import text_batches, text_inputs
 from qc.backends.target import Runner
 from qc.calibration import read_batches, read_documents
 from qc.ir.errors import InputError
-from qc.ir.model import Model
+from qc.ir.model import Model, Signature
 from qc.ir.probe import Found
 from qc.passes.base import CALIBRATION_TOKENS
 from qc.plan import Plan, evaluation_windows
 
-__all__ = ["Data", "measure", "measured_batches", "read_data", "rehearse", "shortened", "speed"]
+__all__ = ["Data", "fitted", "measure", "measured_batches", "read_data", "rehearse", "shortened", "speed"]
 
 _MOST_BATCHES = 128
 """Batches of arrays to calibrate on."""
@@ -107,6 +107,15 @@ def read_data(
     if documents.continuous:
         return _windows(model, path, documents.ids[0], samples or -(-tokens // WINDOW))
     return _texts(model, path, documents.ids, samples or _MOST_SENTENCES, seed)
+
+
+def fitted(data: Data, signature: Signature, longest: int) -> Data:
+    """The same data with texts to measure on that are cut to `longest` tokens."""
+    if data.batches is None:
+        return data
+    along = {p.name for p in signature.inputs if p.role in ("tokens", "mask", "positions", "token_types")}
+    batches = [{k: v[..., :longest] if k in along else v for k, v in b.items()} for b in data.batches]
+    return dataclasses.replace(data, batches=batches)
 
 
 def shortened(data: Data, plan: Plan) -> Data:

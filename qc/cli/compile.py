@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qc.backends.target import backend_for, split_targets
 from qc.cli.output import accuracy_rows, byte_size, print_json, print_table
 from qc.cli.progress import choose_progress
-from qc.compiler import CompileResult, compile  # noqa: A004  the product verb
+from qc.compiler import CompileResult, compile, compile_all, directory_of  # noqa: A004  the product verb
 from qc.plan import parse_bytes
 from qc.progress import Progress
 
@@ -15,29 +16,39 @@ __all__ = ["run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compiles and prints the final table."""
-    result = compile(
-        arguments.model,
-        arguments.output,
-        target=arguments.target,
-        recipe=arguments.recipe,
-        passes=arguments.passes,
-        calib=arguments.calib,
-        samples=arguments.samples,
-        memory=parse_bytes(arguments.memory) if arguments.memory is not None else None,
-        exclude=arguments.exclude,
-        settings=arguments.settings,
-        seed=arguments.seed,
-        force=arguments.force,
-        resume=arguments.resume,
-        dry_run=arguments.dry_run,
-        verify=not arguments.no_verify,
-        progress=Progress() if arguments.json else choose_progress(),
-    )
+    """Compiles for one target or several, and prints a table for each."""
+    targets = split_targets(arguments.target)
+    options = {
+        "recipe": arguments.recipe,
+        "passes": arguments.passes,
+        "calib": arguments.calib,
+        "samples": arguments.samples,
+        "memory": parse_bytes(arguments.memory) if arguments.memory is not None else None,
+        "exclude": arguments.exclude,
+        "settings": arguments.settings,
+        "seed": arguments.seed,
+        "force": arguments.force,
+        "resume": arguments.resume,
+        "dry_run": arguments.dry_run,
+        "verify": not arguments.no_verify,
+        "progress": Progress() if arguments.json else choose_progress(),
+    }
+    if len(targets) == 1:
+        result = compile(arguments.model, arguments.output, target=arguments.target, **options)
+        if arguments.json:
+            print_json(_data(result, arguments.output))
+        elif result.artifact is not None:
+            _print(result, arguments.output)
+        return 0
+    results = compile_all(arguments.model, arguments.output, targets, **options)
+    places = {target: str(Path(arguments.output) / directory_of(target)) for target in targets}
     if arguments.json:
-        print_json(_data(result, arguments.output))
-    elif result.artifact is not None:
-        _print(result, arguments.output)
+        print_json({"targets": {target: _data(result, places[target]) for target, result in results.items()}})
+        return 0
+    for target, result in results.items():
+        if result.artifact is not None:
+            print(f"\n{target}")
+            _print(result, places[target])
     return 0
 
 
@@ -84,6 +95,8 @@ def _print(result: CompileResult, output: str) -> None:
 def _no_speed(result: CompileResult, output: str) -> str:
     if result.plan.in_parts:
         return f"not measured: the artifact was loaded in parts, to save memory; qc bench {output}"
+    if backend_for(result.artifact.manifest.target).target.simulated:
+        return "not measured: it runs in a simulator"
     return "not measured: no inputs"
 
 

@@ -35,7 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the artifact will stand; appears complete or not at all",
     )
-    c.add_argument("--target", default="ort-cpu", help="what it shall run on; see `qc targets` (default: %(default)s)")
+    c.add_argument(
+        "--target",
+        default="ort-cpu",
+        metavar="NAME[,NAME...]",
+        help="what it shall run on, see `qc targets`; each of several gets a directory in DIR (default: %(default)s)",
+    )
     how = c.add_mutually_exclusive_group()
     how.add_argument("--recipe", metavar="NAME|FILE", help="see `qc recipes` (default: the target's, w4 for most)")
     how.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qc.backends.kits.write import write_kits
+from qc.backends.manifest import Manifest, digest_tree
 from qc.backends.target import backend_for
 from qc.backends.tvm.backend import ANDROID
 from qc.frontend import load
@@ -104,3 +107,61 @@ def test_the_c_kit_runs_on_arm64(library: Library, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     expected = backend_for("tvm-cpu:float").open(library("tvm-cpu:float"), threads=1).generate(PROMPT, 16)
     assert [int(line) for line in done.stdout.split()] == list(expected)
+
+
+JSON = Path("/usr/share/java/json-android.jar")
+
+
+@pytest.mark.slow
+def test_the_kit_for_android_runs_on_a_jvm_and_refuses_changed_files(
+    root: Path, library: Library, tmp_path: Path
+) -> None:
+    """Compiled by the compilers of Java, Kotlin and C, without the two files that need Android or the tokenizer."""
+    missing = [tool for tool in ("javac", "java", "kotlinc", "cmake") if shutil.which(tool) is None]
+    if missing or not JSON.is_file():
+        pytest.skip(f"needs {', '.join(missing) or JSON.name}, which .ci/tools installs")
+    artifact, backend = tmp_path / "artifact", backend_for("tvm-cpu:float")
+    shutil.copytree(library("tvm-cpu:float"), artifact)
+    model = load("builtin:tiny-llama")
+    write_kits(["android-tvm"], model, backend.target, artifact)
+    (artifact / "manifest.json").write_text(
+        dataclasses.replace(Manifest.of(model, backend.target), files=digest_tree(artifact)).to_json()
+    )
+
+    app = artifact / "android" / "src" / "main"
+    classes, built = tmp_path / "classes", tmp_path / "build"
+    kotlin = [app / "kotlin/qc/model" / f"{name}.kt" for name in ("Artifact", "Interface", "Text", "Model")]
+    native = app / "java/qc/model/Native.java"
+    path = f"{classes}:{JSON}:/usr/share/java/kotlin-stdlib.jar"
+    strict = "-DCMAKE_C_FLAGS=-Wall -Wextra -Werror"
+    for command in (
+        ["kotlinc", "-cp", JSON, *kotlin, native, "-d", classes],
+        ["javac", "-cp", path, "-d", classes, native, root / "tests/android/Use.java"],
+        ["cmake", "-S", app / "cpp", "-B", built, strict],
+        ["cmake", "--build", built],
+    ):
+        done = _run(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    use = ["java", f"-Djava.library.path={built}", "-Xcheck:jni", "-cp", path, "Use", artifact]
+
+    done = _run(*use, "0", *map(str, PROMPT))
+    assert done.returncode == 0, done.stderr
+    expected = list(backend.open(artifact, threads=1).generate([0, *PROMPT], 8))
+    ids, text = done.stdout.splitlines()[-2:]
+    assert [int(word) for word in ids.split()] == expected
+    assert text == ids, "bos goes in front of the text, which the ids above already had"
+
+    for file, message in (
+        ("tokenizer.json", "tokenizer.json: missing at "),
+        ("model.weights", "model.weights: content differs from the manifest's SHA-256"),
+    ):
+        content = bytearray((artifact / file).read_bytes())
+        content[-1] ^= 1
+        (artifact / file).unlink()
+        if file == "model.weights":
+            (artifact / file).write_bytes(content)
+        done = _run(*use, "3")
+        content[-1] ^= 1
+        (artifact / file).write_bytes(content)
+        assert done.returncode == 1
+        assert done.stderr.startswith(message), done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 from qc.backends.kits.facts import Facts
 from qc.backends.manifest import digest
 
-__all__ = ["texts"]
+__all__ = ["generates", "texts"]
 
 _FILES = ("model.weights", "tokenizer.json")
 
@@ -43,13 +43,18 @@ _EXAMPLE_TEXT = """    std::vector<int64_t> tokens;
 _EXAMPLE = """    std::printf("%zu bytes of working memory\\n", qc_memory(instance.get()));"""
 
 
+def generates(directory: Path) -> bool:
+    """Whether the library keeps a cache and generates text."""
+    return "qc_feed" in (directory / "model.h").read_text("utf-8")
+
+
 def texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """The texts that depend on the model."""
-    generates = "enum { QC_VOCABULARY" in (directory / "model.h").read_text("utf-8")
+    text = generates(directory)
     files = [(n, digest(directory / n)) for n in _FILES if (directory / n).is_file()]
     return {
         "c_files": "\n".join(f'    {{"{n}", {f.bytes}ULL, "{f.sha256}"}},' for n, f in files),
-        "cpp_generate": _GENERATE if generates else "",
-        "cpp_example": _EXAMPLE_TEXT if generates else _EXAMPLE,
-        "c_arguments": f" {facts.bos or 3} 17 200" if generates else "",
+        "cpp_generate": _GENERATE if text else "",
+        "cpp_example": _EXAMPLE_TEXT if text else _EXAMPLE,
+        "c_arguments": f" {facts.bos or 3} 17 200" if text else "",
     }

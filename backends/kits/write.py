@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 
-from qc.backends.kits import c_language, javascript
+from qc.backends.kits import c_language, javascript, kotlin, swift
 from qc.backends.kits.facts import Facts, facts_of
 from qc.backends.target import Target
 from qc.ir.errors import InternalError
@@ -40,7 +40,10 @@ class Kit:
 
 
 KITS: Mapping[str, Kit] = {
+    "android-ort": Kit("android", ["android", "android_ort"], kotlin.runtime_texts),
+    "android-tvm": Kit("android", ["android", "android_tvm"], kotlin.library_texts),
     "c": Kit("c", ["c"], c_language.texts),
+    "ios-ort": Kit("ios", ["ios", "ios_ort"], swift.runtime_texts),
     "web": Kit("web", ["web"], javascript.texts),
 }
 """All kits by name."""

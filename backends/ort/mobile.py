@@ -52,6 +52,8 @@ class OrtMobile(OrtCpu):
 
     def emit(self, model: Model, directory: Path) -> None:
         """Writes the model in both forms, the list of its operators, and the kits for Android and iOS."""
+        from qc.backends.kits.write import write_kits
+
         super().emit(model, directory)
         weights = sum(f.stat().st_size for f in directory.glob("model.onnx*"))
         if weights > _LARGEST:
@@ -59,6 +61,7 @@ class OrtMobile(OrtCpu):
                 f"Expected a model of less than 2 GiB for {MODEL}, found {weights} bytes. Choose fewer bits."
             )
         _convert(directory)
+        write_kits(["android-ort", "ios-ort"], model, self.target, directory)
 
     def open(self, directory: Path, *, threads: int = 0, spinning: bool = True) -> Runner:
         """Loads what an app loads."""

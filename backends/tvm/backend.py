@@ -165,6 +165,7 @@ class TvmAndroid(TvmCpu):
     name: ClassVar[str] = "tvm-android"
     about: ClassVar[str] = "a C library for arm64; run in an emulator elsewhere"
     platform: ClassVar[Platform] = ANDROID
+    kits: ClassVar[tuple[str, ...]] = ("c", "android-tvm")
 
     def default_level(self) -> Isa:
         """Phones since 2018 have it."""

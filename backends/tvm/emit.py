@@ -60,6 +60,7 @@ def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: 
         "caches": [v.name for v in lowering.cached],
         "decoder": feeds_text(model, lowering),
         "level": isa.name,
+        "march": _MARCH[isa.name],
         "streamed_bytes": _streamed(program),
     }
     (directory / FACTS).write_text(dump_json(facts), "utf-8", newline="\n")

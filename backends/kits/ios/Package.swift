@@ -1,0 +1,21 @@
+// swift-tools-version:5.9
+import PackageDescription
+
+let package = Package(
+    name: "QcModel",
+    platforms: [.iOS(.v16), .macOS(.v13)],
+    products: [.library(name: "QcModel", targets: ["QcModel"])],
+    dependencies: [
+@@swift_dependencies@@
+        .package(url: "https://github.com/huggingface/swift-transformers", from: "1.0.0")
+    ],
+    targets: [
+        .target(
+            name: "QcModel",
+            dependencies: [
+@@swift_products@@
+                .product(name: "Tokenizers", package: "swift-transformers")
+            ]
+        )
+    ]
+)

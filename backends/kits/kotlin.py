@@ -1,0 +1,174 @@
+"""The texts of the kits for Android."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qc.backends.kits.c_language import generates
+from qc.backends.kits.facts import Facts
+from qc.backends.kits.names import constants, upper
+from qc.ir.model import Port
+
+__all__ = ["library_texts", "runtime_texts", "unlimited"]
+
+unlimited = 1 << 30
+"""The largest number of tokens of a model that does not say."""
+
+_GENERATE = """
+    /** The continuation of [tokens]; at temperature 0 each is the most probable one. */
+    @JvmOverloads
+    fun generateTokens(tokens: LongArray, maxTokens: Int = 64, temperature: Float = 0f, seed: Long = 0) = sequence {
+        Native.reset(instance)
+        val state = longArrayOf(seed)
+        var fresh = tokens
+        repeat(minOf(maxTokens, Interface.LIMIT - tokens.size)) {
+            Native.feed(instance, fresh)
+            val token = Native.sample(instance, temperature, state)
+            if (token in Interface.STOP) return@sequence
+            yield(token)
+            fresh = longArrayOf(token)
+        }
+    }
+
+    /** The continuation of a text, piece by piece. */
+    @JvmOverloads
+    fun generate(prompt: String, maxTokens: Int = 64, temperature: Float = 0f, seed: Long = 0): Sequence<String> {
+        val tokenizer = text ?: throw ArtifactException("tokenizer.json", "the model was opened without a tokenizer")
+        return tokenizer.stream(generateTokens(tokenizer.prompt(prompt), maxTokens, temperature, seed))
+    }
+"""
+
+_JAVA = """
+    public static native void reset(long instance);
+
+    public static native void feed(long instance, long[] tokens);
+
+    /** Draws the next token; at temperature 0 the most probable one. Advances seed[0]. */
+    public static native long sample(long instance, float temperature, long[] seed);
+"""
+
+_JNI = """
+JNIEXPORT void JNICALL Java_qc_model_Native_reset(JNIEnv *env, jclass self, jlong instance) {
+  (void)self;
+  ok(env, qc_reset(instance_of(instance)));
+}
+
+JNIEXPORT void JNICALL Java_qc_model_Native_feed(JNIEnv *env, jclass self, jlong instance, jlongArray tokens) {
+  (void)self;
+  const jsize count = (*env)->GetArrayLength(env, tokens);
+  jlong *held = (*env)->GetLongArrayElements(env, tokens, NULL);
+  if (!held) return;
+  const int code = qc_feed(instance_of(instance), (const int64_t *)held, count);
+  (*env)->ReleaseLongArrayElements(env, tokens, held, JNI_ABORT);
+  ok(env, code);
+}
+
+JNIEXPORT jlong JNICALL Java_qc_model_Native_sample(JNIEnv *env, jclass self, jlong instance, jfloat temperature,
+                                                    jlongArray seed) {
+  (void)self;
+  int64_t token = 0;
+  jlong state = 0;
+  qc_sampling sampling = {0};
+  (*env)->GetLongArrayRegion(env, seed, 0, 1, &state);
+  if ((*env)->ExceptionCheck(env)) return 0;
+  sampling.temperature = temperature;
+  sampling.seed = (uint64_t)state;
+  if (!ok(env, qc_sample(instance_of(instance), &sampling, &token))) return 0;
+  state = (jlong)sampling.seed;
+  (*env)->SetLongArrayRegion(env, seed, 0, 1, &state);
+  return token;
+}
+"""
+
+_USES = {
+    "generate": '    for (piece in model.generate("Once upon a time")) print(piece)',
+    "embed": '    val vector = model.embed("a leaf")',
+    "run": "    model.run(inputs)",
+}
+
+_LIBRARY_FILES = """| `Native.java`, `src/main/cpp` | the C library by JNI; the NDK builds it |
+"""
+
+_LIBRARY_NOTES = """
+The library needs nothing at run time. It is compiled for arm64, so an emulator on x86 does not run it.
+"""
+
+_RUNTIME_NOTES = """
+## A smaller runtime
+
+`../required_operators.config` lists the operators of this model. With it, ONNX Runtime's own build script makes an AAR
+that holds only these, and loads `model.ort`:
+
+```sh
+python tools/ci_build/github/android/build_aar_package.py --include_ops_by_config required_operators.config \\
+  tools/ci_build/github/android/default_full_aar_build_settings.json
+```
+
+`report.html` says what NNAPI would take of the model; by default everything runs on the CPU's integer kernels.
+"""
+
+
+def runtime_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
+    """For an app with ONNX Runtime."""
+    return _interface(facts) | {
+        "kotlin_use": _USES[facts.task],
+        "android_files": "",
+        "android_refuses": f"a runtime older than\n{facts.runtime[1]}, ",
+        "android_notes": _RUNTIME_NOTES,
+    }
+
+
+def library_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
+    """For an app with the C library."""
+    text = generates(directory)
+    level = json.loads((directory / "model.json").read_text("utf-8"))["march"]
+    return _interface(facts) | {
+        "kotlin_use": _USES["generate" if text else "run"],
+        "kotlin_generate": _GENERATE if text else "",
+        "java_generate": _JAVA if text else "",
+        "jni_generate": _JNI if text else "",
+        "input_count": str(len(facts.signature.inputs)),
+        "output_count": str(len(facts.signature.outputs)),
+        "march": f"-march={level}",
+        "android_files": _LIBRARY_FILES,
+        "android_refuses": "",
+        "android_notes": _LIBRARY_NOTES,
+    }
+
+
+def _interface(facts: Facts) -> dict[str, str]:
+    signature = facts.signature
+    return {
+        "kotlin_title": _text(facts.title)[1:-1],
+        "task": facts.task,
+        "has_tokenizer": str(facts.tokenizer).lower(),
+        "kotlin_bos": "null" if facts.bos is None else str(facts.bos),
+        "kotlin_stop": ", ".join(map(str, facts.stop)),
+        "kotlin_limit": str(facts.limit or unlimited),
+        "pooling": facts.pooling,
+        "normalize": str(facts.normalize).lower(),
+        "kotlin_inputs": _ports(signature.inputs),
+        "kotlin_outputs": _ports(signature.outputs),
+        "kotlin_caches": ",\n".join(f"        {_text(a.name)} to {_text(b.name)}" for a, b in signature.caches),
+        "kotlin_input_names": _names(signature.inputs),
+        "kotlin_output_names": _names(signature.outputs),
+    }
+
+
+def _ports(ports: Sequence[Port]) -> str:
+    return ",\n".join(f"        {_port(p)}" for p in ports)
+
+
+def _port(port: Port) -> str:
+    shape = ", ".join(str(d) if isinstance(d, int) else "null" for d in port.shape)
+    return f'Port({_text(port.name)}, "{port.dtype.name.lower()}", listOf({shape}), "{port.role}")'
+
+
+def _names(ports: Sequence[Port]) -> str:
+    return "\n".join(f"    const val {a} = {_text(b)}" for a, b in constants(ports, upper))
+
+
+def _text(text: str) -> str:
+    return json.dumps(text).replace("$", "\\$")

@@ -151,6 +151,13 @@ def test_the_kit_for_android_runs_on_a_jvm_and_refuses_changed_files(
     assert [int(word) for word in ids.split()] == expected
     assert text == ids, "bos goes in front of the text, which the ids above already had"
 
+    minimum = backend.target.runtime[1]
+    assert _run(*use, f"{minimum}.3").returncode == 0
+    done = _run(*use, "0.0.9")
+    assert (done.returncode, done.stderr.strip()) == (
+        1, f"manifest.json: the model needs qc-compiler {minimum} or later, found 0.0.9",
+    )  # fmt: skip
+
     for file, message in (
         ("tokenizer.json", "tokenizer.json: missing at "),
         ("model.weights", "model.weights: content differs from the manifest's SHA-256"),

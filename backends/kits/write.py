@@ -1,8 +1,8 @@
 """Kits: the code that an app developer copies into an app, written for one artifact.
 
-A kit is made of folders of templates. Files are copied; ``@@name@@`` in them is replaced by a text made from the
-facts of the model. What differs between models stands in few generated files, so that the rest of a kit is the same
-code for every model.
+A kit is made of folders of templates. Files are copied, without ``.template`` at the end of their names, and
+``@@name@@`` in them is replaced by a text made from the facts of the model. What differs between models stands in few
+generated files, so that the rest of a kit is the same code for every model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 
-from qc.backends.kits import c_language, javascript, kotlin, swift
+from qc.backends.kits import c_language, javascript, kotlin, python_language, swift
 from qc.backends.kits.facts import Facts, facts_of
 from qc.backends.target import Target
 from qc.ir.errors import InternalError
@@ -44,6 +44,7 @@ KITS: Mapping[str, Kit] = {
     "android-tvm": Kit("android", ["android", "android_tvm"], kotlin.library_texts),
     "c": Kit("c", ["c"], c_language.texts),
     "ios-ort": Kit("ios", ["ios", "ios_ort"], swift.runtime_texts),
+    "python": Kit("python", ["python"], python_language.texts),
     "web": Kit("web", ["web"], javascript.texts),
 }
 """All kits by name."""
@@ -67,7 +68,7 @@ def write_kits(kits: Sequence[str], model: Model, target: Target, directory: Pat
         for folder in kit.folders:
             root = importlib.resources.files("qc.backends.kits") / folder
             for name, file in _templates(root, PurePosixPath(kit.place)):
-                out = directory / name
+                out = directory / str(name).removesuffix(".template")
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(_filled(file.read_text("utf-8"), texts, name), "utf-8", newline="\n")
 

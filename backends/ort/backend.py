@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from qc.backends.parts import PartRunner
 from qc.backends.target import Coverage, Runner, Target
@@ -44,6 +45,7 @@ class OrtCpu:
     """
 
     accuracy_level: int = 4
+    kits: ClassVar[tuple[str, ...]] = ("python",)
 
     @property
     def target(self) -> Target:
@@ -91,6 +93,13 @@ class OrtCpu:
         return coverage(model)
 
     def emit(self, model: Model, directory: Path) -> None:
+        """Writes the files that the runtime loads, and the kits of apps."""
+        from qc.backends.kits.write import write_kits
+
+        self.write(model, directory)
+        write_kits(self.kits, model, self.target, directory)
+
+    def write(self, model: Model, directory: Path) -> None:
         """Writes the files that the runtime loads."""
         from qc.backends.ort.emit import emit, emit_genai
 

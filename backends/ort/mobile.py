@@ -8,6 +8,7 @@ import io
 import logging
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 from qc.backends.ort.backend import OrtCpu
 from qc.backends.target import Coverage, Runner, Target
@@ -33,6 +34,8 @@ class OrtMobile(OrtCpu):
     model needs loads ``model.ort``, and is made with ``required_operators.config``.
     """
 
+    kits: ClassVar[tuple[str, ...]] = ("android-ort", "ios-ort")
+
     @property
     def target(self) -> Target:
         """What ONNX Runtime can run on a phone."""
@@ -50,18 +53,15 @@ class OrtMobile(OrtCpu):
 
         return dataclasses.replace(coverage(model, ARM_LIMITS), accelerators=accelerators(model))
 
-    def emit(self, model: Model, directory: Path) -> None:
-        """Writes the model in both forms, the list of its operators, and the kits for Android and iOS."""
-        from qc.backends.kits.write import write_kits
-
-        super().emit(model, directory)
+    def write(self, model: Model, directory: Path) -> None:
+        """Writes the model in both forms, and the list of its operators."""
+        super().write(model, directory)
         weights = sum(f.stat().st_size for f in directory.glob("model.onnx*"))
         if weights > _LARGEST:
             raise UnsupportedError(
                 f"Expected a model of less than 2 GiB for {MODEL}, found {weights} bytes. Choose fewer bits."
             )
         _convert(directory)
-        write_kits(["android-ort", "ios-ort"], model, self.target, directory)
 
     def open(self, directory: Path, *, threads: int = 0, spinning: bool = True) -> Runner:
         """Loads what an app loads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from qc.backends.ort.backend import OrtCpu
 from qc.backends.target import Coverage, Target
@@ -25,6 +26,8 @@ class OrtWeb(OrtCpu):
     ``MatMulNBits`` slower than these. So a weight in any other format is decoded when the model is loaded: the download
     stays small, and products run in float.
     """
+
+    kits: ClassVar[tuple[str, ...]] = ("web",)
 
     @property
     def target(self) -> Target:
@@ -54,10 +57,8 @@ class OrtWeb(OrtCpu):
 
         return coverage(model, WEB_LIMITS)
 
-    def emit(self, model: Model, directory: Path) -> None:
-        """Writes the model, its weights in files of bounded size, and the kit that loads them."""
-        from qc.backends.kits.write import write_kits
+    def write(self, model: Model, directory: Path) -> None:
+        """Writes the model, and its weights in files of bounded size."""
         from qc.backends.ort.emit import emit
 
         emit(model, directory, shard=_SHARD)
-        write_kits(["web"], model, self.target, directory)

@@ -20,6 +20,15 @@ public final class Use {
     }
 
     public static void main(String[] arguments) {
+        if (arguments[1].contains(".")) { // as a kit over a runtime of that version checks it
+            try {
+                qc.model.Artifact.INSTANCE.check(new File(arguments[0]), java.util.Collections.emptyList(), arguments[1]);
+            } catch (Exception error) {
+                System.err.println(error.getMessage());
+                System.exit(1);
+            }
+            return;
+        }
         long[] prompt = Arrays.stream(arguments).skip(1).mapToLong(Long::parseLong).toArray();
         try (Model model = Model.open(new File(arguments[0]), new Numbers())) {
             Iterator<Long> tokens = model.generateTokens(prompt, 8).iterator();

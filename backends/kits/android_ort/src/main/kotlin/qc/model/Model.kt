@@ -24,6 +24,7 @@ class Model private constructor(private val session: OrtSession, private val tex
          */
         @JvmStatic
         @JvmOverloads
+        @Throws(ArtifactException::class)
         fun open(directory: File, text: Text? = null, options: OrtSession.SessionOptions = defaults()): Model {
             val environment = OrtEnvironment.getEnvironment()
             Artifact.check(directory, FILES, environment.version)

@@ -17,6 +17,7 @@ class Model private constructor(private val weights: Long, private val text: Tex
          */
         @JvmStatic
         @JvmOverloads
+        @Throws(ArtifactException::class)
         fun open(directory: File, text: Text? = null): Model {
             Artifact.check(directory, FILES, null)
             return Model(Native.open(File(directory, "model.weights").path), text)

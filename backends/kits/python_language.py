@@ -1,0 +1,22 @@
+"""The texts of the kit for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qc.backends.kits.facts import Facts
+
+__all__ = ["texts"]
+
+_ARGUMENTS = {"generate": '"Once upon a time"', "embed": '"a question" sentences.txt', "run": ""}
+_USES = {
+    "generate": 'print("".join(model.generate("Once upon a time")))',
+    "embed": 'print(model.embed("a leaf") @ model.embed("a tree"))',
+    "run": "outputs = model.run(inputs)  # arrays by the names in interface.json",
+}
+
+
+def texts(facts: Facts, directory: Path) -> Mapping[str, str]:
+    """The texts that depend on the model."""
+    return {"python_arguments": _ARGUMENTS[facts.task], "python_use": _USES[facts.task]}

@@ -5,7 +5,7 @@
 Each model is quantized once and emitted for both targets; nothing is measured while something else is compiled. Both
 sides have one thread and take turns round by round; a figure is the median of the rounds, a ratio the median of their
 ratios, above 1 where the library is faster. ``150M`` and ``1.2B`` are decoders with random weights; ``minilm`` is the
-sentence encoder that the ``test`` extra brings.
+sentence encoder that the ``test`` extra brings, ``int8`` its recipe ``w8a8-dynamic``.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ FORMATS = {
     "int4 g32": "quantize-weights{format=int4,group=32}",
     "int4 g128": "quantize-weights{format=int4,group=128}",
     "float": "",
+    "int8": "quantize-weights{format=int8,group=0,embedding=int8:g128},quantize-activations",
 }
 DECODERS = ("int4 g32", "int4 g128")
+ENCODERS = ("float", "int8")
 
 
 def source_of(name: str, work: Path) -> Path:
@@ -77,7 +79,7 @@ def emitted(source: Path, recipe: str, work: Path) -> dict[str, Path]:
 def measure(name: str, protocol: Protocol, work: Path) -> Iterator[dict[str, Any]]:
     """One entry per format."""
     source = source_of(name, work)
-    for label in DECODERS if name in SHAPES else ("float",):
+    for label in DECODERS if name in SHAPES else ENCODERS:
         place = work / f"{name} {label}"
         place.mkdir()
         directories = emitted(source, FORMATS[label], place)

@@ -26,6 +26,7 @@ class Isa:
         int_tile: The same for a product of integers.
         cpu: LLVM's name of the processor.
         features: LLVM's features beyond it.
+        tiles: Whether products of bytes are held in tiles (AMX) where the host finds that the processor has them.
         flags: Processor flags that a machine must report (``/proc/cpuinfo`` of Linux) to run it.
     """
 
@@ -39,6 +40,7 @@ class Isa:
     cpu: str
     features: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    tiles: bool = False
 
     @property
     def signed(self) -> bool:
@@ -56,7 +58,8 @@ _V4 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")
 LEVELS = {
     isa.name: isa
     for isa in (
-        Isa("avx512vnni", "x86_64", 16, "vnni512", True, (8, 3), (4, 2), "cascadelake", (), (*_V4, "avx512_vnni")),
+        Isa("avx512vnni", "x86_64", 16, "vnni512", True, (8, 3), (4, 2), "cascadelake", ("amx-tile", "amx-int8"),
+            (*_V4, "avx512_vnni"), tiles=True),
         Isa("avx2", "x86_64", 8, "maddubs", True, (4, 2), (2, 2), "haswell", (), ("avx2", "fma", "bmi2", "f16c")),
         Isa("x86-64", "x86_64", 4, "plain", False, (4, 2), (2, 2), "x86-64-v2", (), ("sse4_2", "popcnt")),
         Isa("neon-i8mm", "aarch64", 4, "usdot", True, (8, 2), (4, 4), "generic", ("dotprod", "i8mm", "fullfp16"),

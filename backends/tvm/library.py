@@ -109,6 +109,8 @@ class _Writer:
         lines = [f"enum {{ {', '.join(f'{k} = {v}' for k, v in constants.items())} }};"]
         lines.append(f"#define WEIGHT_BYTES ((uint64_t){self.program.weight_bytes}u)")
         lines += ["#define MODEL_ID @ID@", "#define WEIGHT_HASH @HASH@", self._cpu()]
+        none = "static int tiles_allowed(void) { return 0; }"
+        lines.append(template("tiles.c") if self.program.isa.tiles else none)
         text = template("runtime.c").replace("@CONSTANTS@", "\n".join(lines))
         text = text.replace("@GENERATED@", "\n\n".join(self._generated()))
         return text.replace("@DECODER@", template("decoder.c") if self.decoder else "")

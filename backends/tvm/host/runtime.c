@@ -19,6 +19,7 @@ struct qc_model {
   const unsigned char *bytes;
   size_t size;
   int mapped;
+  int tiles; /* whether this processor and system have what `tiles_allowed` asks for */
 };
 
 typedef struct task {
@@ -119,7 +120,7 @@ int qc_open_memory(const void *bytes, size_t size, qc_model **model) {
   if (hash_of((const unsigned char *)bytes + HEADER, WEIGHT_BYTES) != WEIGHT_HASH) return QC_E_WEIGHTS;
   qc_model *made = malloc(sizeof *made);
   if (made == NULL) return QC_E_MEMORY;
-  *made = (qc_model){bytes, size, 0};
+  *made = (qc_model){bytes, size, 0, tiles_allowed()};
   *model = made;
   return QC_OK;
 }

@@ -18,15 +18,24 @@ from typing import Any
 
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.epilogue import Epilogue
+from qc.backends.tvm.kernels.tiles import SIDE, Tiles
 from qc.backends.tvm.kernels.vectors import Kernel, Vectors
 
-__all__ = ["FACTS", "PADDING", "byte_product", "quantize_grid", "row_ranges"]
+__all__ = ["FACTS", "PADDING", "byte_product", "quantize_grid", "row_ranges", "vectors_of"]
 
 PADDING = 64
 """Columns are padded to a multiple."""
 
+_AHEAD = 8
+"""Lines of the next unit that are asked for in a step of tiles: 128 rows ask for all of it."""
+
 FACTS = 12
 """Bytes behind the codes of a channel: scale, zero point and sum."""
+
+
+def vectors_of(isa: Isa) -> int:
+    """Vectors of output channels in a unit of a weight: two, where they may become tiles."""
+    return 2 if isa.tiles else isa.tile[1]
 
 
 def row_ranges(isa: Isa, name: str) -> Any:
@@ -95,26 +104,28 @@ def quantize_grid(isa: Isa, name: str, low: int, high: int) -> Any:
     return kernel.function()
 
 
-def byte_product(isa: Isa, name: str, columns: int, zeros: bool, bias: bool, residual: bool, activation: str) -> Any:
-    """The product above. Units are units of the weight: `columns` vectors of output channels.
+def byte_product(isa: Isa, name: str, zeros: bool, bias: bool, residual: bool, activation: str) -> Any:
+    """The product above. Units are units of the weight: `vectors_of` vectors of output channels.
+
+    Where the level has tiles, the last size says whether this processor and system do: 1 or 0.
 
     Args:
         isa: The level.
         name: Of the function.
-        columns: Vectors of a unit.
         zeros: Whether activations have zero points.
         bias: See `Epilogue`, as the last two.
         residual: See above.
         activation: See above.
     """
-    v = Vectors(isa)
+    v, columns = Vectors(isa), vectors_of(isa)
     pointers = {"q": "int8", "s": "float32", "t": "int32", **({"z": "int32"} if zeros else {}), "w": "uint8"}
     pointers |= Epilogue.pointers(bias, residual)
-    with Kernel(name, v, pointers, ("m", "n", "k", "ldy", "ldr")) as kernel:
+    with Kernel(name, v, pointers, ("m", "n", "k", "ldy", "ldr", *(["tiles"] if isa.tiles else []))) as kernel:
         product = _ByteProduct(v, kernel, columns, zeros)
         epilogue = Epilogue(kernel, bias, residual, activation)
+        tiles = Tiles(v, kernel.sizes["tiles"]) if isa.tiles else None
         with kernel.units() as unit:
-            done: Any = v.T.int32(0)
+            done: Any = product.in_tiles(unit, tiles) if tiles is not None else v.T.int32(0)
             rows = isa.tile[0]
             while rows >= 1:
                 count = v.T.bind((kernel.sizes["m"] - done) // rows)
@@ -126,6 +137,8 @@ def byte_product(isa: Isa, name: str, columns: int, zeros: bool, bias: bool, res
                 done = v.T.bind(done + count * rows)
                 rows //= 2
             epilogue.finish(v.T.bind(unit * columns * v.L), columns * v.L)
+        if tiles is not None:
+            tiles.release()
     return kernel.function()
 
 
@@ -156,12 +169,51 @@ class _ByteProduct:
                     v.store(sums, place, v.dot_bytes(v.load(sums, place), weights[r], x))
             if ask is not None:
                 ask(number, four)
-        facts = [T.bind(start + k * (columns * L) + part * 4 * columns * L) for part in range(3)]
+        facts = self._facts(start)
         return {
             (i, r): self._finished(facts, row + i, r, v.load(sums, (i * columns + r) * L))
             for r in range(columns)
             for i in range(rows)
         }
+
+    def in_tiles(self, unit: Any, tiles: Tiles) -> Any:
+        """Products of as many whole blocks of rows as there are, where a unit lies inside of y; returns their rows.
+
+        Sums are put into y as integers, and finished there while they are near.
+        """
+        v, T, L, columns, b, size = self.v, self.v.T, self.v.L, self.columns, self.kernel.buffers, self.kernel.sizes
+        k, ldy, step = size["k"], size["ldy"], columns * 4 * L
+        start = T.bind(unit * ((k + FACTS) * columns * L))
+        facts = self._facts(start)
+        inside = T.bind(T.if_then_else((unit + 1) * (columns * L) <= size["n"], tiles.allowed, 0))
+        blocks = T.bind(inside * (size["m"] // (2 * SIDE)))
+        lines = T.bind((k + FACTS) * (columns * L) // 64)
+        with T.serial(0, blocks) as block:
+            row = T.bind(block * (2 * SIDE))
+            sums = [[tiles.zero(i * columns + r) for r in range(columns)] for i in range(2)]
+            with T.serial(0, k // 64) as part:
+                for i in range(_AHEAD):
+                    ahead = T.min((block * (k // 64) + part) * _AHEAD + i, lines)
+                    v.prefetch(b["w"], T.bind(start + (k + FACTS) * (columns * L) + ahead * 64))
+                x = [tiles.load(4 + i, b["q"], (row + i * SIDE) * k + part * 64, k) for i in range(2)]
+                w = [tiles.load(6 + r, b["w"], start + part * (16 * step) + r * 4 * L, step) for r in range(columns)]
+                for i in range(2):
+                    for r in range(columns):
+                        tiles.dot(sums[i][r], x[i], w[r])
+            at = T.bind(row * ldy + unit * (columns * L))
+            for i in range(2):
+                for r in range(columns):
+                    tiles.store(sums[i][r], b["y"], at + i * SIDE * ldy + r * L, ldy * 4)
+            with T.serial(0, 2 * SIDE) as i:
+                for r in range(columns):
+                    place = T.bind(at + i * ldy + r * L)
+                    total = T.bind(T.reinterpret(v.i32(), v.load(b["y"], place)))
+                    v.store(b["y"], place, self._finished(facts, row + i, r, total))
+        return T.bind(blocks * (2 * SIDE))
+
+    def _facts(self, start: Any) -> list[Any]:
+        k, wide = self.kernel.sizes["k"], self.columns * self.v.L
+        return [self.v.T.bind(start + k * wide + part * 4 * wide) for part in range(3)]
 
     def _finished(self, facts: list[Any], row: Any, r: int, total: Any) -> Any:
         v, T, L, b = self.v, self.v.T, self.v.L, self.kernel.buffers

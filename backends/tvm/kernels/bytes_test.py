@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from qc.backends.tvm.kernels.bytes import PADDING, byte_product, quantize_grid, row_ranges
+from qc.backends.tvm.isa import best_for_host
+from qc.backends.tvm.kernels.bytes import PADDING, byte_product, quantize_grid, row_ranges, vectors_of
 from qc.backends.tvm.pack import bytes_of, pack_bytes
 from qc.ir.quant import Format, QuantizedTensor
 
@@ -17,9 +21,25 @@ def weight(text: str, rows: int, columns: int, rng) -> QuantizedTensor:
     return QuantizedTensor(format, codes.astype(np.int8 if format.values.symmetric else np.uint8), params)
 
 
+def allowed() -> bool:
+    """Whether this process may use tiles, for which it asks here."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "amx_int8" in flags and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+
+
 @pytest.mark.parametrize(("text", "zeros"), [("int8", True), ("uint8", False)])
 def test_a_product_of_bytes_equals_its_definition_bit_for_bit(isa, call, rng, text, zeros):
-    m, n, k = 11, 53, 70
+    check_product(isa, call, rng, text, zeros, 11, [0] if isa.tiles else [])
+
+
+@pytest.mark.skipif(not (best_for_host().tiles and allowed()), reason="needs a processor with AMX")
+@pytest.mark.parametrize(("text", "zeros"), [("int8", True), ("uint8", False)])
+def test_a_product_in_tiles_has_the_same_bits(call, rng, text, zeros):
+    check_product(best_for_host(), call, rng, text, zeros, 45, [1])
+
+
+def check_product(isa, call, rng, text, zeros, m, tiles):
+    n, k = 53, 70
     w, padded = weight(text, n, k, rng), PADDING * 2
     q = rng.integers(-128, 128, (m, k)).astype(np.int8)
     z = rng.integers(-128, 128, m).astype(np.int32) * zeros
@@ -27,12 +47,12 @@ def test_a_product_of_bytes_equals_its_definition_bit_for_bit(isa, call, rng, te
     wide = np.zeros((m, padded), np.int8)
     wide[:, :k] = q
     t = (q.astype(np.int32).sum(1) - k * z).astype(np.int32)
-    unit = isa.tile[1] * isa.lanes
+    unit = vectors_of(isa) * isa.lanes
     packed = pack_bytes(w, unit, isa)
     assert packed.nbytes == bytes_of(n, k, unit)
     arrays = [wide, s, t, *([z] if zeros else []), packed, y]
-    options = (isa.tile[1], zeros, False, False, "none")
-    call(isa, byte_product, options, arrays, (m, n, padded, n, 0), -(-n // unit))
+    options = (zeros, False, False, "none")
+    call(isa, byte_product, options, arrays, (m, n, padded, n, 0, *tiles), -(-n // unit))
     v = w.params.get("zero_point", np.zeros((n, 1))).astype(np.int64)
     exact = (q.astype(np.int64) - z[:, None]) @ (w.codes.astype(np.int64) - v).T
     assert np.array_equal(y[:m], exact.astype(np.float32) * s[:, None] * w.params["scale"].T)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.ort.integers import rounded_source
-from qc.backends.tvm.kernels.bytes import byte_product
+from qc.backends.tvm.kernels.bytes import byte_product, vectors_of
 from qc.backends.tvm.kernels.float_products import float_product
 from qc.backends.tvm.kernels.products import exact_product, integer_product, quantize_rows
 from qc.backends.tvm.lower import Lowering, operator
@@ -187,8 +187,8 @@ def _quantized(
 
 def _bytes(at: Lowering, source: ir.Node, weight: Weight, bias: Tensor | None, tail: Tail, y: Tensor) -> None:
     """Bytes times bytes."""
-    codes, (rows, columns), wide = codes_of_rows(at, source), weight.shape, at.isa.tile[1]
-    unit, padded = wide * at.isa.lanes, codes.q.shape[1]
+    codes, (rows, columns) = codes_of_rows(at, source), weight.shape
+    unit, padded = vectors_of(at.isa) * at.isa.lanes, codes.q.shape[1]
     size = bytes_of(rows, columns, unit)
 
     def make() -> np.ndarray:
@@ -197,11 +197,12 @@ def _bytes(at: Lowering, source: ir.Node, weight: Weight, bias: Tensor | None, t
     packed = at.program.constant((weight.data, "bytes", unit), make, size, (size,), ir.DataType.UINT8)
     extra, ldr = _epilogue(at, bias, tail)
     zero = [codes.zero] if codes.zero is not None else []
-    options = (wide, bool(zero), bias is not None, tail.residual is not None, tail.activation)
+    options = (bool(zero), bias is not None, tail.residual is not None, tail.activation)
     pointers = [codes.q, codes.scale, codes.total, *zero, packed, y, *extra]
-    name = at.program.kernel("bytes", byte_product, *options, pointers=len(pointers), integers=5)
     n = y.shape[-1]
-    at.program.call(name, pointers, [codes.rows, n, padded, n, ldr], -(-rows // unit), writes=[y])
+    integers = [codes.rows, n, padded, n, ldr, *([dim("q->model->tiles")] if at.isa.tiles else [])]
+    name = at.program.kernel("bytes", byte_product, *options, pointers=len(pointers), integers=len(integers))
+    at.program.call(name, pointers, integers, -(-rows // unit), writes=[y])
 
 
 def _quantize(

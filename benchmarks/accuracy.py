@@ -1,11 +1,16 @@
 """Accuracy of weight quantizers at equal stored bits: one model, one text, one evaluator.
 
-    python benchmarks/accuracy.py TEXT --calib TEXT [--windows 64] [--bits 4]
+    python benchmarks/accuracy.py TEXT --calib TEXT [--windows 64] [--bits 4] [--group 32]
 
 Every row is the same canonical ``builtin:tiny-llama`` with the same float embedding and head; its other products are
-quantized by ONNX Runtime's own tools or by qc, in 4 bits (or 2 bits, for those that can) in groups of 32. It runs in
-ONNX Runtime with float activations, so that only the weights differ. Bits are those stored per quantized weight, with
-scales in float32 as ONNX Runtime's tools write them.
+quantized to 4, 3 or 2 bits, by others or by qc, without gradients. It runs in ONNX Runtime with float activations, so
+that only the weights differ. Bits are those stored per quantized weight: scales in float32 in all rows but those of HQQ
+(scale and zero point in half precision) and of llama.cpp, whose formats fix them.
+
+* ``onnxruntime``: the quantizers of its tools, default and HQQ as a whole, k_quant by its function;
+* ``hqq``, ``llama.cpp``: their own packages, where ``pip install hqq gguf`` has installed them;
+* ``gptq as published``: the algorithm of `benchmarks/gptq.py`, columns sorted, on the inputs of the float network;
+  ``qc, gptq on float inputs`` is ours on the same matrices, in the other rows of qc quantized layers feed the next.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +33,10 @@ from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.weights import QuantizeWeights
+from qc.passes.statistics import Statistic, collect
 
-Decoded = Callable[[np.ndarray], tuple[np.ndarray, int]]
-"""From a weight ``[N, K]`` to what it decodes to, and the bits that it takes."""
+Decoded = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]]
+"""From a weight ``[N, K]`` and the second moments ``[K, K]`` of its input to what it decodes to, and its bits."""
 
 
 def products(model: Model) -> list[Use]:
@@ -38,7 +44,7 @@ def products(model: Model) -> list[Use]:
     return [u for u in weight_uses(model) if u.kind in (Kind.LINEAR, Kind.VALUE) and not u.reason]
 
 
-def by_onnxruntime(config: str, bits: int) -> Decoded:
+def by_onnxruntime(config: str, bits: int, group: int) -> Decoded:
     """The quantizer of ``onnxruntime.quantization.matmul_nbits_quantizer``, a weight at a time."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -46,7 +52,7 @@ def by_onnxruntime(config: str, bits: int) -> Decoded:
 
     logging.getLogger(tool.__name__).setLevel(logging.WARNING)
 
-    def run(weight: np.ndarray) -> tuple[np.ndarray, int]:
+    def run(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, float]:
         rows, columns = weight.shape
         ends = [
             helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", s]) for n, s in (("x", columns), ("y", rows))
@@ -57,10 +63,10 @@ def by_onnxruntime(config: str, bits: int) -> Decoded:
         )  # fmt: skip
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
         if config == "hqq":
-            algorithm = tool.HQQWeightOnlyQuantConfig(block_size=32, bits=bits)
+            algorithm = tool.HQQWeightOnlyQuantConfig(block_size=group, bits=bits)
         else:
             algorithm = tool.DefaultWeightOnlyQuantConfig(
-                block_size=32, is_symmetric=config == "symmetric", bits=bits, accuracy_level=0
+                block_size=group, is_symmetric=config == "symmetric", bits=bits, accuracy_level=0
             )
         quantizer = tool.MatMulNBitsQuantizer(model, algo_config=algorithm)
         quantizer.process()
@@ -75,14 +81,81 @@ def by_onnxruntime(config: str, bits: int) -> Decoded:
     return run
 
 
-def replaced(model: Model, decode: Decoded) -> tuple[Model, float]:
+def affine_bits(weight: np.ndarray, bits: int, group: int) -> float:
+    """Codes, a float32 scale and a zero point per group."""
+    rows, columns = weight.shape
+    return rows * (columns * bits + -(-columns // group) * (32 + bits))
+
+
+def by_k_quant(bits: int, group: int) -> Decoded:
+    """The function behind ONNX Runtime's ``KQuantWeightOnlyQuantConfig``."""
+    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
+
+    def run(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, float]:
+        codes, scale, zero = quant_tensor_k_quant_cpu(weight, num_bits=bits, group_size=group)
+        decoded = ((codes - zero) * scale.astype(np.float32)).reshape(weight.shape).astype(np.float32)
+        return decoded, affine_bits(weight, bits, group)
+
+    return run
+
+
+def by_hqq(bits: int, group: int) -> Decoded:
+    """Half-quadratic quantization by its authors' package."""
+    import torch
+    from hqq.core.quantize import Quantizer
+
+    def run(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, float]:
+        codes, facts = Quantizer.quantize(
+            torch.from_numpy(weight), nbits=bits, group_size=group, axis=1, device="cpu", compute_dtype=torch.float32
+        )
+        return Quantizer.dequantize(codes, facts).numpy(), weight.size * (bits + 32 / group)
+
+    return run
+
+
+def by_llama_cpp(name: str) -> Decoded:
+    """A format of llama.cpp that its Python package can write."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[name]
+
+    def run(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, float]:
+        stored = gguf.quantize(weight, kind)
+        return gguf.dequantize(stored, kind), 8 * stored.nbytes
+
+    return run
+
+
+def by_published_gptq(bits: int, group: int) -> Decoded:
+    """The algorithm as its authors' code has it."""
+    from gptq import paper
+
+    def run(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, float]:
+        return paper(weight, gram, bits, group)[1], affine_bits(weight, bits, group)
+
+    return run
+
+
+def by_our_gptq(bits: int, group: int) -> Decoded:
+    """Ours on the same matrices."""
+    from qc.ir.quant import Format
+    from qc.passes.quantize.gptq import Hessian, gptq
+
+    def run(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, float]:
+        tensor = gptq(weight, Format.parse(f"uint{bits}:g{group}"), Hessian(gram))
+        return tensor.decode(), tensor.stored_bits
+
+    return run
+
+
+def replaced(model: Model, decode: Decoded, grams: Mapping[str, np.ndarray]) -> tuple[Model, float]:
     """The model with its products' weights replaced by what they decode to, and their bits per weight."""
     import onnx_ir as ir
 
-    copy, bits, elements = model.clone(), 0, 0
+    copy, bits, elements = model.clone(), 0.0, 0
     for use in products(copy):
         assert use.weight is not None
-        decoded, stored = decode(use.weight.numpy())
+        decoded, stored = decode(use.weight.numpy(), grams[use.name])
         name = f"{use.weight.name}.replaced"
         value = ir.Value(name=name, const_value=ir.tensor(decoded, name=name), shape=ir.Shape(decoded.shape))
         value.dtype = ir.DataType.FLOAT
@@ -106,38 +179,51 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="UTF-8 text to measure on")
     parser.add_argument("--calib", type=Path, required=True, help="another text to calibrate on")
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--bits", type=int, choices=(2, 4), default=4)
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4)
+    parser.add_argument("--group", type=int, default=32)
     options = parser.parse_args()
     model = load("builtin:tiny-llama")
     model, _ = PassManager(canonicalize_passes(), verify=False).run(model)
     tokens = Tokenizer(model.assets["tokenizer.json"].parent).encode(options.text.read_text(encoding="utf-8"))
-    reference = ModelRunner(model)
+    reference, bits, group = ModelRunner(model), options.bits, options.group
+    data = read_data(model, options.calib, tokens=QuantizeWeights(assign="gptq").calibration_tokens)
+    requests = {use.name: use.statistic(Statistic.GRAM) for use in products(model)}
+    moments = collect(model, [r for r in requests.values() if r is not None], data.calibration or (), 0)
+    grams = {name: moments[request] for name, request in requests.items() if request is not None}
 
     def ours(**choices: object) -> Callable[[], tuple[Model, float]]:
-        action = QuantizeWeights(format=f"uint{options.bits}", embedding="float", head="float", **choices)  # type: ignore[arg-type]
-        data = read_data(model, options.calib, tokens=action.calibration_tokens)
+        action = QuantizeWeights(format=f"uint{bits}", group=group, embedding="float", head="float", **choices)  # type: ignore[arg-type]
         return lambda: by_qc(model, data.calibration or (), action)
 
-    def theirs(config: str) -> Callable[[], tuple[Model, float]]:
-        return lambda: replaced(model, by_onnxruntime(config, options.bits))
+    def theirs(make: Callable[..., Decoded], *arguments: object) -> Callable[[], tuple[Model, float]]:
+        return lambda: replaced(model, make(*arguments), grams)
 
-    rows: dict[str, Callable[[], tuple[Model, float]]] = {
-        "onnxruntime, default": theirs("symmetric"),
-        "onnxruntime, asymmetric": theirs("asymmetric"),
-        "onnxruntime, HQQ": theirs("hqq"),
+    rows: dict[str, Callable[[], tuple[Model, float]]] = {}
+    if bits != 3:
+        rows |= {f"onnxruntime, {c}": theirs(by_onnxruntime, c, bits, group) for c in ("symmetric", "asymmetric")}
+    if bits == 4:
+        rows["onnxruntime, hqq"] = theirs(by_onnxruntime, "hqq", bits, group)
+        rows |= {f"llama.cpp, {name}": theirs(by_llama_cpp, name) for name in ("Q4_0", "Q4_1")}
+    rows |= {
+        "onnxruntime, k_quant": theirs(by_k_quant, bits, group),
+        "hqq": theirs(by_hqq, bits, group),
+        "gptq as published": theirs(by_published_gptq, bits, group),
         "qc, search without data": ours(metric="none"),
         "qc, search": ours(),
+        "qc, gptq on float inputs": theirs(by_our_gptq, bits, group),
         "qc, gptq": ours(assign="gptq"),
         "qc, gptq with 4 sweeps": ours(assign="gptq", sweeps=4),
     }
-    if options.bits == 2:
-        del rows["onnxruntime, HQQ"]  # 4 and 8 bits only
     print(f"{'quantizer':<26}{'bits':>7}{'perplexity':>12}{'above float':>13}{'KL':>9}{'top-1':>8}")
     for name, make in rows.items():
-        quantized, bits = make()
+        try:
+            quantized, stored = make()
+        except ImportError as error:
+            print(f"{name:<26}not measured: {error}")
+            continue
         found = evaluate(ModelRunner(quantized), reference, text_tokens=tokens, windows=options.windows)
         above = 100 * (found["ppl"] / found["ppl_reference"] - 1)
-        print(f"{name:<26}{bits:>7.3f}{found['ppl']:>12.3f}{above:>12.2f}%{found['kl']:>9.5f}{found['top1']:>8.4f}")
+        print(f"{name:<26}{stored:>7.3f}{found['ppl']:>12.3f}{above:>12.2f}%{found['kl']:>9.5f}{found['top1']:>8.4f}")
         sys.stdout.flush()
 
 

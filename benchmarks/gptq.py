@@ -61,15 +61,15 @@ def ours(weight: np.ndarray, gram: np.ndarray) -> Timed:
     return nearest.decode(), rounded.decode(), search, done - searched - search  # gptq() searches too
 
 
-def paper(weight: np.ndarray, gram: np.ndarray) -> Timed:
-    """The published algorithm, blocked, on the inverse of the matrix."""
+def paper(weight: np.ndarray, gram: np.ndarray, bits: int = BITS, width: int = GROUP) -> Timed:
+    """The published algorithm, blocked, on the inverse of the matrix; groups of `width` divide rows."""
     import torch
 
     w, h = torch.from_numpy(weight).clone(), torch.from_numpy(gram).float()
     started = time.process_time()
-    grouped = w.reshape(-1, GROUP)
+    grouped = w.reshape(-1, width)
     low, high = grouped.amin(1).clamp(max=0), grouped.amax(1).clamp(min=0)
-    top = 2**BITS - 1
+    top = 2**bits - 1
     best, scale, zero = torch.full_like(low, torch.inf), torch.ones_like(low), torch.zeros_like(low)
     for i in range(80):
         shrunk = 1 - i / 100
@@ -80,7 +80,7 @@ def paper(weight: np.ndarray, gram: np.ndarray) -> Timed:
         better = error < best
         best, scale, zero = (torch.where(better, a, b) for a, b in ((error, best), (s, scale), (z, zero)))
     scale, zero = scale.reshape(len(w), -1), zero.reshape(len(w), -1)
-    nearest = _decoded(w, scale.repeat_interleave(GROUP, 1), zero.repeat_interleave(GROUP, 1), top)
+    nearest = _decoded(w, scale.repeat_interleave(width, 1), zero.repeat_interleave(width, 1), top)
     searched = time.process_time()
     order = torch.argsort(torch.diagonal(h), descending=True)
     w, h = w[:, order], h[order][:, order]
@@ -89,9 +89,10 @@ def paper(weight: np.ndarray, gram: np.ndarray) -> Timed:
     q = torch.zeros_like(w)
     for a in range(0, len(h), BLOCK):
         block = slice(a, a + BLOCK)
-        part, errors, factor = w[:, block].clone(), torch.zeros(len(w), BLOCK), inverse[block, block]
-        for i in range(BLOCK):
-            group = order[a + i] // GROUP
+        part, factor = w[:, block].clone(), inverse[block, block]
+        errors = torch.zeros_like(part)
+        for i in range(part.shape[1]):
+            group = order[a + i] // width
             value = _decoded(part[:, i], scale[:, group], zero[:, group], top)
             q[:, a + i] = value
             errors[:, i] = (part[:, i] - value) / factor[i, i]

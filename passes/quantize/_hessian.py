@@ -15,6 +15,14 @@ from qc.ir.errors import InputError
 
 __all__ = ["Hessian"]
 
+_WEAK = 4.0
+"""A direction is weak if what is left of its second moment, once later columns are known, is below this many times the
+damping."""
+
+_MANY_WEAK = 0.25
+"""The share of weak directions that is worth a remark. Of inputs of less than as many samples as channels, a third and
+more is weak; in an ordinary layer with enough of them, less than a fifth."""
+
 _BLOCK = 256
 """Columns factored at a time: the triangular inverses are small, and nearly all work is products of matrices."""
 
@@ -31,6 +39,7 @@ class Hessian:
             positive definite in float64.
         dead: Number of channels that were always zero. They couple with nothing, so that damping alone decides about
             them: each is rounded to nearest.
+        weak: Number of further directions in which the inputs hardly vary, so that damping decides about them.
     """
 
     def __init__(self, gram: np.ndarray, *, damping: float = 0.01, order_by_size: bool = True) -> None:
@@ -62,6 +71,8 @@ class Hessian:
                 if self.damping > 1e3:
                     raise InputError("Expected second moments, found a matrix that is far from positive definite.")
         self.pivots = np.diagonal(factor).astype(np.float32)
+        least = _WEAK * self.damping * self._mean
+        self.weak = int(np.count_nonzero(np.diagonal(factor) ** 2 < least)) - self.dead
         self._feedback = factor.astype(np.float32)
         self._feedback /= self.pivots
 
@@ -80,6 +91,11 @@ class Hessian:
         found: dict[str, object] = {}
         if self.dead:
             found["inputs"] = f"{self.dead} of {len(self.order)} were always zero on the calibration data"
+        if self.weak > _MANY_WEAK * len(self.order):
+            found["directions"] = (
+                f"inputs hardly vary in {self.weak} of {len(self.order)}, damping decides there: calibrate on more "
+                "data, if these are fewer samples than channels"
+            )
         if self.damping != self._least:
             found["damping"] = f"raised to {self.damping:g}: the second moments were not positive definite"
         return found

@@ -158,6 +158,7 @@ def test_fewer_samples_than_channels_are_enough(rank: int) -> None:
     tensor = gptq(weight, Format.parse("int4:g16"), hessian, sweeps=1)
     assert np.isfinite(tensor.decode()).all()
     assert hessian.damping == 0.01
+    assert rank == 0 or "fewer samples than channels" in str(hessian.remarks()["directions"])
     nearest = assign(weight, Format.parse("int4:g16"), np.diagonal(gram))
     assert loss(weight, tensor, gram) <= loss(weight, nearest, gram)
 
@@ -165,8 +166,14 @@ def test_fewer_samples_than_channels_are_enough(rank: int) -> None:
 def test_an_ill_conditioned_matrix_is_no_obstacle() -> None:
     scales = 10.0 ** np.linspace(-12, 12, 64)
     gram = correlated(64) * np.outer(scales, scales)
-    tensor = gptq(normal(16, 64), Format.parse("int4:g16"), Hessian(gram), sweeps=1)
+    hessian = Hessian(gram)
+    tensor = gptq(normal(16, 64), Format.parse("int4:g16"), hessian, sweeps=1)
     assert np.isfinite(tensor.decode()).all()
+    assert "hardly vary in" in str(hessian.remarks()["directions"])
+
+
+def test_second_moments_of_enough_samples_need_no_remark() -> None:
+    assert Hessian(correlated(64)).remarks() == {}
 
 
 def test_damping_is_raised_until_the_matrix_is_positive_definite() -> None:

@@ -158,8 +158,7 @@ def _ort_mobile(options: str) -> Backend:
 def _ort_web(options: str) -> Backend:
     from qc.backends.ort.web import OrtWeb
 
-    _without_options("ort-web", options)
-    return OrtWeb()
+    return OrtWeb.parse(options)
 
 
 def _ort_npu(options: str) -> Backend:

@@ -19,6 +19,7 @@ from qc.backends.manifest import Manifest
 from qc.backends.target import backend_for
 from qc.backends.tokenizer import Tokenizer
 from qc.frontend import load
+from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
@@ -33,11 +34,15 @@ CLOSE = 1e-4
 """What the integer path of WebAssembly may differ by: it rounds to the same codes, float sums differ."""
 
 
-def _artifact(model: Model, out: Path) -> Path:
-    """An artifact for the web in the target's own recipe, without the measurements of a compile."""
-    backend = backend_for("ort-web")
+def _quantized(model: Model) -> Model:
+    """In the target's own recipe."""
     steps = [*(Step(p, optional=True) for p in canonicalize_passes()), *steps_of(load_recipe("w8a8-dynamic").passes)]
-    quantized, _ = PassManager(steps, verify=False).run(model)
+    return Model.of(PassManager(steps, verify=False).run(model)[0])
+
+
+def _artifact(quantized: Model, out: Path, target: str = "ort-web") -> Path:
+    """An artifact for the web, without the measurements of a compile."""
+    backend = backend_for(target)
     lowered, _ = PassManager(list(backend.lowering()), stage="lowering", verify=False).run(quantized)
     with ArtifactWriter(out) as writer:
         backend.emit(Model.of(lowered), writer.directory)
@@ -55,13 +60,18 @@ def modules(root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _artifact(load("builtin:tiny-llama"), tmp_path_factory.mktemp("web") / "decoder")
+def model() -> Model:
+    return _quantized(load("builtin:tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def decoder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _artifact(model.clone(), tmp_path_factory.mktemp("web") / "decoder")
 
 
 @pytest.fixture(scope="session")
 def sentences(encoder: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _artifact(encoder.clone(), tmp_path_factory.mktemp("web") / "encoder")
+    return _artifact(_quantized(encoder.clone()), tmp_path_factory.mktemp("web") / "encoder")
 
 
 @pytest.fixture
@@ -117,19 +127,6 @@ def test_the_module_in_node_generates_what_python_generates(decoder: Path, scrip
     assert found["progress"][-1] == 1.0
 
 
-def test_the_page_generates_in_a_browser_and_asks_nobody_else(decoder: Path, script: Script, root: Path) -> None:
-    found = script("browse.mjs", decoder, _picture(root, "web-decoder.png"), _chromium(), PROMPT)
-    assert found["errors"] == []
-    assert found["failure"] == ""
-    assert found["foreign"] == []
-    assert found["progress"] == sorted(found["progress"])
-    assert found["progress"][-1] == 100
-    tokens = Tokenizer(decoder).encode(PROMPT)
-    assert found["numbers"] == list(Artifact.open(decoder).runner(threads=1).generate(tokens, 16))
-    assert found["output"].startswith("Once upon a time, there was")
-    assert len(found["output"]) > 100
-
-
 @pytest.mark.slow
 def test_the_page_searches_sentences_with_the_numbers_of_python(sentences: Path, script: Script, root: Path) -> None:
     found = script("browse.mjs", sentences, _picture(root, "web-encoder.png"), _chromium(), SENTENCE)
@@ -181,6 +178,35 @@ def test_the_module_refuses_and_names_the_file(case: str, decoder: Path, script:
     assert found["file"] == file
     assert found["message"].startswith(f"{file}: ")
     assert message in found["message"]
+
+
+def test_the_page_generates_in_a_browser_and_asks_nobody_else(
+    model: Model, modules: Path, root: Path, tmp_path: Path
+) -> None:
+    """The page takes its packages along: nothing is installed beside it."""
+    chromium = _chromium()
+    artifact = _artifact(model.clone(), tmp_path / "app", f"ort-web:modules={modules}")
+    script = tmp_path / "browse.mjs"
+    shutil.copy(root / "tests" / "web" / "browse.mjs", script)
+    (tmp_path / "node_modules").symlink_to(modules)
+    picture = _picture(root, "web-decoder.png")
+    done = subprocess.run(
+        ["node", script, artifact, picture, chromium, PROMPT], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["errors"], found["failure"], found["foreign"]) == ([], "", [])
+    assert found["progress"] == sorted(found["progress"])
+    assert found["progress"][-1] == 100
+    tokens = Tokenizer(artifact).encode(PROMPT)
+    assert found["numbers"] == list(Artifact.open(artifact).runner(threads=1).generate(tokens, 16))
+    assert found["output"].startswith("Once upon a time, there was")
+    assert len(found["output"]) > 100
+    Artifact.open(artifact).verify()
+
+
+def test_other_packages_than_the_kit_is_made_for_are_refused(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Expected @huggingface/tokenizers \S+ in .*, found none. Run `npm install"):
+        _artifact(model.clone(), tmp_path / "app", f"ort-web:modules={tmp_path}")
 
 
 def test_the_types_know_the_names_of_this_model(decoder: Path, modules: Path, root: Path, tmp_path: Path) -> None:

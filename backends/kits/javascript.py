@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qc.backends.kits.facts import Facts
+from qc.backends.kits.vendor import VENDOR
 from qc.ir.model import ANY_SHAPE, Port
 
 __all__ = ["texts"]
@@ -36,6 +37,7 @@ def texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     return {
         "input_types": _members(facts.signature.inputs),
         "output_types": _members(facts.signature.outputs),
+        "modules": "vendor" if (directory / VENDOR).is_dir() else "node_modules",
         "first_input": facts.signature.inputs[0].name,
     }
 

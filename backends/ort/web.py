@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from qc.backends.ort.backend import OrtCpu
 from qc.backends.target import Coverage, Target
+from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.passes.pipeline import Step
 
@@ -25,9 +26,21 @@ class OrtWeb(OrtCpu):
     Products of unsigned 8-bit activations and 8-bit weights per channel are twice as fast as float ones there, and
     ``MatMulNBits`` slower than these. So a weight in any other format is decoded when the model is loaded: the download
     stays small, and products run in float.
+
+    Attributes:
+        modules: A folder ``node_modules`` whose packages the page takes along; empty if the app installs them.
     """
 
+    modules: str = ""
     kits: ClassVar[tuple[str, ...]] = ("web",)
+
+    @classmethod
+    def parse(cls, options: str) -> OrtWeb:
+        """Reads what stands behind the colon of a target: ``modules=FOLDER``, or nothing."""
+        key, _, folder = options.partition("=")
+        if options and (key != "modules" or not folder):
+            raise InputError(f"Expected the target ort-web, or ort-web:modules=FOLDER; found the option {options!r}.")
+        return cls(modules=folder)
 
     @property
     def target(self) -> Target:
@@ -58,7 +71,10 @@ class OrtWeb(OrtCpu):
         return coverage(model, WEB_LIMITS)
 
     def write(self, model: Model, directory: Path) -> None:
-        """Writes the model, and its weights in files of bounded size."""
+        """Writes the model, its weights in files of bounded size, and the packages of the page."""
+        from qc.backends.kits.vendor import copy_packages
         from qc.backends.ort.emit import emit
 
         emit(model, directory, shard=_SHARD)
+        if self.modules:
+            copy_packages(Path(self.modules), directory)

@@ -71,7 +71,7 @@ class OrtCpu:
         passes = (
             OrderInputs(),
             WidenWeights(accuracy_level=self.accuracy_level),
-            PackProjections(),
+            PackProjections(everywhere=False),
             FuseGroupQueryAttention(),  # after packing: the kernel takes the packed projection unsplit
             MergeHeads(),
             LowerIntegerLinear(),

@@ -19,6 +19,8 @@ __all__ = ["PackProjections"]
 _MOST = 4
 """Query, key and value are three, gate and up two; more readers of one value are rather unrelated heads."""
 
+_TOWARDS_ATTENTION = ("Reshape", "Transpose", "RMSNormalization", "LayerNormalization", "RotaryEmbedding", "Concat")
+
 
 @dataclasses.dataclass(frozen=True)
 class PackProjections(Pass):
@@ -31,9 +33,15 @@ class PackProjections(Pass):
     Only layers whose weights are stored alike go together, float of one type or quantized in one format, and none whose
     weight something else reads: it would be stored twice. One large product makes better use of a core than several
     small ones, and dynamically quantized activations are quantized once.
+
+    Attributes:
+        everywhere: Whether layers with quantized weights on float activations are packed also where no attention reads
+            the parts. Kernels that decode weights as they go gain nothing from it, and pay for the Split.
     """
 
     contract: ClassVar[Contract] = Exact()
+
+    everywhere: bool = True
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         store = (Context() if context is None else context).store
@@ -42,6 +50,8 @@ class PackProjections(Pass):
             groups: dict[str, list[ir.Node]] = {}
             for layer in layers:
                 reason = _obstacle(layer)
+                if not reason and not self.everywhere and _decodes(layer) and not _feeds_attention(layer):
+                    reason = "its kernel decodes weights, and no attention reads the product packed"
                 if reason:
                     sites.append(Site(site_name(layer), Outcome.SKIPPED, reason, {"value": x.name}))
                 else:
@@ -72,6 +82,25 @@ def _obstacle(layer: ir.Node) -> str:
     if len(layer.inputs) > 2 and read_weight(layer.inputs[2]) is None:
         return "its bias is computed"
     return ""
+
+
+def _decodes(layer: ir.Node) -> bool:
+    """Whether the weights are quantized and the activations are not."""
+    weight, maker = read_weight(layer.inputs[1]), layer.inputs[0].producer()
+    quantized = maker is not None and (maker.op_type == "DequantizeLinear" or dialect.is_op(maker, "DynamicQuantize"))
+    return weight is not None and weight.format is not None and not quantized
+
+
+def _feeds_attention(layer: ir.Node) -> bool:
+    """Whether an attention reads the product, perhaps turned, normalized and rotated."""
+    readers = [use.node for use in layer.outputs[0].uses()]
+    while readers:
+        node = readers.pop()
+        if node.op_type == "Attention":
+            return True
+        if node.op_type in _TOWARDS_ATTENTION:
+            readers += [use.node for use in node.outputs[0].uses()]
+    return False
 
 
 def _storage(layer: ir.Node) -> str:

@@ -156,3 +156,32 @@ def test_computed_weights_are_left_alone() -> None:
     model.graph[1].replace_input_with(1, weight)
     _, report = run(model)
     assert "its weight is computed" in [s.reason for s in report.sites]
+
+
+def attended(model: Model) -> Model:
+    """Two of the layers as queries and keys of an attention; the others stay as they are."""
+    q, k, v = (n.outputs[0] for n in list(model.graph)[:3])
+    heads = {"q_num_heads": 2, "kv_num_heads": 2}
+    model.graph.append(ir.node("Attention", [q, k, v], heads))
+    out = model.graph[-1].outputs[0]
+    out.name, out.type, out.shape = "attended", q.type, q.shape
+    model.graph.outputs[:] = [out, *list(model.graph.outputs)[3:]]
+    return model
+
+
+def test_decoding_kernels_pack_what_attention_reads_and_nothing_else() -> None:
+    model = attended(projections((32, 32, 32, 16, 16)))
+    steps = [QuantizeWeights(format="uint4"), Step(PackProjections(everywhere=False))]
+    model, reports = PassManager(steps).run(model)
+    assert [n.inputs[1].shape[0] for n in model.graph if n.op_type == "Linear"] == [96, 16, 16]
+    assert [s.outcome for s in reports[-1].sites].count(Outcome.CHANGED) == 3
+    assert {s.reason for s in reports[-1].sites if s.name in ("layer3", "layer4")} == {
+        "its kernel decodes weights, and no attention reads the product packed"
+    }
+
+
+@pytest.mark.parametrize("before", [(), (QuantizeWeights(format="int8", group=0), QuantizeActivations())])
+def test_kernels_that_do_not_decode_pack_everything(before: tuple) -> None:
+    steps = [Step(p) for p in (*before, PackProjections(everywhere=False))]
+    model, _ = PassManager(steps).run(projections((32, 16)))
+    assert ops(model).count("Linear") == 1

@@ -8,15 +8,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.ort._lowering import MICROSOFT, finish
 from qc.backends.ort.packed import float_scale
 from qc.ir import dialect
 from qc.ir.quant import Weight, read_weight
 from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
-from qc.passes.canonicalize._graph import add_constant, drop_unused, made_by, replace, stored
+from qc.passes.canonicalize._graph import add_constant, made_by, replace, stored
 
 __all__ = ["LowerIntegerLinear", "LowerIntegerMatMul", "code_bits", "rounded_source"]
-
-_MICROSOFT = "com.microsoft"
 
 _BYTE = 8
 
@@ -71,7 +70,7 @@ class LowerIntegerLinear(Pass):
                     continue
                 reason = "no integer kernel takes this grid of its input"
             sites.append(Site(site_name(node), Outcome.SKIPPED, reason))
-        return _finish(model, sites)
+        return finish(model, sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +89,9 @@ class LowerIntegerMatMul(Pass):
             if held[0] is None or held[1] is None:
                 continue
             (p, r, y), (q, s, z) = held
-            replace(node.outputs[0], [ir.node("MatMulIntegerToFloat", [p, q, r, s, y, z], domain=_MICROSOFT)], node)
+            replace(node.outputs[0], [ir.node("MatMulIntegerToFloat", [p, q, r, s, y, z], domain=MICROSOFT)], node)
             sites.append(Site(site_name(node), Outcome.CHANGED, details={"kernel": "MatMulIntegerToFloat"}))
-        return _finish(model, sites)
+        return finish(model, sites)
 
 
 def _decoded_codes(x: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
@@ -262,21 +261,12 @@ def _fuse(node: ir.Node, codes: _Codes, weight: Weight, turned: ir.Value) -> Non
         operands.append(bias)
     while operands[-1] is None:
         operands.pop()
-    nodes.append(ir.node("MatMulIntegerToFloat", operands, domain=_MICROSOFT))
+    nodes.append(ir.node("MatMulIntegerToFloat", operands, domain=MICROSOFT))
     if codes.factor is not None:
         nodes.append(ir.node("Mul", [nodes[-1].outputs[0], codes.factor]))
         if bias is not None:
             nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias]))
     replace(node.outputs[0], nodes, like=node)
-
-
-def _finish(model: ir.Model, sites: list[Site]) -> Result:
-    result = Result.of(model, sites)
-    if result.modified:
-        model.opset_imports.setdefault(_MICROSOFT, 1)
-        drop_unused(model)
-        dialect.sync_functions(model)
-    return result
 
 
 def _turned(graph: ir.Graph, weight: Weight) -> ir.Value:

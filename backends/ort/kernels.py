@@ -18,17 +18,16 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qc.backends.ort._lowering import MICROSOFT, finish
 from qc.backends.ort.integers import code_bits, rounded_source
 from qc.backends.ort.packed import Held, PackedWeights, consumes_weight, has_kernel
 from qc.ir import dialect
 from qc.ir.errors import InputError
 from qc.ir.quant import Weight, read_weight
 from qc.passes.base import Contract, Exact, Lossy, Outcome, Pass, Result, Site, site_name
-from qc.passes.canonicalize._graph import drop_unused, replace
+from qc.passes.canonicalize._graph import replace
 
 __all__ = ["LowerFloatLinear", "LowerQuantizedWeights"]
-
-_MICROSOFT = "com.microsoft"
 
 _KERNEL_BITS = 8
 """What ``MatMulNBits`` rounds activations to at accuracy level 4."""
@@ -54,7 +53,7 @@ class LowerFloatLinear(Pass):
             x, weight, bias = (*node.inputs, None)[:3]
             assert weight is not None
             if weight.dtype in (None, ir.DataType.FLOAT):
-                nodes = [_node("FusedMatMul", [x, weight], _MICROSOFT, transB=1)]
+                nodes = [_node("FusedMatMul", [x, weight], MICROSOFT, transB=1)]
             else:
                 turn = _node("Transpose", [weight], perm=[1, 0])
                 nodes = [turn, _node("MatMul", [x, turn.outputs[0]])]
@@ -63,7 +62,7 @@ class LowerFloatLinear(Pass):
                 nodes.append(_node("Add", [nodes[-1].outputs[0], bias]))
             replace(node.outputs[0], nodes, like=node)
             sites.append(Site(site_name(node), Outcome.CHANGED, details={"kernel": kernel}))
-        return _finish(model, sites)
+        return finish(model, sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +113,7 @@ class LowerQuantizedWeights(Pass):
             details = {"kernel": fused.op_type, "format": str(weight.format), "block": held.block}
             sites.append(Site(site_name(node), Outcome.CHANGED, details=details))
             replace(node.outputs[0], [fused], like=node)
-        return _finish(model, sites)
+        return finish(model, sites)
 
     def _linear(self, node: ir.Node, held: Held) -> ir.Node:
         x, bias = node.inputs[0], (*node.inputs, None)[2]
@@ -128,7 +127,7 @@ class LowerQuantizedWeights(Pass):
         return _node(
             "MatMulNBits",
             [x, held.blocks, held.scale, held.zero_points, None, bias],
-            _MICROSOFT,
+            MICROSOFT,
             K=columns,
             N=rows,
             bits=held.values.bits,
@@ -140,7 +139,7 @@ class LowerQuantizedWeights(Pass):
         return _node(
             "GatherBlockQuantized",
             [held.rows, node.inputs[1], held.scale, held.zero_points],
-            _MICROSOFT,
+            MICROSOFT,
             bits=held.values.bits,
             block_size=held.block,
             gather_axis=0,
@@ -175,12 +174,3 @@ def _node(op_type: str, inputs: list[ir.Value | None], domain: str = "", **attri
     while inputs[-1] is None:
         inputs = inputs[:-1]
     return ir.node(op_type, inputs, attributes, domain=domain)
-
-
-def _finish(model: ir.Model, sites: list[Site]) -> Result:
-    result = Result.of(model, sites)
-    if result.modified:
-        model.opset_imports.setdefault(_MICROSOFT, 1)
-        drop_unused(model)
-        dialect.sync_functions(model)
-    return result

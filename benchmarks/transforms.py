@@ -41,6 +41,7 @@ SCHEMES = {
 """Format of the weights; bits of activations, what shares a range of them, and when it is found."""
 
 _ROTATE = "rotate{online-hidden=true,online-heads=true}"
+_SEARCHED = "smooth{alpha=search,bits=BITS,granularity=GRANULARITY,weights=FORMAT}"
 _REASSEMBLE = "reassemble{bits=BITS,granularity=GRANULARITY,weights=FORMAT,optional=true}"
 
 TRANSFORMS = {
@@ -49,7 +50,8 @@ TRANSFORMS = {
     "awq": "awq{format=FORMAT,group=0}",
     "outlier-tune": "outlier-tune{bits=BITS,optional=true}",
     "reassemble": _REASSEMBLE,
-    "smooth, reassemble": f"smooth,{_REASSEMBLE}",
+    "smooth, searched": _SEARCHED,
+    "smooth, reassemble": f"{_SEARCHED},{_REASSEMBLE}",
     "rotate, folded": "rotate",
     "rotate": _ROTATE,
     "rotate, smooth": f"{_ROTATE},smooth",

@@ -26,6 +26,8 @@ _ROWS = 128
 """Rows of each weight that are tried, evenly spaced: all rows share a transform, and more rows choose no other."""
 
 
+_TINY = 1e-30
+
 _SHRUNK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Static ranges that are tried, relative to what was seen."""
 
@@ -108,7 +110,7 @@ class Trial:
     """The products on one channel group, without any change, and the error with changes.
 
     Transforms are chosen on one half of the samples and judged on the other: what is fitted to the largest values that
-    were seen meets larger ones later. The error of each product counts in relation to the size of its output.
+    were seen meets larger ones later.
 
     Attributes:
         columns: `STATISTICS` of the half to choose on.
@@ -137,15 +139,20 @@ class Trial:
         self._outputs = {use: p.x @ p.rows.T for use, p in self._products.items()}
 
     def error(self, change: Change) -> float:
-        """The sum over products of ``|Q(x') Q(W')^T - x W^T|^2 / |x W^T|^2``, with what `change` makes of a product."""
+        """The sum over products of the mean over rows y of ``x W^T`` of ``|y' - y|^2 / (|y|^2 + mean |y|^2)``.
+
+        ``y'`` is a row of ``Q(x') Q(W')^T`` with what `change` makes of the product. Some rows are a hundred times as
+        large as the others, such as those of the first token: without the first term of the denominator they alone
+        would count, without the second they would not.
+        """
         total = 0.0
         for use, product in self._products.items():
             changed, expected = change(use, product), self._outputs[use]
             weights = self._quantizers.weight(changed.rows, np.square(changed.x).mean(axis=0, dtype=np.float64))
             power = np.square(weights, dtype=np.float64).sum(axis=0)
             found = self._quantizers.activation(changed.x, changed.low, changed.high, power) @ weights.T
-            size = float(np.vdot(expected, expected))
-            total += float(np.square(found - expected).sum(dtype=np.float64)) / (size if size > 0 else 1.0)
+            errors, sizes = (np.square(y, dtype=np.float64).sum(axis=1) for y in (found - expected, expected))
+            total += float((errors / np.maximum(sizes + sizes.mean(), _TINY)).mean())
         return total
 
     def scaled(self, inputs: Inputs, factors: np.ndarray) -> float:

@@ -37,7 +37,7 @@ _OTHER_SUFFIXES = frozenset(
 _MOST_SENTENCES = 256
 """Sentences that an encoder is calibrated on, and as many that it is measured on: several thousand tokens each."""
 
-_SIMULATED_WINDOWS, _SIMULATED_ROWS = 2, 8
+_SIMULATED_WINDOWS, _SIMULATED_ROWS = 1, 4
 """What is measured in a simulator of the hardware, where a layer takes a tenth of a second or more."""
 
 
@@ -119,7 +119,7 @@ def fitted(data: Data, signature: Signature, longest: int) -> Data:
 
 
 def shortened(data: Data, plan: Plan) -> Data:
-    """The same data with so little to measure on that a simulator comes to an end: 2 windows, or 8 rows."""
+    """The same data with so little to measure on that a simulator comes to an end: a window, or 4 rows."""
     if data.tokens is not None:
         window, _ = evaluation_windows(plan.parameters)
         return dataclasses.replace(data, tokens=data.tokens[: _SIMULATED_WINDOWS * window])

@@ -8,11 +8,13 @@ import onnx_ir as ir
 
 from qc.backends.ort.npu.outside import outside_nodes
 from qc.backends.target import Coverage
-from qc.passes.canonicalize._graph import made_by
+from qc.passes.canonicalize._graph import made_by, stored
 
 __all__ = ["coverage"]
 
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear")
+_FOLDED = ("Constant", "Shape")
+"""Operators of which none is left once shapes are fixed."""
 
 
 def coverage(model: ir.Model) -> Coverage:
@@ -23,7 +25,7 @@ def coverage(model: ir.Model) -> Coverage:
     beside = outside_nodes(model.graph)
     counts: Counter[tuple[str, str]] = Counter()
     for node in model.graph:
-        if node in beside or not any(_is_float(v) for v in (*node.inputs, *node.outputs)) or node.op_type == "Constant":
+        if node in beside or node.op_type in _FOLDED or not any(map(_is_float, (*node.inputs, *node.outputs))):
             continue
         counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type, _why_not(node, beside)] += 1
     nodes = [
@@ -41,8 +43,10 @@ def _is_float(value: ir.Value | None) -> bool:
 def _why_not(node: ir.Node, beside: set[ir.Node]) -> str:
     if node.op_type in _ROUNDING:
         return ""
-    activations = [v for v in node.inputs if _is_float(v) and v.producer() is not None]
+    activations = [v for v in node.inputs if _is_float(v) and stored(v) is None]
     if not all(made_by(v, "DequantizeLinear") is not None for v in activations):
         return "computes in half precision: its input has no grid, because it was not observed on calibration data"
-    readers = {u.node.op_type for out in node.outputs for u in out.uses() if u.node not in beside}
+    readers = {
+        u.node.op_type for out in node.outputs for u in out.uses() if u.node not in beside and u.node.op_type != "Shape"
+    }
     return "" if readers <= {"QuantizeLinear"} else "computes in half precision: its result has no grid"

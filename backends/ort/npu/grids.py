@@ -39,6 +39,8 @@ _PARAMETERS = {"Clip": 1, "Pad": 1, "Resize": 1, "Conv": 1, "ConvTranspose": 1, 
 _HIDDEN = 16.0
 """How far below the lowest score a hidden one lies: its share is below e^-16, less than a step of 16 bits."""
 
+_NARROWEST = 1e-12
+
 _ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
@@ -120,7 +122,7 @@ class QuantizeValues(Pass):
             ranges[id(groups.of(mask))] = (-depth, top)
             for node, (bottom, upper) in zip(sums, scores, strict=True):
                 ranges[id(groups.of(node.outputs[0]))] = (bottom - depth, upper + top)
-        return {key: Grid.of(low, high, self.bits, symmetric=False) for key, (low, high) in ranges.items()}
+        return {key: Grid.of(*_wide(ends), self.bits, symmetric=False) for key, ends in ranges.items()}
 
     def _range(self, value: ir.Value, context: Context) -> tuple[float, float] | None:
         seen = [context.statistics.get(r) for r in _requests(value)]
@@ -145,7 +147,7 @@ class QuantizeValues(Pass):
                 if value not in done:
                     array = weight.numpy()
                     bits = self.bits if node.op_type == "Gather" else 16
-                    grid = Grid.of(*_ends(array), bits, symmetric=False)
+                    grid = Grid.of(*_wide(_ends(array)), bits, symmetric=False)
                     done[value] = _stored(model, array, grid, weight.name, context, node)
                     weight.release()
                 node.replace_input_with(slot, done[value])
@@ -266,6 +268,11 @@ def _put(model: ir.Model, value: ir.Value, grid: Grid, outside: set[ir.Node]) ->
 
 def _ends(array: np.ndarray) -> tuple[float, float]:
     return float(array.min(initial=0.0)), float(array.max(initial=0.0))
+
+
+def _wide(ends: tuple[float, float]) -> tuple[float, float]:
+    """A range that is not empty: the units divide by its step, and by its ratio to the steps around it."""
+    return ends if ends[1] - ends[0] > _NARROWEST else (0.0, 1.0)
 
 
 def _known(value: ir.Value) -> tuple[float, float] | None:

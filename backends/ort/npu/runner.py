@@ -103,7 +103,8 @@ class NpuRunner:
     def _row(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tokens = self.signature.input("tokens")
         if tokens is None:
-            return self._graphs[0][1].run(inputs)
+            graph, session = self._graphs[0]
+            return self._piece(session, graph, inputs, 0, 0, {})
         new = inputs[tokens.name].shape[1]
         past = next((inputs[n].shape[self._axes[n].index("past")] for n in self._caches), 0)
         if past + new > self._limit:
@@ -179,10 +180,10 @@ class NpuRunner:
             arrays |= self._outer.run({**inputs, self._past: np.array([past], np.int64)})
         fed = {n: self._pad(n, arrays[n], shape, graph, past) for n, shape in session.inputs.items() if n not in caches}
         results = session.run(fed | dict(caches))
-        for port in self.signature.outputs:
+        tokens = self.signature.input("tokens")
+        for port in self.signature.outputs if tokens is not None else ():
             for axis, dim in enumerate(port.shape):
-                tokens = self.signature.input("tokens")
-                if tokens is not None and dim == tokens.shape[1] and isinstance(dim, str):
+                if isinstance(dim, str) and dim == tokens.shape[1]:
                     results[port.name] = results[port.name].take(range(count), axis)
         return results
 

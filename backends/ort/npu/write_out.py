@@ -73,8 +73,8 @@ class WriteOutAttention(Pass):
 
     Heads that share keys are stacked along the sequence: ``q [B, G H, S, D]`` is read as ``[B, H, G S, D]``, so keys
     and values are not repeated. A mask of booleans becomes one of ``0`` and `LOWEST`, one of floats is cut there; where
-    there is none but lengths vary, one that hides nothing is made, so that padding can be hidden. Exact but for scores
-    that a mask puts below ``LOWEST``. Left alone: operands of other ranks, outputs of scores, unknown numbers of heads.
+    there is none but the model reads texts of any length, one that hides nothing is made, so that padding can be hidden.
+    Exact but for scores that a mask puts below ``LOWEST``. Left alone: operands of other ranks, outputs of scores, unknown numbers of heads.
     """
 
     contract: ClassVar[Contract] = Exact(1e-4)
@@ -124,7 +124,8 @@ def _write_out(graph: ir.Graph, node: ir.Node, masks: dict[tuple[object, ...], i
         raise Decline("it is causal over keys of another length, which runtimes align in two ways")
     key = (mask, causal, shapes[0][2], length, group)
     if key not in masks:
-        masks[key] = _mask(write, q, presents[0], mask, causal=causal, fixed=isinstance(length, int), group=group)
+        fixed = isinstance(length, int) or not any(v.metadata_props.get("qc.role") == "tokens" for v in graph.inputs)
+        masks[key] = _mask(write, q, presents[0], mask, causal=causal, fixed=fixed, group=group)
     keys, values, hidden = presents[0], presents[1], masks[key]
     given = float(attribute(node, "scale", 0.0))  # type: ignore[arg-type]
     scale = write.constant("scale", np.array(given or float(width) ** -0.5, np.float32))
@@ -217,7 +218,7 @@ def _lengths(write: _Writer, q: ir.Value, keys: ir.Value) -> tuple[ir.Value, ir.
 
 @dataclasses.dataclass(frozen=True)
 class WriteOutRotary(Pass):
-    """Replaces ``RotaryEmbedding(x, cos, sin, positions)`` by ``x * cos' + turned(x) * sin'``.
+    """Replaces ``RotaryEmbedding(x, cos, sin, positions)`` by ``cos' * x + sin' * turned(x)``.
 
     With the halves ``x = [a, b, rest]`` of the channels that rotate: ``turned(x) = [b, a, rest]``,
     ``cos' = [cos, cos, 1]``, ``sin' = [-sin, sin, 0]``; interleaved channels are turned pair by pair. Exact. Left
@@ -253,7 +254,8 @@ def _turn(graph: ir.Graph, node: ir.Node, tables: dict[tuple[object, ...], tuple
         tables[key] = _tables(write, cos, sin, positions, width, interleaved=interleaved)
     wide_cos, wide_sin = tables[key]
     turned = _turned(write, x, half, interleaved=interleaved)
-    write.add("Add", write.add("Mul", x, wide_cos), write.add("Mul", turned, wide_sin))
+    # Tables first: the simulator of QNN 2.7 multiplies a normalized value wrongly with one that is an input behind it.
+    write.add("Add", write.add("Mul", wide_cos, x), write.add("Mul", wide_sin, turned))
     replace(node.outputs[0], write.nodes, like=node)
 
 

@@ -9,7 +9,7 @@ import pytest
 from qc.backends.ort.npu.outside import outside_values
 from qc.backends.ort.npu.write_out import LOWEST, WriteOutActivations, WriteOutAttention, WriteOutRotary
 from qc.ir import dialect
-from qc.ir.model import Model
+from qc.ir.model import Model, set_role
 from qc.ir.runtime import Session
 from qc.ir.simplify import infer_shapes
 from qc.ir.verify import compare
@@ -57,8 +57,16 @@ def test_attention_with_shared_keys_is_written_out(options, mask):
     inputs = "float[b,4,n,8] q, float[b,2,n,8] k, float[b,2,n,8] v" + (f", {mask}" if mask else "")
     read = "q, k, v" + (", m" if mask else "")
     call = f"Attention <{options}>" if options else "Attention"
-    model = _model(f"({inputs}) => (float[b,4,n,8] y) {{ y = {call} ({read}) }}")
-    feed = {"q": _floats(2, 4, 5, 8), "k": _floats(2, 2, 5, 8), "v": _floats(2, 2, 5, 8)}
+    model = _model(
+        f"({inputs}, int64[b,n] i) => (float[b,4,n,8] y, int64[b,n] j) {{ y = {call} ({read})\n j = Neg(i) }}"
+    )
+    set_role(model.graph.inputs[-1], "tokens")
+    feed = {
+        "q": _floats(2, 4, 5, 8),
+        "k": _floats(2, 2, 5, 8),
+        "v": _floats(2, 2, 5, 8),
+        "i": np.ones((2, 5), np.int64),
+    }
     if mask.startswith("bool"):
         feed["m"] = np.tril(np.ones((2, 1, 5, 5), bool))
     elif mask:

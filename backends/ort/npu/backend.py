@@ -31,6 +31,7 @@ class OrtNpu:
         prefill: Tokens that a decoder takes at once.
         cache: Tokens that its cache holds, and with it the longest text.
         bits: Of the grids of activations.
+        context: Whether the artifact also holds what the graphs are compiled to.
         sizes: Sizes of further symbolic dimensions, by name.
     """
 
@@ -39,6 +40,7 @@ class OrtNpu:
     prefill: int = 64
     cache: int = 256
     bits: int = 16
+    context: bool = False
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -59,11 +61,13 @@ class OrtNpu:
                 chosen["soc"] = word
             elif word in ("u8", "u16"):
                 chosen["bits"] = int(word[1:])
+            elif word == "context":
+                chosen["context"] = True
             elif number.isascii() and number.isdigit() and int(number) > 0:
                 (chosen if name in _NUMBERS else sizes)[name] = int(number)
             else:
                 raise InputError(
-                    f"Expected an option of ort-npu:qnn among {', '.join(SOCS)}, u8, u16, "
+                    f"Expected an option of ort-npu:qnn among {', '.join(SOCS)}, u8, u16, context, "
                     f"{', '.join(f'{n}=N' for n in _NUMBERS)} and NAME=N for another open size; found {word!r}."
                 )
         return cls(**chosen, sizes=sizes)  # type: ignore[arg-type]
@@ -113,6 +117,7 @@ class OrtNpu:
             length=self.length,
             prefill=self.prefill,
             cache=self.cache,
+            context=self.context,
             sizes=self.sizes,
         )
 

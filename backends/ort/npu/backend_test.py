@@ -70,7 +70,7 @@ def test_the_graphs_of_a_decoder_have_fixed_shapes_and_share_their_weights(build
 
 
 @pytest.mark.usefixtures("simulator")
-@pytest.mark.parametrize("kind", ["appending", "plain", "encoder"])
+@pytest.mark.parametrize("kind", ["appending", "encoder"])
 def test_every_node_runs_on_the_npu_and_texts_of_any_length_are_as_lowered(build, tmp_path, kind):
     _, lowered = _emitted(build, kind, tmp_path)
     runner, exact = backend_for(_TARGET).open(tmp_path), ModelRunner(lowered)
@@ -98,6 +98,19 @@ def test_text_is_generated_over_a_cache_of_fixed_size(build, tmp_path):
     batch |= {n: np.zeros((1, 2, 0, 16), np.float32) for n in ("past_key_values.0.key", "past_key_values.0.value")}
     with pytest.raises(InputError, match="at most 16 tokens"):
         runner.run(batch)
+
+
+@pytest.mark.usefixtures("simulator")
+def test_what_the_graphs_are_compiled_to_runs_without_them(build, tmp_path):
+    lowered = _lowered(build("encoder"))
+    for name, options in (("plain", ""), ("compiled", ",context")):
+        (tmp_path / name).mkdir()
+        backend_for(_TARGET + options).emit(lowered, tmp_path / name)
+    (tmp_path / "compiled" / "encoder.onnx").unlink()
+    runners = [backend_for("ort-npu:qnn").open(tmp_path / name) for name in ("plain", "compiled")]
+    batch = {"input_ids": np.arange(7)[None], "attention_mask": np.ones((1, 7), np.int64)}
+    plain, compiled = (r.run(batch)["last_hidden_state"] for r in runners)
+    np.testing.assert_array_equal(plain, compiled)
 
 
 @pytest.mark.usefixtures("simulator")

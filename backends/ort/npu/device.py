@@ -16,7 +16,7 @@ import numpy as np
 from qc.ir.errors import UnsupportedError
 from qc.ir.runtime import describe
 
-__all__ = ["PACKAGE", "NpuSession", "is_simulator"]
+__all__ = ["PACKAGE", "NpuSession", "context_file", "is_simulator", "write_context"]
 
 PACKAGE = ("onnxruntime-qnn", "2.0")
 """The package with the plugin for Qualcomm's NPUs, and the lowest version that runs what we emit."""
@@ -60,6 +60,23 @@ class NpuSession:
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs once on arrays of the fixed shapes."""
         return dict(zip(self.outputs, self._session.run(None, dict(inputs)), strict=True))
+
+
+def context_file(file: Path) -> Path:
+    """The file that loads what a graph was compiled to; the compiled code lies beside it."""
+    return file.with_name(f"{file.stem}_ctx.onnx")
+
+
+def write_context(file: Path, soc: int) -> None:
+    """Compiles a graph and writes the result beside it, so that loading takes no compiler.
+
+    Not the same bytes each time: the plugin names the code after the directory that the graph lies in.
+
+    Raises:
+        UnsupportedError: If there is no NPU, nor its simulator.
+    """
+    entries = {"ep.context_enable": "1", "ep.context_embed_mode": "0", "ep.context_file_path": str(context_file(file))}
+    _session(file, soc, {"session.disable_cpu_ep_fallback": "1", **entries})
 
 
 def is_simulator() -> bool:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qc.backends.manifest import dump_json
 from qc.backends.ort.emit import stripped_copy
+from qc.backends.ort.npu.device import write_context
 from qc.backends.ort.npu.shapes import Dimensions, graph_sizes
 from qc.backends.ort.npu.split import PAST, cache_grids, inside, outside
 from qc.ir.model import Model, Port, port_of
@@ -22,7 +23,15 @@ FACTS, OUTER = "npu.json", "inputs.onnx"
 
 
 def emit(
-    model: Model, directory: Path, *, soc: int, length: int, prefill: int, cache: int, sizes: Mapping[str, int]
+    model: Model,
+    directory: Path,
+    *,
+    soc: int,
+    length: int,
+    prefill: int,
+    cache: int,
+    context: bool,
+    sizes: Mapping[str, int],
 ) -> None:
     """Writes everything into an existing directory.
 
@@ -33,6 +42,7 @@ def emit(
         length: Positions of an encoder.
         prefill: Positions that a decoder takes at once.
         cache: Positions that its cache holds.
+        context: Whether to write what the graphs are compiled to.
         sizes: Sizes of further symbolic dimensions.
     """
     written = stripped_copy(model, directory)
@@ -43,12 +53,15 @@ def emit(
         fixed = inside(written, dimensions.sizes(graph))
         fixed.graph.name = graph.file.removesuffix(".onnx")
         ir.save(fixed, directory / graph.file)
+        if context:
+            write_context(directory / graph.file, soc)
     outer = outside(written)
     if outer is not None:
         ir.save(outer, directory / OUTER)
     made = [port_of(v) for v in outer.graph.outputs] if outer is not None else []
     facts = {
         "soc": soc,
+        "context": context,
         "inputs": [_port(p) for p in signature.inputs],
         "outputs": [_port(p) for p in signature.outputs],
         "provenance": written.provenance,

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qc.backends.decoding import context_limit, greedy, pick, plan
 from qc.backends.inputs import check_inputs, text_inputs
-from qc.backends.ort.npu.device import NpuSession
+from qc.backends.ort.npu.device import NpuSession, context_file
 from qc.backends.ort.npu.emit import FACTS, OUTER
 from qc.backends.ort.npu.shapes import GraphSizes
 from qc.ir.errors import InputError
@@ -49,7 +49,8 @@ class NpuRunner:
         facts = read_facts(directory)
         self.signature = Signature(tuple(map(_port, facts["inputs"])), tuple(map(_port, facts["outputs"])))
         graphs = [GraphSizes(**g) for g in facts["graphs"]]
-        self._graphs = [(g, NpuSession(directory / g.file, facts["soc"])) for g in graphs]
+        files = [context_file(directory / g.file) if facts["context"] else directory / g.file for g in graphs]
+        self._graphs = [(g, NpuSession(f, facts["soc"])) for g, f in zip(graphs, files, strict=True)]
         self._limit = graphs[0].past or graphs[0].new
         self.provenance: Mapping[str, str] = facts["provenance"]
         self._axes: dict[str, list[str]] = facts["axes"]

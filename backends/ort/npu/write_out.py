@@ -73,8 +73,9 @@ class WriteOutAttention(Pass):
 
     Heads that share keys are stacked along the sequence: ``q [B, G H, S, D]`` is read as ``[B, H, G S, D]``, so keys
     and values are not repeated. A mask of booleans becomes one of ``0`` and `LOWEST`, one of floats is cut there; where
-    there is none but the model reads texts of any length, one that hides nothing is made, so that padding can be hidden.
-    Exact but for scores that a mask puts below ``LOWEST``. Left alone: operands of other ranks, outputs of scores, unknown numbers of heads.
+    there is none but the model reads texts of any length, one that hides nothing is made, so that padding can be
+    hidden. Exact but for scores that a mask puts below ``LOWEST``. Left alone: operands of other ranks, outputs of
+    scores, unknown numbers of heads.
     """
 
     contract: ClassVar[Contract] = Exact(1e-4)

@@ -25,7 +25,7 @@ from qc.ir.quant import (
 )
 from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site
 
-__all__ = ["WidenWeights", "runs_as", "wider"]
+__all__ = ["Integers", "WidenWeights", "integers_of", "runs_as", "wider"]
 
 _KERNEL_BITS = (2, 4, 8)
 _MULTIPLES = (1, 2, 4, 8, 16)
@@ -85,7 +85,7 @@ class WidenWeights(Pass):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Integers:
+class Integers:
     """Values as multiples of ``1 / multiple``.
 
     Attributes:
@@ -98,6 +98,16 @@ class _Integers:
     codes: np.ndarray | None
     bits: int
     multiple: int
+
+    def of(self, tensor: QuantizedTensor) -> np.ndarray:
+        """The integers of all codes of a tensor whose values these are."""
+        assert self.codes is not None
+        codes = tensor.codes.astype(np.int16) - tensor.format.values.low
+        if self.codes.ndim == 1:
+            return self.codes[codes]
+        rows, columns = tensor.shape
+        kinds = np.broadcast_to(tensor.params["kind"], (rows, tensor.format.groups(columns)))
+        return self.codes[np.repeat(kinds, tensor.format.width(columns), 1)[:, :columns], codes]
 
 
 def runs_as(format: Format, columns: int, accuracy_level: int = 4) -> str:
@@ -124,7 +134,7 @@ def wider(format: Format, columns: int, accuracy_level: int | None) -> tuple[For
         format = dataclasses.replace(format, remainder=None)
     if format.remainder is not None or format.axis == "out":
         return None, f"no kernel takes weights in {format}"
-    integers = _integers(format.values)
+    integers = integers_of(format.values)
     if integers is None:
         return None, f"values of {format.values} are no multiples of one number that fit in 8 bits"
     reason = ""
@@ -139,12 +149,13 @@ def wider(format: Format, columns: int, accuracy_level: int | None) -> tuple[For
     return None, reason
 
 
-def _integers(values: object) -> _Integers | None:
+def integers_of(values: object) -> Integers | None:
+    """The values of a value map as multiples of one number that fit 8 bits; None if they are none."""
     if isinstance(values, Affine):
         if values.floating:
             return None
         if not values.symmetric:
-            return _Integers(None, values.bits, 1)
+            return Integers(None, values.bits, 1)
         codes = np.arange(values.low, values.high + 1)
         return _fitting(2 * codes + 1 if values.half else codes, 2 if values.half else 1)
     if not isinstance(values, (Table, Select)):
@@ -156,16 +167,16 @@ def _integers(values: object) -> _Integers | None:
     return None
 
 
-def _fitting(codes: np.ndarray, multiple: int) -> _Integers | None:
+def _fitting(codes: np.ndarray, multiple: int) -> Integers | None:
     for bits in _KERNEL_BITS:
         if codes.min() >= -(1 << (bits - 1)) and codes.max() < 1 << (bits - 1):
-            return _Integers(codes.astype(np.int8), bits, multiple)
+            return Integers(codes.astype(np.int8), bits, multiple)
     return None
 
 
 def _reencoded(weight: Weight, format: Format) -> QuantizedTensor:
     tensor = weight.quantized()
-    integers = _integers(tensor.format.values)
+    integers = integers_of(tensor.format.values)
     assert integers is not None
     rows, columns = tensor.shape
     groups = format.groups(columns)
@@ -174,13 +185,7 @@ def _reencoded(weight: Weight, format: Format) -> QuantizedTensor:
     if integers.codes is None:
         params["zero_point"] = np.array(np.broadcast_to(tensor.params["zero_point"], (rows, groups)))
         return QuantizedTensor(format, tensor.codes, params)
-    codes = tensor.codes.astype(np.int16) - tensor.format.values.low
-    if integers.codes.ndim == 2:
-        kinds = np.broadcast_to(tensor.params["kind"], (rows, groups))
-        return QuantizedTensor(
-            format, integers.codes[np.repeat(kinds, format.width(columns), 1)[:, :columns], codes], params
-        )
-    return QuantizedTensor(format, integers.codes[codes], params)
+    return QuantizedTensor(format, integers.of(tensor), params)
 
 
 def _remove(graph: ir.Graph, node: ir.Node) -> None:

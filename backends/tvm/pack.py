@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.ort.widen import integers_of
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.bytes import FACTS, PADDING
 from qc.backends.tvm.kernels.products import Codes
@@ -39,27 +40,47 @@ def codes_of(format: Format, columns: int, isa: Isa) -> Codes:
     reason = why_decoded(format)
     if reason:
         raise UnsupportedError(f"Expected a weight format with a kernel, found {format}: {reason}.")
-    values, group = format.values, format.group
-    assert isinstance(values, Affine)
-    bits = next(b for b in _BITS if b >= values.bits)
-    half = format.scale == FloatScale(ir.DataType.FLOAT16)
-    zeros = not values.symmetric
-    zero = 0 if bits == 8 and isa.signed else -values.low  # bytes are stored signed there
+    group, (bits, zero, table, _) = format.group, _stored(format, isa)
+    plain = isinstance(format.values, Affine) and not format.values.half
+    half = plain and format.scale == FloatScale(ir.DataType.FLOAT16)
+    zeros = isinstance(format.values, Affine) and not format.values.symmetric
     if group is None:  # the scale of a row is repeated every few hundred columns: exact, and one kernel less
         block = next((b for b in _BLOCKS if b <= columns), _BLOCKS[-1])
         group = min(_ROW_GROUP, -(-columns // block) * block)
     block = next(b for b in _BLOCKS if group % b == 0 and (bits != 3 or b % 32 == 0))
     params = (2 if half else 4) + zeros
     per = next((p for p in (1, 2, 4) if p * params * isa.lanes % isa.vector_bytes == 0), 4)
-    return Codes(bits, block, group // block, half, zeros, zero, per)
+    return Codes(bits, block, group // block, half, zeros, zero, per, table)
+
+
+def _stored(format: Format, isa: Isa) -> tuple[int, int, tuple[int, ...] | None, np.ndarray | None]:
+    """Bits of a code in a record, the code that stands for 0, the bytes that codes stand for, and what codes become.
+
+    Codes of integers are stored from 0 up, bytes signed where the level wants it. Codes of a table of integers stay,
+    and the kernel looks them up, where that takes fewer bits than the integers.
+    """
+    values = format.values
+    if isinstance(values, Affine) and not values.half:
+        bits = next(b for b in _BITS if b >= values.bits)
+        return bits, 0 if bits == 8 and isa.signed else -values.low, None, None
+    integers = integers_of(values)
+    assert integers is not None
+    assert integers.codes is not None
+    bits = next((b for b in _BITS if b >= values.bits), 8)
+    if integers.codes.ndim == 1 and bits < integers.bits:
+        bias = 0 if isa.signed else max(0, -int(integers.codes.min()))
+        table = [(int(c) + bias) & 255 for c in integers.codes]
+        return bits, bias, tuple(table + [bias] * (16 - len(table))), None
+    bits = integers.bits
+    return bits, 0 if bits == 8 and isa.signed else 1 << (bits - 1), None, integers.codes
 
 
 def why_decoded(format: Format) -> str:
     """Why weights of a format are decoded when the file is written; empty if a kernel computes with it."""
     values, group = format.values, format.group
-    if not isinstance(values, Affine) or values.half or values.floating:
+    if integers_of(values) is None:
         return "its values are not integers times a scale"
-    if format.axis != "in" or format.remainder is not None:
+    if format.axis == "out" or format.remainder is not None:
         return "its groups do not lie along a row, or it has a remainder"
     unit = 32 if values.bits == 3 else _BLOCKS[-1]
     if group is not None and group % unit:
@@ -81,14 +102,23 @@ def record_bytes(codes: Codes, rows: int, columns: int, isa: Isa) -> int:
 def pack_records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
     """Codes, scales and zero points in records: uint8, see `qc.backends.tvm.kernels.products`."""
     values, L = tensor.format.values, isa.lanes
-    assert isinstance(values, Affine)
+    *_, recoded = _stored(tensor.format, isa)
+    multiple = 1
+    if recoded is None:
+        source = tensor.codes.astype(np.int16) - values.low
+        if codes.table is not None:
+            multiple = integers_of(values).multiple  # type: ignore[union-attr]
+    else:
+        integers = integers_of(values)
+        assert integers is not None
+        source, multiple = integers.of(tensor).astype(np.int16) + (1 << (codes.bits - 1)), integers.multiple
     rows, columns = tensor.codes.shape
     units, width = -(-rows // L), codes.block * codes.blocks
     groups = groups_of(codes, columns)
     per, records = codes.per_record, -(-groups // codes.per_record)
     # Padding: codes of columns meet activations of zero, rows are never stored.
     padded = np.zeros((units * L, records * per * width), np.uint8)
-    padded[:rows, :columns] = (tensor.codes.astype(np.int16) - values.low).astype(np.uint8)
+    padded[:rows, :columns] = source.astype(np.uint8)
     signed = codes.bits == 8 and isa.signed
     if signed:
         padded ^= np.uint8(0x80)
@@ -96,15 +126,20 @@ def pack_records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
     packed = _pack_slots(blocks.reshape(units, records, -1, codes.block // 4, 4 * L), codes.bits)
     out = np.zeros((units, records, codes.record_bytes(L)), np.uint8)
     end = per * codes.blocks * codes.code_bytes(L)
+    decoded = tensor.format.scale.decode(tensor.params)
+    scale = tensor.params["scale"] if codes.half else decoded / np.float32(multiple)
     out[:, :, :end] = packed.reshape(units, records, end)
-    out[:, :, end : end + per * codes.scale_bytes(L)] = _per_group(
-        tensor.params["scale"] if codes.half else tensor.format.scale.decode(tensor.params), units, L, records, per
-    )
+    out[:, :, end : end + per * codes.scale_bytes(L)] = _per_group(_by_row(tensor, scale), units, L, records, per)
     if codes.zeros:
         start = end + per * codes.scale_bytes(L)
-        zeros = tensor.params["zero_point"].astype(np.uint8) ^ np.uint8(0x80 if signed else 0)
+        zeros = _by_row(tensor, tensor.params["zero_point"]).astype(np.uint8) ^ np.uint8(0x80 if signed else 0)
         out[:, :, start : start + per * L] = _per_group(zeros, units, L, records, per)
     return out.reshape(-1)
+
+
+def _by_row(tensor: QuantizedTensor, param: np.ndarray) -> np.ndarray:
+    """Parameters ``[rows, groups]``, or ``[rows, 1]`` where a row, or all of them, have one."""
+    return np.broadcast_to(param, (tensor.codes.shape[0], param.shape[-1]))
 
 
 def _pack_slots(slots: np.ndarray, bits: int) -> np.ndarray:

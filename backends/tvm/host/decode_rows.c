@@ -1,6 +1,6 @@
 static int decode_rows@(const uint8_t *w, const int@_t *index, float *y, int64_t count, int64_t rows, int64_t columns,
     int64_t groups, int lanes, int bits, int block, int blocks, int per, int64_t record, int half, int zeros, int zero,
-    int is_signed) {
+    int is_signed, const uint8_t *table) {
   const int64_t code_bytes = (int64_t)lanes * block * bits / 8, scale_size = half ? 2 : 4, records = (groups + per - 1) / per;
   const int64_t scale_at = per * blocks * code_bytes, zero_at = scale_at + per * lanes * scale_size;
   const int each = bits == 3 ? 4 : 8 / bits, mask = (1 << bits) - 1;
@@ -28,6 +28,7 @@ static int decode_rows@(const uint8_t *w, const int@_t *index, float *y, int64_t
         } else {
           code = (codes[slot / each * 4 * lanes + byte] >> (bits * (slot % each))) & mask;
         }
+        if (table != NULL) code = table[code];
         if (is_signed) code = (int8_t)code;
         to[k] = (float)(code - z) * scale;
       }

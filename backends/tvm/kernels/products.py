@@ -26,6 +26,10 @@ from qc.backends.tvm.kernels.vectors import Kernel, Vectors
 __all__ = ["Codes", "exact_product", "integer_product", "quantize_rows"]
 
 
+_SAFE = 128
+"""Largest byte of a weight whose products, in pairs, fit the 16 bits of ``maddubs``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Codes:
     """How a weight lies in its records.
@@ -38,7 +42,7 @@ class Codes:
         zeros: Whether each group has a zero point; else it is `zero`.
         zero: The code that stands for 0 where groups have no zero points of their own.
         per_record: Groups in a record.
-        table: 16 bytes that codes stand for, biased like the codes; None: themselves.
+        table: 16 bytes that codes stand for; None: themselves.
     """
 
     bits: int
@@ -49,6 +53,10 @@ class Codes:
     zero: int
     per_record: int = 1
     table: tuple[int, ...] | None = None
+
+    def signed(self, isa: Isa) -> bool:
+        """Whether a code, or what it stands for, is a signed byte."""
+        return isa.signed and (self.bits == 8 or self.table is not None)
 
     def code_bytes(self, lanes: int) -> int:
         """Bytes of the codes of one block of `lanes` rows."""
@@ -224,7 +232,8 @@ class _Product:
                 for r in range(columns):
                     acc[i, r] = start
         readers = [_Slots(v, c, b["w"], start) for start in starts]
-        dot = v.dot_bytes if c.bits == 8 or c.table is not None else v.dot
+        wide = c.bits == 8 or (c.table is not None and max(c.table) > _SAFE)
+        dot = v.dot_bytes if wide else v.dot
         for slot in range(c.block // 4):
             weights = [reader.slot(slot) for reader in readers]
             for i in range(rows):
@@ -271,7 +280,7 @@ class _ExactProduct(_Product):
         v, T, c, L = self.v, self.v.T, self.codes, self.v.L
         weights = []
         for word, zero in zip(words, zeros, strict=True):
-            if c.bits == 8 and v.isa.signed:
+            if c.signed(v.isa):
                 code = (word << T.broadcast(T.int32(24 - 8 * byte), L)) >> T.broadcast(T.int32(24), L)
             else:
                 code = (word >> T.broadcast(T.int32(8 * byte), L)) & T.broadcast(T.int32(255), L)
@@ -292,6 +301,11 @@ class _Slots:
         self._wide = 4 * v.L
 
     def slot(self, slot: int) -> Any:
+        """The bytes of four columns of every row."""
+        codes = self._codes(slot)
+        return codes if self.codes.table is None else self.v.look_up(self.codes.table, codes)
+
+    def _codes(self, slot: int) -> Any:
         c, T = self.codes, self.v.T
         if c.bits == 8:
             return self._vector(slot)

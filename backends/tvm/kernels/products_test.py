@@ -3,10 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qc.backends.ort.widen import integers_of
 from qc.backends.tvm.isa import best_for_host
 from qc.backends.tvm.kernels.products import exact_product, integer_product, quantize_rows
 from qc.backends.tvm.pack import codes_of, groups_of, pack_records, record_bytes
 from qc.ir.quant import Format, QuantizedTensor
+from qc.passes.quantize.assign import assign
 
 
 def weight(text: str, rows: int, columns: int, rng) -> QuantizedTensor:
@@ -72,27 +74,47 @@ def test_an_integer_product_of_every_kind_of_format(call, rng, text):
     check_integer_product(best_for_host(), call, rng, text)
 
 
+@pytest.mark.parametrize("text", ["mxfp4", "bitmod3:g32"])
+def test_an_integer_product_of_a_table_of_integers(isa, call, rng, text):
+    x = rng.standard_normal((5, 128)).astype(np.float32)
+    w = assign(rng.standard_normal((37, 128)).astype(np.float32), Format.parse(text))
+    codes = codes_of(w.format, 128, isa)
+    records = pack_records(w, codes, isa)
+    assert (codes.bits, codes.table is not None) == (4, text == "mxfp4")
+    integers = integers_of(w.format.values)
+    scale = w.format.scale.decode(w.params) / np.float32(integers.multiple)
+    same = QuantizedTensor(Format.parse("int8:g32"), integers.of(w), {"scale": scale})
+    check_bits(isa, product_of_rows(isa, call, x, codes, records, 37), reference(x, same, codes))
+
+
+def product_of_rows(isa, call, x, codes, records, n):
+    """Rows of x, quantized by the kernel that does it, times a weight."""
+    (m, k), groups = x.shape, groups_of(codes, x.shape[1])
+    padded = groups * codes.block * codes.blocks
+    q, s = np.zeros((m, padded), np.int8), np.zeros((m, padded // codes.block), np.float32)
+    z, y = np.zeros(s.shape, np.int32), np.full((m + 1, n), np.nan, np.float32)
+    call(isa, quantize_rows, (codes.block,), [x, q, s, z], (k, k, padded), m)
+    units = -(-n // isa.lanes)
+    call(isa, integer_product, (codes, False, False, "none"), [q, s, z, records, y], (m, n, groups, n, 0), units)
+    assert np.isnan(y[m]).all(), "it wrote beyond its rows"
+    return y[:m]
+
+
 def check_integer_product(isa, call, rng, text):
     m, n, k = 7, 37, 150 if text == "int8" else 160
     w, x = weight(text, n, k, rng), rng.standard_normal((m, k)).astype(np.float32)
     x[2] = 0
     codes = codes_of(w.format, k, isa)
-    groups = groups_of(codes, k)
-    padded = groups * codes.block * codes.blocks
     records = pack_records(w, codes, isa)
     assert records.nbytes == record_bytes(codes, n, k, isa)
-    q, s = np.zeros((m, padded), np.int8), np.zeros((m, padded // codes.block), np.float32)
-    z = np.zeros(s.shape, np.int32)
-    call(isa, quantize_rows, (codes.block,), [x, q, s, z], (k, k, padded), m)
-    y = np.full((m + 1, n), np.nan, np.float32)
-    units = -(-n // isa.lanes)
-    call(isa, integer_product, (codes, False, False, "none"), [q, s, z, records, y], (m, n, groups, n, 0), units)
-    expected = reference(x, w, codes)
+    check_bits(isa, product_of_rows(isa, call, x, codes, records, n), reference(x, w, codes))
+
+
+def check_bits(isa, found, expected):
     if isa.fma:
-        assert np.array_equal(y[:m], expected)
+        assert np.array_equal(found, expected)
     else:  # products are rounded before they are added there
-        np.testing.assert_allclose(y[:m], expected, rtol=1e-5, atol=1e-5)
-    assert np.isnan(y[m]).all(), "it wrote beyond its rows"
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("text", ["int8:g64"])

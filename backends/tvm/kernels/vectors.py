@@ -32,6 +32,13 @@ _ERF_BELOW = (
 """``erf(x) = x p(x^2) / q(x^2)`` on [-4, 4], of the Eigen library; beyond, erf is 1 to seven digits."""
 
 
+_LOOK_UP = {
+    ("x86_64", 16): "llvm.x86.avx512.pshuf.b.512",
+    ("x86_64", 8): "llvm.x86.avx2.pshuf.b",
+    ("x86_64", 4): "llvm.x86.ssse3.pshuf.b.128",
+    ("aarch64", 4): "llvm.aarch64.neon.tbl1",
+}
+
 _LINE = 64
 """Bytes of a cache line."""
 
@@ -208,6 +215,18 @@ class Vectors:
         total = self.dot(total, low, activations)
         pairs = self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", "int16x16", high, activations)
         return T.bind(total + self.intrinsic("llvm.x86.avx2.pmadd.wd", self.i32(), pairs, T.broadcast(T.int16(16), 16)))
+
+    def look_up(self, table: Sequence[int], codes: Expr) -> Expr:
+        """The bytes of a table of 16 that bytes below 16 stand for."""
+        T, wide = self.T, 4 * self.L
+        words = [int.from_bytes(bytes(table[i : i + 4]), "little", signed=True) for i in range(0, 16, 4)]
+        slot = T.alloc_buffer((self.L,), "int32", scope="global")
+        for i in range(self.L):
+            T.buffer_store(slot, T.int32(words[i % 4]), [i])
+        name = _LOOK_UP[self.isa.arch, self.L]
+        found = self.intrinsic(name, f"int8x{wide}", T.reinterpret(f"int8x{wide}", self.load(slot, 0)),
+                               T.reinterpret(f"int8x{wide}", codes))  # fmt: skip
+        return T.bind(T.reinterpret(f"uint8x{wide}", found))
 
     def activate(self, kind: str, x: Expr) -> Expr:
         """An activation function by name; ``none`` is x."""

@@ -332,9 +332,10 @@ def _gather_quantized(at: Lowering, node: ir.Node, weight: Weight, indices: Tens
     L = at.isa.lanes
     facts = (
         rows, columns, groups_of(c, columns), L, c.bits, c.block, c.blocks, c.per_record, c.record_bytes(L),
-        int(c.half), int(c.zeros), c.zero, int(at.isa.signed and c.bits == 8),
+        int(c.half), int(c.zeros), c.zero, int(c.signed(at.isa)),
     )  # fmt: skip
-    numbers = ", ".join(map(str, facts))
+    table = "NULL" if c.table is None else f"(const uint8_t[]){{{', '.join(map(str, c.table))}}}"
+    numbers = ", ".join([*map(str, facts), table])
     at.program.add(
         f"TRY(decode_rows{kind}({packed.c}, {indices.c}, {y.c}, {indices.elements.c}, {numbers}));", [indices], [y]
     )

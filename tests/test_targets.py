@@ -94,7 +94,9 @@ def test_what_was_complete_before_a_target_failed_stands(tmp_path: Path) -> None
     assert main(["verify", str(tmp_path / "out" / "ort-cpu")]) == 0
 
 
-def test_networks_on_an_npu_run_on_any_number_of_rows(model: Path, tmp_path: Path) -> None:
+def test_networks_on_an_npu_run_on_any_number_of_rows(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("onnxruntime_qnn", reason="the simulator comes with the extra npu, on Linux and Windows")
     done = qc.compile(model, tmp_path / "out", target="ort-npu:qnn")
     assert done.report["coverage"]["off_target"] == 0
@@ -102,3 +104,7 @@ def test_networks_on_an_npu_run_on_any_number_of_rows(model: Path, tmp_path: Pat
     assert not done.speed, "a simulator says nothing about speed"
     assert done.artifact is not None
     assert done.artifact.runner().run({"x": np.ones((5, 64), np.float32)})["y"].shape == (5, 32)
+    others = {a["name"]: a["as_is"] for a in done.report["coverage"]["accelerators"]}
+    assert others["NNAPI"]["nodes"] == others["NNAPI"]["of"], "shapes are fixed, and each operator is on its list"
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    assert "network.onnx" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qc.backends.artifact import Artifact
+from qc.backends.decoding import context_limit
 from qc.backends.evaluate import evaluate
 from qc.backends.inputs import text_batches
 from qc.backends.reference import ModelRunner
@@ -45,7 +46,8 @@ def _on_text(runner: Runner, reference: Runner | None, directory: Path, argument
     if runner.signature.output("logits") is not None:
         tokens = tokenizer.encode(text)
         return evaluate(runner, reference, text_tokens=tokens, window=arguments.window, windows=arguments.windows)
-    sentences = [tokenizer.encode_sentence(line) for line in text.splitlines() if line.strip()]
+    limit = context_limit(runner.provenance)
+    sentences = [tokenizer.encode_sentence(line)[:limit] for line in text.splitlines() if line.strip()]
     return evaluate(runner, reference, inputs=text_batches(runner.signature, sentences))
 
 

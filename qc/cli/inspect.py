@@ -22,6 +22,7 @@ _SHOWN = ("mid2:g64:f16", "lut3", "uint3:g64:f16", "uint4:g32:f16", "nf4:g64:q8x
 
 def run(arguments: argparse.Namespace) -> int:
     """Shows what was asked for; sizes if nothing was."""
+    _require_graph(Path(arguments.model))
     model = load(arguments.model)
     if not (Path(arguments.model) / "manifest.json").is_file():
         model, _ = PassManager(canonicalize_passes(), verify=False).run(model)
@@ -42,6 +43,18 @@ def run(arguments: argparse.Namespace) -> int:
     for name in wanted:
         _PRINTERS[name](data)
     return 0
+
+
+def _require_graph(place: Path) -> None:
+    """Refuses an artifact that does not hold its model as one graph."""
+    if not (place / "manifest.json").is_file() or (place / "model.onnx").is_file():
+        return
+    graphs = sorted(p.name for p in place.glob("*.onnx"))
+    instead = f"one of its graphs ({', '.join(graphs)}) or " if graphs else ""
+    raise InputError(
+        f"Expected an artifact with model.onnx to look into, found none in {place}. Give {instead}the model that it "
+        "was compiled from."
+    )
 
 
 def _sizes(data: dict) -> None:

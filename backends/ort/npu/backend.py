@@ -101,10 +101,18 @@ class OrtNpu:
         return [Step(p, optional=True) for p in passes]
 
     def coverage(self, model: Model) -> Coverage:
-        """Says of each node whether the NPU computes it with integers."""
-        from qc.backends.ort.npu.coverage import coverage
+        """Says of each node whether the NPU computes it with integers, and what other accelerators would take.
 
-        return coverage(model)
+        The latter of the first graph at its fixed shapes, by the rules that come with ONNX Runtime.
+        """
+        from qc.backends.ort.accelerators import accelerators
+        from qc.backends.ort.npu.coverage import coverage
+        from qc.backends.ort.npu.shapes import Dimensions, graph_sizes
+        from qc.backends.ort.npu.split import inside
+
+        graphs = graph_sizes(model.signature, length=self.length, prefill=self.prefill, cache=self.cache)
+        fixed = inside(model, Dimensions(model.signature, self.sizes).sizes(graphs[0]))
+        return dataclasses.replace(coverage(model), accelerators=accelerators(fixed))
 
     def emit(self, model: Model, directory: Path) -> None:
         """Writes the graphs and their weights."""

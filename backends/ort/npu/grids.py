@@ -142,7 +142,8 @@ class QuantizeValues(Pass):
                 continue
             for slot, value in enumerate(node.inputs[: _PARAMETERS.get(node.op_type)]):
                 weight = read_weight(value) if value is not None and value.dtype in _FLOATS else None
-                if weight is None or (weight.format is not None and node.op_type != "Gather"):
+                kept = node.op_type != "Gather" or _only_rounded(node.outputs[0])
+                if weight is None or (weight.format is not None and kept):
                     continue
                 if value not in done:
                     array = weight.numpy()

@@ -8,7 +8,8 @@
 | float | int16 with one scale |
 
 Scales of such units are positive. The sign of a negative one goes into a factor of its output channel,
-``y = (x W') * sign``. Tables that are looked up get 16 bits with the values around them, and are not looked at here.
+``y = (x W') * sign``. A table of up to 8 bits with one symmetric scale per row is looked up as codes and scales,
+``Gather(codes, i) * Gather(scales, i)``; others get 16 bits together with the values around them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from qc.ir import dialect
 from qc.ir.quant import Affine, QuantizedTensor, Weight, read_weight
 from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result, Site, site_name
 from qc.passes.canonicalize._graph import add_constant, drop_unused, replace
+from qc.passes.quantize._ranges import Grid
+from qc.passes.quantize._static import pair
 
 __all__ = ["LowerWeights"]
 
@@ -45,6 +48,9 @@ class LowerWeights(Pass):
         held: dict[tuple[ir.Value, bool], _Held] = {}
         for node in tuple(model.graph):
             linear = dialect.is_op(node, "Linear")
+            if node.op_type == "Gather" and node.domain == "":
+                sites += _look_up(model, node, context)
+                continue
             if not linear and not (node.op_type == "Conv" and node.domain == ""):
                 continue
             source = node.inputs[1]
@@ -126,6 +132,41 @@ def _decoded(model: ir.Model, weight: Weight, context: Context, before: ir.Node,
     out.name, out.dtype, out.shape = f"{name}.decoded", ir.DataType.FLOAT, ir.Shape(codes.shape)
     graph.insert_before(before, node)
     return _Held(out, signs, f"int{bits} per {'channel' if scale.ndim else 'tensor'}")
+
+
+def _look_up(model: ir.Model, node: ir.Node, context: Context) -> list[Site]:
+    """Looks up codes and scales of a table instead of its numbers, if it has one scale per row; else does nothing."""
+    weight, axis = read_weight(node.inputs[0]), node.attributes.get("axis")
+    if weight is None or weight.format is None or len(weight.shape) != 2 or (axis is not None and axis.as_int() != 0):
+        return []
+    tensor = weight.quantized()
+    if not _symmetric(tensor):
+        return []
+    graph, index, out = model.graph, node.inputs[1], node.outputs[0]
+    unit = Grid(8, True, np.array(2.0**-7, np.float32), np.array(0))
+    name = f"{weight.name}.npu"
+    codes = add_constant(graph, f"{name}.codes", context.store.put(f"{name}.codes", tensor.codes.astype(np.int8)))
+    scales = tensor.params["scale"].astype(np.float32).reshape(-1, 1) / unit.scale
+    held = add_constant(graph, f"{name}.scales", context.store.put(f"{name}.scales", scales))
+    rows, factors = ir.node("Gather", [ir.Value(), index]), ir.node("Gather", [held, index])
+    for row, width in ((rows, weight.shape[1]), (factors, 1)):
+        value = row.outputs[0]
+        value.dtype, value.shape = ir.DataType.FLOAT, _resized(out.shape, width)
+    rows.outputs[0].name, factors.outputs[0].name = f"{out.name}.rows", f"{out.name}.factors"
+    narrow = pair(model, rows.outputs[0], unit, f"{out.name}.rows")
+    decode = ir.node("DequantizeLinear", [codes, *narrow[0].inputs[1:]])
+    decode.outputs[0].name, decode.outputs[0].dtype = f"{name}.decoded", ir.DataType.FLOAT
+    decode.outputs[0].shape = ir.Shape(weight.shape)
+    rows.replace_input_with(0, decode.outputs[0])
+    wide = pair(model, narrow[1].outputs[0], Grid.of(-1.0, 1.0, 16, symmetric=False), f"{out.name}.wide")
+    product = ir.node("Mul", [wide[1].outputs[0], factors.outputs[0]])
+    replace(out, [decode, rows, *narrow, *wide, factors, product], like=node)
+    return [Site(site_name(node), Outcome.CHANGED, details={"format": str(weight.format), "codes": "int8 per row"})]
+
+
+def _resized(shape: ir.Shape | None, width: int) -> ir.Shape | None:
+    """A shape with another last axis."""
+    return ir.Shape([*list(shape)[:-1], width]) if shape is not None else None
 
 
 def _encode(weight: Weight) -> tuple[int, np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from qc.recipes import load_recipe
 
 Script = Callable[..., dict[str, Any]]
 
-PROMPT = "It was a dark and stormy night, and"
+PROMPT = """"No," said 'é' 😀 日本: It was a dark and stormy night , and"""
 SENTENCE = "A leaf turns sunlight, water and carbon dioxide into sugar."
 CLOSE = 1e-4
 """What the integer path of WebAssembly may differ by: it rounds to the same codes, float sums differ."""
@@ -120,6 +120,7 @@ def test_the_module_in_node_generates_what_python_generates(decoder: Path, scrip
     found = script("load.mjs", decoder, PROMPT)
     tokenizer = Tokenizer(decoder)
     assert found["prompt"] == tokenizer.encode(PROMPT)
+    assert found["again"] == tokenizer.decode(tokenizer.encode(PROMPT)) == PROMPT
     expected = list(Artifact.open(decoder).runner(threads=1).generate(found["prompt"], 12, tokenizer.stop))
     assert found["tokens"] == expected
     assert found["text"] == tokenizer.decode(expected)

@@ -9,7 +9,11 @@ from qc.backends.kits.facts import Facts
 
 __all__ = ["texts"]
 
-_ARGUMENTS = {"generate": '"Once upon a time"', "embed": '"a question" sentences.txt', "run": ""}
+_COMMANDS = {
+    "generate": '\npython model.py "Once upon a time"',
+    "embed": '\npython model.py "a question" sentences.txt',
+    "run": "",
+}
 _USES = {
     "generate": 'print("".join(model.generate("Once upon a time")))',
     "embed": 'print(model.embed("a leaf") @ model.embed("a tree"))',
@@ -19,4 +23,4 @@ _USES = {
 
 def texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """The texts that depend on the model."""
-    return {"python_arguments": _ARGUMENTS[facts.task], "python_use": _USES[facts.task]}
+    return {"python_command": _COMMANDS[facts.task], "python_use": _USES[facts.task]}

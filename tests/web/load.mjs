@@ -13,6 +13,7 @@ try {
     found.vector = Array.from(await model.embed(text));
   } else {
     found.prompt = model.encode(text);
+    found.again = model.decode(found.prompt);
     found.tokens = [];
     for await (const token of model.generateTokens(found.prompt, { maxTokens: 12 })) found.tokens.push(token);
     found.text = "";

@@ -64,7 +64,8 @@ export class Model {
   }
 
   decode(tokens) {
-    return tokens.length ? this.#needTokenizer().decode([...tokens], { skip_special_tokens: true }) : "";
+    const options = { skip_special_tokens: true, clean_up_tokenization_spaces: false };
+    return tokens.length ? this.#needTokenizer().decode([...tokens], options) : "";
   }
 
   async *generate(prompt, options = {}) {

@@ -84,9 +84,11 @@ class OrtNpu:
     def lowering(self) -> Sequence[Step]:
         """The passes that bring a canonical, perhaps quantized model to integers."""
         from qc.backends.ort.fuse.inline import InlineDialect
+        from qc.backends.ort.npu.activations import WriteOutActivations
+        from qc.backends.ort.npu.attention import WriteOutAttention
         from qc.backends.ort.npu.grids import QuantizeValues
+        from qc.backends.ort.npu.rotary import WriteOutRotary
         from qc.backends.ort.npu.weights import LowerWeights
-        from qc.backends.ort.npu.write_out import WriteOutActivations, WriteOutAttention, WriteOutRotary
         from qc.backends.ort.order import OrderInputs
 
         passes = (

@@ -18,7 +18,7 @@ from qc.ir.runtime import describe
 
 __all__ = ["PACKAGE", "NpuSession", "context_file", "is_simulator", "write_context"]
 
-PACKAGE = ("onnxruntime-qnn", "2.0")
+PACKAGE = ("onnxruntime-qnn", "2.7")
 """The package with the plugin for Qualcomm's NPUs, and the lowest version that runs what we emit."""
 
 _PROVIDER = "QNNExecutionProvider"

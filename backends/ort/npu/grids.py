@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.ort.npu.attention import MASKED
 from qc.backends.ort.npu.outside import OUTSIDE, outside_nodes, outside_values
-from qc.backends.ort.npu.write_out import MASKED
 from qc.ir.errors import InputError
 from qc.ir.quant import read_weight
 from qc.ir.simplify import infer_shapes

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qc.backends.ort.npu.attention import WriteOutAttention
 from qc.backends.ort.npu.grids import QuantizeValues
-from qc.backends.ort.npu.write_out import WriteOutAttention
 from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.runtime import Session

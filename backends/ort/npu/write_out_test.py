@@ -6,8 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qc.backends.ort.npu.activations import WriteOutActivations
+from qc.backends.ort.npu.attention import LOWEST, WriteOutAttention
 from qc.backends.ort.npu.outside import outside_values
-from qc.backends.ort.npu.write_out import LOWEST, WriteOutActivations, WriteOutAttention, WriteOutRotary
+from qc.backends.ort.npu.rotary import WriteOutRotary
 from qc.ir import dialect
 from qc.ir.model import Model, set_role
 from qc.ir.runtime import Session

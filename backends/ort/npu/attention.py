@@ -1,11 +1,4 @@
-"""Operators that no NPU has, in terms of those that all have.
-
-| canonical | becomes |
-|---|---|
-| ``Attention`` | two products, an added mask and a softmax; the mask is computed outside |
-| ``RotaryEmbedding`` | ``x * cos + turned(x) * sin``; both tables are looked up outside |
-| ``qc.Swish`` | ``x * sigmoid(alpha * x)`` |
-"""
+"""Attention as two products, an added mask, which is computed outside, and a softmax."""
 
 from __future__ import annotations
 
@@ -15,56 +8,18 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.ort.npu._writer import Writer, finished
 from qc.backends.ort.npu.outside import may_stay_outside, put_outside
-from qc.ir import dialect
-from qc.ir.simplify import infer_shapes
 from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
-from qc.passes.canonicalize._graph import (
-    Decline,
-    add_constant,
-    attribute,
-    drop_unused,
-    main_nodes,
-    replace,
-    same_dim,
-)
+from qc.passes.canonicalize._graph import Decline, attribute, main_nodes, replace, same_dim
 
-__all__ = ["LOWEST", "MASKED", "WriteOutActivations", "WriteOutAttention", "WriteOutRotary"]
+__all__ = ["LOWEST", "MASKED", "WriteOutAttention"]
 
 MASKED = "qc.masked"
 """Metadata property of the addition of a mask to scores."""
 
 LOWEST = -1e4
 """What hides a position until the range of the scores is known."""
-
-
-class _Writer:
-    """Nodes that replace one node, in order."""
-
-    def __init__(self, graph: ir.Graph, like: ir.Node) -> None:
-        self.graph, self.like = graph, like
-        self.nodes: list[ir.Node] = []
-
-    def add(self, op_type: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attributes: object) -> ir.Value:
-        node = ir.node(op_type, list(inputs), attributes)  # type: ignore[arg-type]
-        self.nodes.append(node)
-        out = node.outputs[0]
-        out.name = f"{self.like.outputs[0].name}.{op_type.lower()}_{len(self.nodes)}"
-        out.dtype = dtype or inputs[0].dtype
-        return out
-
-    def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        return add_constant(self.graph, f"{self.like.outputs[0].name}.{name}", ir.tensor(array))
-
-    def integers(self, name: str, *numbers: int) -> ir.Value:
-        return self.constant(name, np.array(numbers, np.int64))
-
-    def before(self, node: ir.Node) -> None:
-        """Puts what was written so far in front of `node`, not in place of it."""
-        for new in self.nodes:
-            new.metadata_props.update(self.like.metadata_props)
-        self.graph.insert_before(node, self.nodes)
-        self.nodes = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +45,7 @@ class WriteOutAttention(Pass):
                 sites.append(Site(site_name(node), Outcome.SKIPPED, str(reason)))
             else:
                 sites.append(Site(site_name(node), Outcome.CHANGED))
-        return _finish(model, sites)
+        return finished(model, sites)
 
 
 def _write_out(graph: ir.Graph, node: ir.Node, masks: dict[tuple[object, ...], ir.Value | None]) -> None:
@@ -99,7 +54,7 @@ def _write_out(graph: ir.Graph, node: ir.Node, masks: dict[tuple[object, ...], i
         raise Decline("its scores are read")
     if any(x.dtype != ir.DataType.FLOAT for x in (q, k, v)):
         raise Decline("its operands are not FLOAT")
-    write = _Writer(graph, node)
+    write = Writer(graph, node)
     merged = q.shape is not None and q.shape.rank() == 3
     if merged:
         counts = [attribute(node, n) for n in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
@@ -150,7 +105,7 @@ def _write_out(graph: ir.Graph, node: ir.Node, masks: dict[tuple[object, ...], i
     replace(node.outputs[0], write.nodes, like=node)
 
 
-def _split(write: _Writer, x: ir.Value, heads: object) -> ir.Value:
+def _split(write: Writer, x: ir.Value, heads: object) -> ir.Value:
     """``[B, S, H D]`` as ``[B, H, S, D]``."""
     if x.shape is None or not isinstance(x.shape[-1], int) or not isinstance(heads, int):
         raise Decline("the number of its heads is not known")
@@ -162,7 +117,7 @@ def _split(write: _Writer, x: ir.Value, heads: object) -> ir.Value:
 
 
 def _mask(
-    write: _Writer, q: ir.Value, keys: ir.Value, mask: ir.Value | None, *, causal: bool, fixed: bool, group: int
+    write: Writer, q: ir.Value, keys: ir.Value, mask: ir.Value | None, *, causal: bool, fixed: bool, group: int
 ) -> ir.Value | None:
     """The mask to be added, ``[B or 1, H or 1, G S, T]``; None if nothing can be hidden."""
     if mask is None and not causal and fixed:
@@ -196,12 +151,12 @@ def _mask(
     return write.add("Concat", *[added] * group, axis=2)
 
 
-def _everything(write: _Writer, q: ir.Value, keys: ir.Value) -> ir.Value:
+def _everything(write: Writer, q: ir.Value, keys: ir.Value) -> ir.Value:
     sizes = write.add("Concat", write.integers("ones", 1, 1), *_lengths(write, q, keys), axis=0)
     return write.add("ConstantOfShape", sizes, dtype=ir.DataType.BOOL, value=ir.tensor(np.array([True])))
 
 
-def _causal(write: _Writer, q: ir.Value, keys: ir.Value) -> ir.Value:
+def _causal(write: Writer, q: ir.Value, keys: ir.Value) -> ir.Value:
     """Whether key ``t`` stands at or before query ``s``, which is aligned to the end: ``t <= s + T - S``."""
     zero, one = write.constant("first", np.array(0, np.int64)), write.constant("step", np.array(1, np.int64))
     none = write.integers("axis_0", 0)
@@ -212,116 +167,6 @@ def _causal(write: _Writer, q: ir.Value, keys: ir.Value) -> ir.Value:
     return write.add("LessOrEqual", places[1], column, dtype=ir.DataType.BOOL)
 
 
-def _lengths(write: _Writer, q: ir.Value, keys: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _lengths(write: Writer, q: ir.Value, keys: ir.Value) -> tuple[ir.Value, ir.Value]:
     new, all_ = (write.add("Shape", x, dtype=ir.DataType.INT64, start=2, end=3) for x in (q, keys))
     return new, all_
-
-
-@dataclasses.dataclass(frozen=True)
-class WriteOutRotary(Pass):
-    """Replaces ``RotaryEmbedding(x, cos, sin, positions)`` by ``cos' * x + sin' * turned(x)``.
-
-    With the halves ``x = [a, b, rest]`` of the channels that rotate: ``turned(x) = [b, a, rest]``,
-    ``cos' = [cos, cos, 1]``, ``sin' = [-sin, sin, 0]``; interleaved channels are turned pair by pair. Exact. Left
-    alone: heads that are not separate, and widths that are not known.
-    """
-
-    contract: ClassVar[Contract] = Exact(1e-5)
-
-    def call(self, model: ir.Model, context: object = None) -> Result:
-        sites = []
-        tables: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
-        for node in main_nodes(model, "RotaryEmbedding"):
-            try:
-                _turn(model.graph, node, tables)
-            except Decline as reason:
-                sites.append(Site(site_name(node), Outcome.SKIPPED, str(reason)))
-            else:
-                sites.append(Site(site_name(node), Outcome.CHANGED))
-        return _finish(model, sites)
-
-
-def _turn(graph: ir.Graph, node: ir.Node, tables: dict[tuple[object, ...], tuple[ir.Value, ir.Value]]) -> None:
-    x, cos, sin, positions = (*node.inputs, None)[:4]
-    if x.shape is None or x.shape.rank() != 4 or not isinstance(x.shape[3], int):
-        raise Decline("its heads are not separate, or their width is not known")
-    half = cos.shape[-1] if cos.shape is not None else None
-    if not isinstance(half, int):
-        raise Decline("the number of channels that rotate is not known")
-    width, interleaved = x.shape[3], bool(attribute(node, "interleaved", 0))
-    write = _Writer(graph, node)
-    key = (cos, sin, positions, width, interleaved)
-    if key not in tables:
-        tables[key] = _tables(write, cos, sin, positions, width, interleaved=interleaved)
-    wide_cos, wide_sin = tables[key]
-    turned = _turned(write, x, half, interleaved=interleaved)
-    # Tables first: the simulator of QNN 2.7 multiplies a normalized value wrongly with one that is an input behind it.
-    write.add("Add", write.add("Mul", wide_cos, x), write.add("Mul", wide_sin, turned))
-    replace(node.outputs[0], write.nodes, like=node)
-
-
-def _tables(
-    write: _Writer, cos: ir.Value, sin: ir.Value, positions: ir.Value | None, width: int, *, interleaved: bool
-) -> tuple[ir.Value, ir.Value]:
-    """``cos'`` and ``sin'`` ``[B, 1, S, D]`` of the positions at hand."""
-    half, found = cos.shape[-1], []
-    for table, sign, rest in ((cos, 1.0, 1.0), (sin, -1.0, 0.0)):
-        looked_up = table if positions is None else write.add("Gather", table, positions, axis=0)
-        shape = positions.shape if positions is not None else table.shape[:-1]
-        other = looked_up if sign > 0 else write.add("Neg", looked_up)
-        if interleaved:
-            axis = write.integers("last", -1)
-            pairs = write.add("Concat", *(write.add("Unsqueeze", v, axis) for v in (other, looked_up)), axis=-1)
-            wide = write.add("Reshape", pairs, write.integers("pairs", 0, 0, 2 * half))
-        else:
-            wide = write.add("Concat", other, looked_up, axis=-1)
-        if width > 2 * half:
-            fill = write.constant("rest", np.array([0, 0, 0, 0, 0, width - 2 * half], np.int64))
-            wide = write.add("Pad", wide, fill, write.constant("fill", np.array(rest, np.float32)))
-        wide = write.add("Unsqueeze", wide, write.integers("heads_axis", 1))
-        wide.shape = ir.Shape([shape[0], 1, shape[1], width])
-        if may_stay_outside(wide):
-            put_outside(wide)
-        found.append(wide)
-    return found[0], found[1]
-
-
-def _turned(write: _Writer, x: ir.Value, half: int, *, interleaved: bool) -> ir.Value:
-    width = x.shape[3]
-    if interleaved:
-        order = np.arange(width)
-        order[: 2 * half] = order[: 2 * half].reshape(-1, 2)[:, ::-1].reshape(-1)
-        return write.add("Gather", x, write.constant("pairs_turned", order.astype(np.int64)), axis=3)
-    axis = write.integers("channels", 3)
-    ends = [(half, 2 * half), (0, half), (2 * half, width)]
-    parts = [
-        write.add("Slice", x, write.integers("start", a), write.integers("end", b), axis) for a, b in ends if a < b
-    ]
-    return write.add("Concat", *parts, axis=3)
-
-
-@dataclasses.dataclass(frozen=True)
-class WriteOutActivations(Pass):
-    """Replaces ``qc.Swish(x)`` by ``x * sigmoid(alpha * x)``, which every NPU has. Exact."""
-
-    contract: ClassVar[Contract] = Exact(1e-5)
-
-    def call(self, model: ir.Model, context: object = None) -> Result:
-        sites = []
-        for node in [n for n in model.graph if dialect.is_op(n, "Swish")]:
-            write, (x,) = _Writer(model.graph, node), node.inputs
-            alpha = float(attribute(node, "alpha", 1.0))  # type: ignore[arg-type]
-            scaled = x if alpha == 1 else write.add("Mul", x, write.constant("alpha", np.array(alpha, np.float32)))
-            write.add("Mul", x, write.add("Sigmoid", scaled))
-            replace(node.outputs[0], write.nodes, like=node)
-            sites.append(Site(site_name(node), Outcome.CHANGED))
-        return _finish(model, sites)
-
-
-def _finish(model: ir.Model, sites: list[Site]) -> Result:
-    result = Result.of(model, sites)
-    if result.modified:
-        drop_unused(model)
-        dialect.sync_functions(model)
-        infer_shapes(model)
-    return result

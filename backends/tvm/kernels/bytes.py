@@ -169,6 +169,8 @@ class _ByteProduct:
                     v.store(sums, place, v.dot_bytes(v.load(sums, place), weights[r], x))
             if ask is not None:
                 ask(number, four)
+            elif rows == 1:
+                v.stream(b["w"], start + four * step, step)
         facts = self._facts(start)
         return {
             (i, r): self._finished(facts, row + i, r, v.load(sums, (i * columns + r) * L))

@@ -58,6 +58,8 @@ def float_product(isa: Isa, name: str, stored: str, columns: int, bias: bool, re
                     step(unit, row, s * copies + c, rows, sums, c * size)
                 if ask is not None:
                     ask(number, s)
+                elif rows == 1:
+                    v.stream(w, (unit * k + s * copies) * (columns * L), copies * columns * L)
             if copies > 1:
                 with T.serial(steps * copies, k) as s:
                     step(unit, row, s, rows, sums, 0)

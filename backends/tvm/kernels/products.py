@@ -179,6 +179,9 @@ class _Product:
         with T.serial(0, groups) as group:
             record, within = (group, T.int32(0)) if per == 1 else (T.bind(group // per), T.bind(group % per))
             starts = [T.bind(((unit + r) * records + record) * c.record_bytes(L)) for r in range(columns)]
+            if rows == 1:
+                share = c.record_bytes(L) // per
+                v.stream(self.kernel.buffers["w"], T.bind(starts[0] + within * share), share)
             self._group(starts, within, group, row, rows, columns, total)
         totals = {(i, r): v.load(total, (i * columns + r) * L) for i in range(rows) for r in range(columns)}
         self.epilogue.store(T.bind(unit * L), row, totals, columns)

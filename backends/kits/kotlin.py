@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from qc.backends.kits.c_language import generates
 from qc.backends.kits.facts import Facts
-from qc.backends.kits.names import constants, upper
-from qc.ir.model import Port
+from qc.backends.kits.interface import KOTLIN
 
-__all__ = ["library_texts", "runtime_texts", "unlimited"]
-
-unlimited = 1 << 30
-"""The largest number of tokens of a model that does not say."""
+__all__ = ["library_texts", "runtime_texts"]
 
 _GENERATE = """
     /** The continuation of [tokens]; at temperature 0 each is the most probable one. */
@@ -112,7 +108,7 @@ python tools/ci_build/github/android/build_aar_package.py --include_ops_by_confi
 
 def runtime_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """For an app with ONNX Runtime."""
-    return _interface(facts) | {
+    return KOTLIN.texts(facts) | {
         "kotlin_use": _USES[facts.task],
         "android_files": "",
         "android_refuses": f"a runtime older than\n{facts.runtime[1]}, ",
@@ -124,7 +120,7 @@ def library_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """For an app with the C library."""
     text = generates(directory)
     level = json.loads((directory / "model.json").read_text("utf-8"))["march"]
-    return _interface(facts) | {
+    return KOTLIN.texts(facts) | {
         "kotlin_use": _USES["generate" if text else "run"],
         "kotlin_generate": _GENERATE if text else "",
         "java_generate": _JAVA if text else "",
@@ -136,39 +132,3 @@ def library_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
         "android_refuses": "",
         "android_notes": _LIBRARY_NOTES,
     }
-
-
-def _interface(facts: Facts) -> dict[str, str]:
-    signature = facts.signature
-    return {
-        "kotlin_title": _text(facts.title)[1:-1],
-        "task": facts.task,
-        "has_tokenizer": str(facts.tokenizer).lower(),
-        "kotlin_bos": "null" if facts.bos is None else str(facts.bos),
-        "kotlin_stop": ", ".join(map(str, facts.stop)),
-        "kotlin_limit": str(facts.limit or unlimited),
-        "pooling": facts.pooling,
-        "normalize": str(facts.normalize).lower(),
-        "kotlin_inputs": _ports(signature.inputs),
-        "kotlin_outputs": _ports(signature.outputs),
-        "kotlin_caches": ",\n".join(f"        {_text(a.name)} to {_text(b.name)}" for a, b in signature.caches),
-        "kotlin_input_names": _names(signature.inputs),
-        "kotlin_output_names": _names(signature.outputs),
-    }
-
-
-def _ports(ports: Sequence[Port]) -> str:
-    return ",\n".join(f"        {_port(p)}" for p in ports)
-
-
-def _port(port: Port) -> str:
-    shape = ", ".join(str(d) if isinstance(d, int) else "null" for d in port.shape)
-    return f'Port({_text(port.name)}, "{port.dtype.name.lower()}", listOf({shape}), "{port.role}")'
-
-
-def _names(ports: Sequence[Port]) -> str:
-    return "\n".join(f"    const val {a} = {_text(b)}" for a, b in constants(ports, upper))
-
-
-def _text(text: str) -> str:
-    return json.dumps(text).replace("$", "\\$")

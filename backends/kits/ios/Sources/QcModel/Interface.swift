@@ -1,13 +1,13 @@
 /// What differs between models; written by qc. The rest of this package is the same for every model.
 public enum Interface {
-    public static let title = "@@swift_title@@"
+    public static let title = @@quoted_title@@
 
     /// generate, embed or run
     public static let task = "@@task@@"
     public static let hasTokenizer = @@has_tokenizer@@
 
     /// The token that a text to go on with starts with.
-    public static let bos: Int? = @@swift_bos@@
+    public static let bos: Int? = @@bos@@
 
     /// Tokens that end a text.
     public static let stop: Set<Int> = [@@stop@@]
@@ -29,25 +29,25 @@ public enum Interface {
     }
 
     public static let inputs: [Port] = [
-@@swift_inputs@@
+@@inputs@@
     ]
 
     public static let outputs: [Port] = [
-@@swift_outputs@@
+@@outputs@@
     ]
 
     /// Each input that is part of a cache, with the output that replaces it in the next step.
     public static let caches: [(past: String, present: String)] = [
-@@swift_caches@@
+@@caches@@
     ]
 }
 
 /// Names of the inputs.
 public enum Inputs {
-@@swift_input_names@@
+@@input_names@@
 }
 
 /// Names of the outputs.
 public enum Outputs {
-@@swift_output_names@@
+@@output_names@@
 }

@@ -115,7 +115,8 @@ public final class Model {
     }
 
     private func value<Element>(_ numbers: [Element], _ type: ORTTensorElementDataType, _ shape: [Int]) throws -> ORTValue {
-        let data = numbers.withUnsafeBytes { NSMutableData(bytes: $0.baseAddress, length: $0.count) }
+        let bytes = numbers.withUnsafeBytes { Data($0) }
+        let data = NSMutableData(data: bytes.isEmpty ? Data(count: 8) : bytes) // an address, for an empty cache too
         return try ORTValue(tensorData: data, elementType: type, shape: shape.map { NSNumber(value: $0) })
     }
 

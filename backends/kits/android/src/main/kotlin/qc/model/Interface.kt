@@ -2,20 +2,20 @@ package qc.model
 
 /** What differs between models; written by qc. The rest of this module is the same for every model. */
 object Interface {
-    const val TITLE = "@@kotlin_title@@"
+    const val TITLE = @@quoted_title@@
 
     /** generate, embed or run */
     const val TASK = "@@task@@"
     const val HAS_TOKENIZER = @@has_tokenizer@@
 
     /** The token that a text to go on with starts with. */
-    @JvmField val BOS: Long? = @@kotlin_bos@@
+    @JvmField val BOS: Long? = @@bos@@
 
     /** Tokens that end a text. */
-    @JvmField val STOP: Set<Long> = setOf(@@kotlin_stop@@)
+    @JvmField val STOP: Set<Long> = setOf(@@stop@@)
 
     /** The largest number of tokens. */
-    const val LIMIT = @@kotlin_limit@@
+    const val LIMIT = @@limit@@
 
     /** How the vectors of tokens become one: mean, max, cls or lasttoken. */
     const val POOLING = "@@pooling@@"
@@ -25,25 +25,25 @@ object Interface {
 
     /** Of a shape, null stands for an axis of any length. */
     val INPUTS: List<Port> = listOf(
-@@kotlin_inputs@@
+@@inputs@@
     )
 
     val OUTPUTS: List<Port> = listOf(
-@@kotlin_outputs@@
+@@outputs@@
     )
 
     /** Each input that is part of a cache, with the output that replaces it in the next step. */
     val CACHES: List<Pair<String, String>> = listOf(
-@@kotlin_caches@@
+@@caches@@
     )
 }
 
 /** Names of the inputs. */
 object Inputs {
-@@kotlin_input_names@@
+@@input_names@@
 }
 
 /** Names of the outputs. */
 object Outputs {
-@@kotlin_output_names@@
+@@output_names@@
 }

@@ -36,6 +36,9 @@ _KNOWN = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0
 _PARAMETERS = {"Clip": 1, "Pad": 1, "Resize": 1, "Conv": 1, "ConvTranspose": 1, "Gemm": 1}
 """Operators whose inputs from that on, if constant, are no operands of the arithmetic on grids."""
 
+_AS_WIDE = frozenset({"Gather", "RMSNormalization"})
+"""Operators whose constants have as many bits as the values around them; elsewhere constants have 16."""
+
 _HIDDEN = 16.0
 """How far below the lowest score a hidden one lies: its share is below e^-16, less than a step of 16 bits."""
 
@@ -136,7 +139,7 @@ class QuantizeValues(Pass):
         return min(low, 0.0) * self.margin, max(high, 0.0) * self.margin
 
     def _constants(self, model: ir.Model, outside: set[ir.Node], context: Context) -> None:
-        done: dict[ir.Value, ir.Value] = {}
+        done: dict[tuple[ir.Value, int], ir.Value] = {}
         for node in tuple(model.graph):
             if node in outside or node.domain != "" or node.op_type in (*_ROUNDING, "Cast"):
                 continue
@@ -145,13 +148,13 @@ class QuantizeValues(Pass):
                 kept = node.op_type != "Gather" or _only_rounded(node.outputs[0])
                 if weight is None or (weight.format is not None and kept):
                     continue
-                if value not in done:
+                bits = self.bits if node.op_type in _AS_WIDE else 16
+                if (value, bits) not in done:
                     array = weight.numpy()
-                    bits = self.bits if node.op_type == "Gather" else 16
                     grid = Grid.of(*_wide(_ends(array)), bits, symmetric=False)
-                    done[value] = _stored(model, array, grid, weight.name, context, node)
+                    done[value, bits] = _stored(model, array, grid, weight.name, context, node)
                     weight.release()
-                node.replace_input_with(slot, done[value])
+                node.replace_input_with(slot, done[value, bits])
 
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})

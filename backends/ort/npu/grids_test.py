@@ -96,3 +96,18 @@ def test_what_was_not_observed_stays_as_it_is_and_says_so():
 def test_wrong_options_are_refused(options):
     with pytest.raises(InputError, match="Expected"):
         QuantizeValues(**options)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "expected"), [("RMSNormalization", ir.DataType.UINT8), ("Mul", ir.DataType.UINT16)]
+)
+def test_constants_of_normalizations_are_as_wide_as_the_values(op_type, expected):
+    model = _model(f"(float[n,8] x, float[8] w) => (float[n,8] y) {{ y = {op_type}(x, w) }}")
+    gain = model.graph.inputs[1]
+    model.graph.inputs.remove(gain)
+    gain.const_value = ir.tensor(np.linspace(0.5, 2, 8, dtype=np.float32), name="w")
+    model.graph.register_initializer(gain)
+    batch = {"x": _RNG.standard_normal((4, 8), np.float32)}
+    done, _ = PassManager([QuantizeValues(bits=8)], stage="lowering").run(model, calibration=[batch])
+    held = next(n for n in done.graph if n.op_type == "DequantizeLinear" and n.inputs[0].const_value is not None)
+    assert held.inputs[0].dtype == expected

@@ -1,6 +1,6 @@
 """Times what ``ort-web`` chooses in WebAssembly, in Node: kernels of one product, and whole artifacts.
 
-Usage: ``python benchmarks/web.py [kernels] [MODEL ...] [--rounds 15] [--json]``
+Usage: ``python benchmarks/web.py [kernels] [MODEL ...] [--rounds 60] [--json]``
 
 Needs the packages that ``.ci/tools`` installs. Sessions alternate in one process on one thread; printed is the smallest
 processor time of a run in milliseconds, and its ratio to the first line's. For a model (``builtin:tiny-llama`` or a
@@ -125,7 +125,7 @@ def main() -> None:
     """Times what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["kernels"])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     found: dict[str, dict[str, float]] = {}

@@ -19,7 +19,7 @@ def test_a_sentence_encoder_keeps_its_embeddings(encoder: Model, root: Path, tmp
     if not sentences.is_file():
         pytest.skip("the sentences lie beside the checkout")
     target = "ort-npu:qnn,length=24"
-    done = qc.compile(encoder, tmp_path / "out", target=target, calib=sentences, samples=24)
+    done = qc.compile(encoder, tmp_path / "out", target=target, calib=sentences, samples=16)
     assert done.report["coverage"]["off_target"] == 0
     assert done.report["accuracy"]["cosine"] >= 0.999
 
@@ -34,9 +34,9 @@ def test_a_decoder_keeps_its_perplexity_and_generates_text(tmp_path: Path) -> No
     done.artifact.verify()
     runner = done.artifact.runner()
     prompt = list(range(100, 170))  # longer than one prefill
-    found = list(runner.generate(prompt, 4))
-    assert len(found) == 4
-    assert found[:2] == list(runner.generate(prompt, 2)), "no run leaves anything in the cache of the next"
+    found = list(runner.generate(prompt, 3))
+    assert len(found) == 3
+    assert found[:1] == list(runner.generate(prompt, 1)), "no run leaves anything in the cache of the next"
 
 
 @pytest.mark.filterwarnings("ignore")  # the warnings of torch are not ours

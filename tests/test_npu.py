@@ -19,14 +19,14 @@ def test_a_sentence_encoder_keeps_its_embeddings(encoder: Model, root: Path, tmp
     if not sentences.is_file():
         pytest.skip("the sentences lie beside the checkout")
     target = "ort-npu:qnn,length=24"
-    done = qc.compile(encoder, tmp_path / "out", target=target, calib=sentences, samples=16)
+    done = qc.compile(encoder, tmp_path / "out", target=target, calib=sentences, samples=16, verify=False)
     assert done.report["coverage"]["off_target"] == 0
     assert done.report["accuracy"]["cosine"] >= 0.999
 
 
 def test_a_decoder_keeps_its_perplexity_and_generates_text(tmp_path: Path) -> None:
     target, passes = "ort-npu:qnn,cache=128", "quantize-weights{format=int4,group=0,embedding=float}"
-    done = qc.compile("builtin:tiny-llama", tmp_path / "out", target=target, passes=passes, samples=2)
+    done = qc.compile("builtin:tiny-llama", tmp_path / "out", target=target, passes=passes, samples=2, verify=False)
     assert done.report["coverage"]["off_target"] == 0
     accuracy = done.report["accuracy"]
     assert abs(accuracy["ppl"] / accuracy["ppl_reference"] - 1) <= 0.03

@@ -1,17 +1,18 @@
 """What transforms restore of the accuracy that outlier channels cost, for several widths of weights and activations.
 
     python benchmarks/transforms.py [--text FILE] [--model builtin:tiny-llama] [--schemes W8A8 W4A4 ...]
-        [--transforms none smooth rotate ...] [--factors 1 20 100] [--channels 8] [--windows 16] [--tokens 1024]
+        [--transforms none smooth rotate ...] [--factors 1 20 100] [--channels 8] [--windows 16] [--tokens 4096]
 
 Plants outliers behind every norm that leave the function of the model unchanged, applies a transform, rounds weights
 (one scale per output channel) and activations, and prints by how much the perplexity is above that of the float model,
 in percent, and the KL divergence to it. The end of the text calibrates, its beginning measures. Embedding and head
-stay float.
+stay float; no channels are merged in front of the head.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from planting import plant_outliers  # pyright: ignore[reportMissingImports]  fo
 from qc.backends.evaluate import evaluate
 from qc.backends.reference import ModelRunner
 from qc.frontend import load
+from qc.ir import dialect
 from qc.ir.model import Model
 from qc.measurement import Data, read_data
+from qc.passes.base import site_name
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
 from qc.passes.pipeline import parse_pipeline
@@ -42,7 +45,7 @@ SCHEMES = {
 
 _ROTATE = "rotate{online-hidden=true,online-heads=true}"
 _SEARCHED = "smooth{alpha=search,bits=BITS,granularity=GRANULARITY,weights=FORMAT}"
-_REASSEMBLE = "reassemble{bits=BITS,granularity=GRANULARITY,weights=FORMAT,optional=true}"
+_REASSEMBLE = "reassemble{bits=BITS,granularity=GRANULARITY,weights=FORMAT,exclude=[HEAD],optional=true}"
 
 TRANSFORMS = {
     "none": "",
@@ -69,7 +72,7 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=[1, 20, 100], help="of the planted channels")
     parser.add_argument("--channels", type=int, default=8, help="planted behind every norm")
     parser.add_argument("--windows", type=int, default=16, help="of 256 tokens")
-    parser.add_argument("--tokens", type=int, default=1024, help="of text that calibrate")
+    parser.add_argument("--tokens", type=int, default=4096, help="of text that calibrate")
     options = parser.parse_args()
     original = load(options.model)
     data = read_data(original, options.text, tokens=options.tokens)
@@ -96,7 +99,9 @@ def measure(
     """What `evaluate` says of the model after transform and rounding."""
     format, bits, granularity, mode = SCHEMES[scheme]
     transforms = TRANSFORMS[transform]
-    for word, held in {"FORMAT": format, "BITS": bits, "GRANULARITY": granularity}.items():
+    head = site_name([node for node in model.graph if dialect.is_op(node, "Linear")][-1])
+    words = {"FORMAT": format, "BITS": bits, "GRANULARITY": granularity, "HEAD": f"^{re.escape(head)}$"}
+    for word, held in words.items():
         transforms = transforms.replace(word, str(held))
     steps = [
         transforms,

@@ -12,14 +12,17 @@ import importlib.resources
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from qc.backends.kits import c_language, javascript, kotlin, python_language, swift
 from qc.backends.kits.facts import Facts, facts_of
 from qc.backends.target import Target
 from qc.ir.errors import InternalError
 from qc.ir.model import Model
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 __all__ = ["KITS", "Kit", "write_kits"]
 

@@ -31,7 +31,7 @@ _ALIGNED = 16
 _EVERYTHING = 1 << 62
 
 _TOKENS = 4096
-"""Which channels are outliers, and how large, shows late: with 1024 tokens a split costs static ranges what it gains."""
+"""Which channels are outliers, and how large, shows late: with 1024 tokens splits cost static ranges what they gain."""
 
 
 @dataclasses.dataclass(frozen=True)

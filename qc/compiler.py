@@ -198,7 +198,7 @@ def _compile(
             if dry_run:
                 seconds = clock.stop()
                 return {t: CompileResult(None, plans[str(r.passes)], (), {}, {}, seconds) for t, r in recipes.items()}
-            original, store = model.clone(), Store(work / "store")
+            original, model, store = model, model.clone(), Store(work / "store")  # passes act in place
             reference = Remembered(ModelRunner(original), store)
             found = find_inputs(original, reference.run, seed)
             _require_finite(original, found)

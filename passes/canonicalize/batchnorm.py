@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir.store import Store
-from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site, site_name
+from qc.passes.base import Context, Contract, Exact, Pass, Result
 from qc.passes.canonicalize._graph import (
     Decline,
     add_constant,
@@ -17,6 +17,7 @@ from qc.passes.canonicalize._graph import (
     drop_unused,
     made_by,
     main_nodes,
+    rewritten,
     sole_consumer,
     stored,
 )
@@ -40,15 +41,8 @@ class FoldBatchNormalization(Pass):
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
-        sites = []
-        for node in main_nodes(model, "BatchNormalization"):
-            try:
-                _fold(node, context.store)
-            except Decline as reason:
-                sites.append(Site(site_name(node), Outcome.SKIPPED, str(reason)))
-            else:
-                sites.append(Site(site_name(node), Outcome.CHANGED))
-        result = Result.of(model, sites)
+        nodes = main_nodes(model, "BatchNormalization")
+        result = Result.of(model, rewritten(nodes, lambda node: _fold(node, context.store)))
         if result.modified:
             drop_unused(model)
         return result

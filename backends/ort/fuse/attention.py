@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
+from qc.passes.base import Contract, Exact, Pass, Result
 from qc.passes.canonicalize._graph import (
     Decline,
     add_constant,
@@ -18,6 +18,7 @@ from qc.passes.canonicalize._graph import (
     made_by,
     main_nodes,
     replace,
+    rewritten,
     same_dim,
     sole_consumer,
 )
@@ -42,15 +43,7 @@ class MergeHeads(Pass):
     contract: ClassVar[Contract] = Exact(1e-5)
 
     def call(self, model: ir.Model, context: object = None) -> Result:
-        sites = []
-        for node in main_nodes(model, "Attention"):
-            try:
-                _merge(node)
-            except Decline as reason:
-                sites.append(Site(site_name(node), Outcome.SKIPPED, str(reason)))
-            else:
-                sites.append(Site(site_name(node), Outcome.CHANGED))
-        result = Result.of(model, sites)
+        result = Result.of(model, rewritten(main_nodes(model, "Attention"), _merge))
         if result.modified:
             drop_unused(model)
         return result

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qc.backends.ort.fuse.attention import merged_heads, split_again, turned_back
 from qc.backends.ort.fuse.positions import are_running
-from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
+from qc.passes.base import Contract, Exact, Pass, Result
 from qc.passes.canonicalize._graph import (
     Decline,
     add_constant,
@@ -19,6 +19,7 @@ from qc.passes.canonicalize._graph import (
     drop_unused,
     made_by,
     main_nodes,
+    rewritten,
 )
 from qc.passes.canonicalize.masks import Mask, describe_mask
 
@@ -53,17 +54,10 @@ class FuseGroupQueryAttention(Pass):
     contract: ClassVar[Contract] = Exact(1e-4)
 
     def call(self, model: ir.Model, context: object = None) -> Result:
-        sites: list[Site] = []
         lengths = _Lengths(model.graph)
         masks: dict[ir.Value | None, Mask] = {}
-        for node in main_nodes(model, "Attention"):
-            try:
-                details = _fuse(model, node, lengths, masks)
-            except Decline as reason:
-                sites.append(Site(site_name(node), Outcome.SKIPPED, str(reason)))
-            else:
-                sites.append(Site(site_name(node), Outcome.CHANGED, details=details))
-        result = Result.of(model, sites)
+        nodes = main_nodes(model, "Attention")
+        result = Result.of(model, rewritten(nodes, lambda node: _fuse(model, node, lengths, masks)))
         if result.modified:
             model.opset_imports.setdefault(_MICROSOFT, 1)
             drop_unused(model)

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from qc.backends.ort.npu._writer import Writer, finished
 from qc.backends.ort.npu.outside import may_stay_outside, put_outside
-from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
-from qc.passes.canonicalize._graph import Decline, attribute, main_nodes, replace, same_dim
+from qc.passes.base import Contract, Exact, Pass, Result
+from qc.passes.canonicalize._graph import Decline, attribute, main_nodes, replace, rewritten, same_dim
 
 __all__ = ["LOWEST", "MASKED", "WriteOutAttention"]
 
@@ -36,16 +36,9 @@ class WriteOutAttention(Pass):
     contract: ClassVar[Contract] = Exact(1e-4)
 
     def call(self, model: ir.Model, context: object = None) -> Result:
-        sites = []
         masks: dict[tuple[object, ...], ir.Value | None] = {}
-        for node in main_nodes(model, "Attention"):
-            try:
-                _write_out(model.graph, node, masks)
-            except Decline as reason:
-                sites.append(Site(site_name(node), Outcome.SKIPPED, str(reason)))
-            else:
-                sites.append(Site(site_name(node), Outcome.CHANGED))
-        return finished(model, sites)
+        nodes = main_nodes(model, "Attention")
+        return finished(model, rewritten(nodes, lambda node: _write_out(model.graph, node, masks)))
 
 
 def _write_out(graph: ir.Graph, node: ir.Node, masks: dict[tuple[object, ...], ir.Value | None]) -> None:

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from qc.backends.ort.npu._writer import Writer, finished
 from qc.backends.ort.npu.outside import may_stay_outside, put_outside
-from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
-from qc.passes.canonicalize._graph import Decline, attribute, main_nodes, replace
+from qc.passes.base import Contract, Exact, Pass, Result
+from qc.passes.canonicalize._graph import Decline, attribute, main_nodes, replace, rewritten
 
 __all__ = ["WriteOutRotary"]
 
@@ -28,16 +28,9 @@ class WriteOutRotary(Pass):
     contract: ClassVar[Contract] = Exact(1e-5)
 
     def call(self, model: ir.Model, context: object = None) -> Result:
-        sites = []
         tables: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
-        for node in main_nodes(model, "RotaryEmbedding"):
-            try:
-                _turn(model.graph, node, tables)
-            except Decline as reason:
-                sites.append(Site(site_name(node), Outcome.SKIPPED, str(reason)))
-            else:
-                sites.append(Site(site_name(node), Outcome.CHANGED))
-        return finished(model, sites)
+        nodes = main_nodes(model, "RotaryEmbedding")
+        return finished(model, rewritten(nodes, lambda node: _turn(model.graph, node, tables)))
 
 
 def _turn(graph: ir.Graph, node: ir.Node, tables: dict[tuple[object, ...], tuple[ir.Value, ir.Value]]) -> None:

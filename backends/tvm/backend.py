@@ -36,13 +36,17 @@ ANDROID = Platform(
     ("qemu-aarch64-static", "-cpu", "max"),
 )
 
-_FORMATS = tuple(
+_INTEGERS = (
     f"{sign}int{bits}{group}"
     for bits in (2, 3, 4, 8)
     for sign in ("", "u")
     for group in ("", ":g16", ":g32", ":g64", ":g128", ":g256")
     if (bits, group) != (3, ":g16")
 )
+_TABLES = ("mxfp4", "nvfp4", "ternary", "bitmod3:g128", "bitmod4:g128", "mid2:g32", "mid3:g32", "mid4:g32")
+"""Tables of integers, which kernels read as they are stored."""
+
+_FORMATS = (*_INTEGERS, *_TABLES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.integers import code_bits, rounded_source
 from qc.backends.ort._lowering import MICROSOFT, finish
 from qc.backends.ort.packed import float_scale
 from qc.ir import dialect
@@ -15,7 +16,7 @@ from qc.ir.quant import Weight, read_weight
 from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
 from qc.passes.canonicalize._graph import add_constant, made_by, replace, stored
 
-__all__ = ["LowerIntegerLinear", "LowerIntegerMatMul", "code_bits", "rounded_source"]
+__all__ = ["LowerIntegerLinear", "LowerIntegerMatMul"]
 
 _BYTE = 8
 
@@ -103,25 +104,6 @@ def _decoded_codes(x: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | 
         return None
     one = step.size == 1 and step.dtype == ir.DataType.FLOAT and start.dtype in (ir.DataType.UINT8, ir.DataType.INT8)
     return (codes, scale, zero) if one else None
-
-
-def rounded_source(x: ir.Value | None) -> ir.Node | None:
-    """The node that rounds x, to codes or to a grid; None if x is anything else."""
-    if x is not None and dialect.is_op(x.producer(), "DynamicQuantize"):
-        return x.producer()
-    decode = made_by(x, "DequantizeLinear")
-    source = made_by(decode.inputs[0], "DynamicQuantizeLinear", "QuantizeLinear") if decode is not None else None
-    if decode is None or source is None:
-        return None
-    grid = source.outputs[1:] if source.op_type == "DynamicQuantizeLinear" else source.inputs[1:]
-    return source if tuple(decode.inputs[1:]) == tuple(grid) else None
-
-
-def code_bits(source: ir.Node) -> int:
-    """Width of the codes that a node found by `rounded_source` makes."""
-    if "bits" in source.attributes:
-        return source.attributes["bits"].as_int()
-    return source.outputs[0].dtype.bitwidth if source.outputs[0].dtype is not None else 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qc.backends.integers import code_bits, rounded_source
 from qc.backends.ort._lowering import MICROSOFT, finish
-from qc.backends.ort.integers import code_bits, rounded_source
 from qc.backends.ort.packed import Held, PackedWeights, consumes_weight, has_kernel
 from qc.ir import dialect
 from qc.ir.errors import InputError

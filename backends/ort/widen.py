@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.integers import KERNEL_BITS, integers_of
 from qc.backends.ort.packed import consumes_weight, has_kernel, kernel_block
 from qc.ir import dialect
 from qc.ir.errors import UnsupportedError
@@ -16,8 +17,6 @@ from qc.ir.quant import (
     Format,
     Order,
     QuantizedTensor,
-    Select,
-    Table,
     Weight,
     emit,
     read_weight,
@@ -25,10 +24,7 @@ from qc.ir.quant import (
 )
 from qc.passes.base import Context, Contract, Exact, Outcome, Pass, Result, Site
 
-__all__ = ["Integers", "WidenWeights", "integers_of", "runs_as", "wider"]
-
-_KERNEL_BITS = (2, 4, 8)
-_MULTIPLES = (1, 2, 4, 8, 16)
+__all__ = ["WidenWeights", "runs_as", "wider"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,32 +80,6 @@ class WidenWeights(Pass):
         return Site(weight.name, Outcome.CHANGED, "", facts | {"bytes_after": tensor.stored_bits // 8})
 
 
-@dataclasses.dataclass(frozen=True)
-class Integers:
-    """Values as multiples of ``1 / multiple``.
-
-    Attributes:
-        codes: The integer of each code, by kind if there are several tables; None for codes with a zero point, which
-            stay as they are.
-        bits: Bits that hold them.
-        multiple: A power of two.
-    """
-
-    codes: np.ndarray | None
-    bits: int
-    multiple: int
-
-    def of(self, tensor: QuantizedTensor) -> np.ndarray:
-        """The integers of all codes of a tensor whose values these are."""
-        assert self.codes is not None
-        codes = tensor.codes.astype(np.int16) - tensor.format.values.low
-        if self.codes.ndim == 1:
-            return self.codes[codes]
-        rows, columns = tensor.shape
-        kinds = np.broadcast_to(tensor.params["kind"], (rows, tensor.format.groups(columns)))
-        return self.codes[np.repeat(kinds, tensor.format.width(columns), 1)[:, :columns], codes]
-
-
 def runs_as(format: Format, columns: int, accuracy_level: int = 4) -> str:
     """How a linear layer with such a weight runs: on which kernel, re-encoded to what, or decoded at load."""
     if has_kernel(format):
@@ -138,7 +108,7 @@ def wider(format: Format, columns: int, accuracy_level: int | None) -> tuple[For
     if integers is None:
         return None, f"values of {format.values} are no multiples of one number that fit in 8 bits"
     reason = ""
-    for bits in (b for b in _KERNEL_BITS if b >= integers.bits):
+    for bits in (b for b in KERNEL_BITS if b >= integers.bits):
         found = Format(Affine(bits, integers.codes is not None), format.group)
         try:
             kernel_block(found, columns, accuracy_level)
@@ -147,31 +117,6 @@ def wider(format: Format, columns: int, accuracy_level: int | None) -> tuple[For
         else:
             return found, ""
     return None, reason
-
-
-def integers_of(values: object) -> Integers | None:
-    """The values of a value map as multiples of one number that fit 8 bits; None if they are none."""
-    if isinstance(values, Affine):
-        if values.floating:
-            return None
-        if not values.symmetric:
-            return Integers(None, values.bits, 1)
-        codes = np.arange(values.low, values.high + 1)
-        return _fitting(2 * codes + 1 if values.half else codes, 2 if values.half else 1)
-    if not isinstance(values, (Table, Select)):
-        return None
-    table = np.nan_to_num(values.values.astype(np.float64), nan=np.inf)
-    for multiple in _MULTIPLES:
-        if np.all(np.isfinite(table)) and np.all(table * multiple == np.rint(table * multiple)):
-            return _fitting((table * multiple).astype(np.int64), multiple)
-    return None
-
-
-def _fitting(codes: np.ndarray, multiple: int) -> Integers | None:
-    for bits in _KERNEL_BITS:
-        if codes.min() >= -(1 << (bits - 1)) and codes.max() < 1 << (bits - 1):
-            return Integers(codes.astype(np.int8), bits, multiple)
-    return None
 
 
 def _reencoded(weight: Weight, format: Format) -> QuantizedTensor:

@@ -110,7 +110,7 @@ class TvmCpu:
 
         But some formats of weights become float weights, and some grids of activations are rounded to in float.
         """
-        from qc.backends.ort.integers import rounded_source
+        from qc.backends.integers import rounded_source
         from qc.backends.tvm.ops.rounding import is_emulated
         from qc.backends.tvm.pack import why_decoded
 

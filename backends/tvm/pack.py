@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.ort.widen import integers_of
+from qc.backends.integers import integers_of
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.bytes import FACTS, PADDING
 from qc.backends.tvm.kernels.products import Codes

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qc.backends.ort.widen import integers_of
+from qc.backends.integers import integers_of
 from qc.backends.tvm.isa import best_for_host
 from qc.backends.tvm.kernels.products import exact_product, integer_product, quantize_rows
 from qc.backends.tvm.pack import codes_of, groups_of, pack_records, record_bytes

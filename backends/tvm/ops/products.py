@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.ort.integers import rounded_source
+from qc.backends.integers import rounded_source
 from qc.backends.tvm.kernels.bytes import byte_product, vectors_of
 from qc.backends.tvm.kernels.float_products import float_product
 from qc.backends.tvm.kernels.products import exact_product, integer_product, quantize_rows

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.ort.integers import code_bits, rounded_source
+from qc.backends.integers import code_bits, rounded_source
 from qc.backends.tvm.kernels.bytes import PADDING, quantize_grid, row_ranges
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.loops import fill, loop

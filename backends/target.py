@@ -179,6 +179,12 @@ def _tvm_android(options: str) -> Backend:
     return TvmAndroid.parse(options)
 
 
+def _tvm_ios(options: str) -> Backend:
+    from qc.backends.tvm.backend import TvmIos
+
+    return TvmIos.parse(options)
+
+
 _TARGETS: dict[str, Callable[[str], Backend]] = {
     "ort-cpu": _ort_cpu,
     "ort-mobile": _ort_mobile,
@@ -186,6 +192,7 @@ _TARGETS: dict[str, Callable[[str], Backend]] = {
     "ort-web": _ort_web,
     "tvm-android": _tvm_android,
     "tvm-cpu": _tvm_cpu,
+    "tvm-ios": _tvm_ios,
 }
 
 

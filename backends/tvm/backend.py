@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qc.backends.target import Coverage, PreparedRunner, Runner, Target
+from qc.backends.tvm.apple import TRIPLE
 from qc.backends.tvm.isa import Isa, best_for_host, level
 from qc.backends.tvm.toolchain import Platform
 from qc.ir.errors import InputError
@@ -16,7 +17,7 @@ from qc.ir.model import Model
 from qc.ir.quant import read_weight
 from qc.passes.pipeline import Step
 
-__all__ = ["TvmAndroid", "TvmCpu"]
+__all__ = ["TvmAndroid", "TvmCpu", "TvmIos"]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,6 +36,8 @@ ANDROID = Platform(
     "gcc-aarch64-linux-gnu and qemu-user-static",
     ("qemu-aarch64-static", "-cpu", "max"),
 )
+
+IOS = dataclasses.replace(ANDROID, apple=TRIPLE)
 
 _INTEGERS = (
     f"{sign}int{bits}{group}"
@@ -174,3 +177,17 @@ class TvmAndroid(TvmCpu):
     def default_level(self) -> Isa:
         """Phones since 2018 have it."""
         return level("neon-dotprod")
+
+
+@dataclasses.dataclass(frozen=True)
+class TvmIos(TvmAndroid):
+    """Compiles a model to kernels for iOS, in an XCFramework, and the C source that calls them.
+
+    The result is measured with the same kernels compiled for Linux, in an emulator off arm64. Devices with dotprod are
+    those with an A13 and later; `tvm-ios:neon` runs on all.
+    """
+
+    name: ClassVar[str] = "tvm-ios"
+    about: ClassVar[str] = "C sources and kernels for iOS; run as arm64 Linux in an emulator"
+    platform: ClassVar[Platform] = IOS
+    kits: ClassVar[tuple[str, ...]] = ()

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qc.backends.manifest import dump_json
+from qc.backends.tvm.apple import write_framework
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.library import feeds_text, sources
 from qc.backends.tvm.lower import lower_to_program
@@ -20,9 +21,12 @@ from qc.backends.tvm.toolchain import Platform, compile_c, compile_kernels, run_
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model, Port
 
-__all__ = ["FACTS", "emit"]
+__all__ = ["FACTS", "emit", "library_directory"]
 
 FACTS, LIBRARY, WEIGHTS = "model.json", "libmodel.so", "model.weights"
+
+EMULATED = "emulated"
+"""Where libraries lie that are no part of an app, but run here in its place."""
 
 _HEADER = 64
 _LANES = 1024
@@ -46,12 +50,15 @@ def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: 
         raise UnsupportedError(
             f"Expected weights of at most 2 GiB each, found one of {too_large.bytes} bytes once packed. Quantize it."
         )
-    objects = compile_kernels({n: k[:2] for n, k in program.kernels.items()}, isa, platform.triples[isa.arch])
+    kernels = {n: k[:2] for n, k in program.kernels.items()}
+    objects = compile_kernels(kernels, isa, platform.triples[isa.arch])
     made = sources(model, lowering)
     digest = _write_weights(program, directory / WEIGHTS, made.model_id)
     (directory / "model.h").write_text(made.header, "utf-8", newline="\n")
     (directory / "model.c").write_text(made.with_hash(digest), "utf-8", newline="\n")
     _build(directory, objects, isa, platform)
+    if platform.apple:
+        write_framework(compile_kernels(kernels, isa, platform.apple), directory)
     facts = {
         "inputs": [_port(p) for p in model.signature.inputs],
         "outputs": [_port(p) for p in model.signature.outputs],
@@ -66,6 +73,11 @@ def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: 
     (directory / FACTS).write_text(dump_json(facts), "utf-8", newline="\n")
     for name, source in sorted(model.assets.items()):
         shutil.copyfile(source, directory / name)
+
+
+def library_directory(directory: Path, platform: Platform) -> Path:
+    """Where the compiled libraries of an artifact lie."""
+    return directory / EMULATED if platform.apple else directory
 
 
 def _build(directory: Path, objects: Mapping[str, bytes], isa: Isa, platform: Platform) -> None:
@@ -84,8 +96,11 @@ def _build(directory: Path, objects: Mapping[str, bytes], isa: Isa, platform: Pl
         link = ["-shared", "-s", "-Wl,-soname,libmodel.so", "-Wl,-z,noexecstack", "-Wl,-z,defs", "-Wl,--gc-sections"]
         exports = ["-Wl,--version-script=objects/exports"]
         (work / "exports").write_text("{ global: qc_*; local: *; };", "utf-8")
-        run_tool([cc, *link, *exports, "-o", LIBRARY, *names, "-lm", "-lpthread"], directory, platform.package)
-        run_tool([ar, "rcsD", "libmodel.a", *names], directory, platform.package)
+        place = library_directory(directory, platform)
+        place.mkdir(exist_ok=True)
+        shared, static = (str((place / n).relative_to(directory)) for n in (LIBRARY, "libmodel.a"))
+        run_tool([cc, *link, *exports, "-o", shared, *names, "-lm", "-lpthread"], directory, platform.package)
+        run_tool([ar, "rcsD", static, *names], directory, platform.package)
     finally:
         shutil.rmtree(work)
 

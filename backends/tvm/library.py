@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qc.backends.decoding import context_limit
 from qc.backends.tvm.host import template
+from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.lower import Lowering
 from qc.backends.tvm.program import Buffer, Tensor
 from qc.backends.tvm.shapes import Dim
@@ -129,6 +130,7 @@ class _Writer:
         return (
             "#if defined(__linux__)\n#include <sys/auxv.h>\n"
             f"static int cpu_fits(void) {{ return {' && '.join(tests)}; }}\n"
+            f"#elif defined(__APPLE__)\n{_apple_fits(isa)}\n"
             "#else\nstatic int cpu_fits(void) { return 1; }\n#endif"
         )
 
@@ -303,6 +305,20 @@ class _Writer:
             "static void fill_inputs(const qc_instance *q, const void **inputs, const int64_t *tokens) {\n"
             "  (void)q;\n" + "\n".join(inputs) + "\n}"
         )
+
+
+def _apple_fits(isa: Isa) -> str:
+    """The same check on iOS, whose kernel has names for what its processors have."""
+    names = {"asimddp": "FEAT_DotProd", "asimdhp": "FEAT_FP16", "i8mm": "FEAT_I8MM"}
+    tests = [f'has("hw.optional.arm.{names[f]}")' for f in isa.flags if f in names]
+    if not tests:
+        return "static int cpu_fits(void) { return 1; }"
+    return (
+        "#include <sys/sysctl.h>\n"
+        "static int has(const char *name) {\n  int found = 0;\n  size_t size = sizeof found;\n"
+        "  return sysctlbyname(name, &found, &size, NULL, 0) == 0 && found != 0;\n}\n"
+        f"static int cpu_fits(void) {{ return {' && '.join(tests)}; }}"
+    )
 
 
 def _in_cache(tensor: Tensor) -> bool:

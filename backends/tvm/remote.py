@@ -23,7 +23,9 @@ __all__ = ["RemoteLibrary"]
 class RemoteLibrary:
     """The same functions as `LocalLibrary`, in a process of its own."""
 
-    def __init__(self, directory: Path, dimensions: int, cc: str, emulator: Sequence[str], package: str) -> None:
+    def __init__(
+        self, directory: Path, library: Path, dimensions: int, cc: str, emulator: Sequence[str], package: str
+    ) -> None:
         if shutil.which(emulator[0]) is None:
             raise UnsupportedError(
                 f"Expected the emulator {emulator[0]} to run a library for another processor, found none. Install it "
@@ -34,8 +36,7 @@ class RemoteLibrary:
         decoder = ["-DDECODER"] if "qc_feed" in (directory / "model.h").read_text("utf-8") else []
         (self._work / "driver.c").write_text(template("driver.c"), "utf-8")
         program = self._work / "driver"
-        library = (directory / "libmodel.a").resolve()
-        command = [cc, "-O1", "-static", *decoder, "-I", str(directory.resolve()), "driver.c", str(library)]
+        command = [cc, "-O1", "-static", *decoder, "-I", str(directory.resolve()), "driver.c", str(library.resolve())]
         run_tool([*command, "-lm", "-lpthread", "-o", str(program)], self._work, package)
         self._process = subprocess.Popen(  # noqa: S603
             [*emulator, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qc.backends.decoding import context_limit, greedy, plan
 from qc.backends.inputs import check_inputs
-from qc.backends.tvm.emit import FACTS, LIBRARY, WEIGHTS
+from qc.backends.tvm.emit import FACTS, LIBRARY, WEIGHTS, library_directory
 from qc.backends.tvm.isa import best_for_host, level
 from qc.backends.tvm.local import LocalLibrary, Sampling
 from qc.backends.tvm.remote import RemoteLibrary
@@ -41,9 +41,11 @@ def open_runner(directory: Path, *, threads: int = 0, platform: Platform | None 
     directory = Path(directory)
     facts = read_facts(directory)
     arch, count = level(facts["level"]).arch, len(facts["dimensions"])
+    place = directory if platform is None else library_directory(directory, platform)
     if platform is None or arch == best_for_host().arch:
-        return TvmRunner(directory, facts, LocalLibrary(directory / LIBRARY, count), threads)
-    library = RemoteLibrary(directory, count, platform.cc[arch], platform.emulator, platform.package)
+        return TvmRunner(directory, facts, LocalLibrary(place / LIBRARY, count), threads)
+    static = place / "libmodel.a"
+    library = RemoteLibrary(directory, static, count, platform.cc[arch], platform.emulator, platform.package)
     return TvmRunner(directory, facts, library, threads)
 
 

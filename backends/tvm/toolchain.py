@@ -33,6 +33,8 @@ class Platform:
         ar: The archiver by architecture.
         package: What to install where a tool is missing.
         emulator: The command that runs a program of it elsewhere; empty if none does.
+        apple: LLVM's name of a system of Apple whose objects are what is delivered; then the libraries are those of
+            the emulator, and stand aside.
     """
 
     triples: Mapping[str, str]
@@ -40,6 +42,7 @@ class Platform:
     ar: Mapping[str, str]
     package: str
     emulator: tuple[str, ...] = ()
+    apple: str = ""
 
 
 def check_versions() -> None:

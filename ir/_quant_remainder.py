@@ -118,9 +118,12 @@ class LowRank:
 class Columns:
     """Stores some columns in another format; the dense part holds the others only.
 
+    That format may hold some of its columns in yet another one: three widths in one weight, as SliM-LLM has
+    (arXiv 2405.14917).
+
     Attributes:
         percent: Share of the columns, in percent.
-        format: Theirs, with groups along K and no remainder.
+        format: Theirs, with groups along K, and no remainder but columns.
     """
 
     percent: float
@@ -129,7 +132,8 @@ class Columns:
     sliceable = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.percent < 100 or self.format.axis != "in" or self.format.remainder is not None:
+        other = self.format.remainder is not None and not isinstance(self.format.remainder, Columns)
+        if not 0 < self.percent < 100 or self.format.axis != "in" or other:
             raise InputError(f"Expected a share of the columns in a format with groups along K, found {self}.")
 
     def __str__(self) -> str:

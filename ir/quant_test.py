@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qc.ir import dialect
@@ -39,6 +39,7 @@ VECTORS = ["vq6x4", "vq4x4:g16", "vq9x2x2", "vq4x4:in", "aq5x4x2", "aq5x4:g8:f16
 REMAINDERS = [
     "int4:g16+order", "uint3:g16:q6+order", "lut3+sparse0.5", "uint4:g16+sparse3", "int2+lowrank3", "nf4:g16+lowrank1",
     "mid1+columns10:int8", "lut2:g16+columns20:uint4:g4:f16", "e2m1:g16:e8m0+columns5:lut1",
+    "uint1:g8+columns75:uint2:g8+columns33:uint3:g8",
 ]  # fmt: skip
 EVERY = list(dict.fromkeys([*SPELLINGS, *STANDARD, *GROUPINGS, *SCALES, *OTHERS, *VECTORS, *REMAINDERS]))
 
@@ -58,8 +59,9 @@ def random_tensor(format: Format, rows: int = 24, columns: int = 40) -> Quantize
             held[stream.name] = array.astype(np.int8 if stream.low else np.uint8 if top <= 256 else np.uint16)
         elif stream.dtype is not None and stream.dtype.is_floating_point():
             held[stream.name] = np.abs(rng.normal(size=stream.shape) + 1).astype(stream.dtype.numpy())
-    if any(s.name == "order" for s in format.streams((rows, columns))):
-        held["order"] = rng.permutation(columns).astype(np.uint16)
+    for stream in format.streams((rows, columns)):
+        if stream.name.endswith("order"):
+            held[stream.name] = rng.permutation(stream.shape[0]).astype(np.uint16)
     if isinstance(format.remainder, Sparse):
         places = np.sort(rng.choice(rows * columns, format.remainder.count((rows, columns)), replace=False))
         held["sparse_columns"] = (places % columns).astype(np.uint16)
@@ -176,6 +178,37 @@ def test_decoding_by_hand() -> None:
 )
 def test_every_stored_bit_is_counted(spelling: str, shape: tuple[int, int], expected: float) -> None:
     assert Format.parse(spelling).stored_bits(shape) / (shape[0] * shape[1]) == pytest.approx(expected, rel=1e-12)
+
+
+def bytes_of(tensor: QuantizedTensor) -> int:
+    """Bytes of the initializers that a weight becomes."""
+    node = emit(tensor, ir.Value(name="w", shape=ir.Shape(tensor.shape)), Store())
+    return sum(len(v.const_value.tobytes()) for v in node.inputs if v is not None and v.const_value is not None)
+
+
+@pytest.mark.parametrize("spelling", EVERY)
+def test_bits_per_weight_are_the_bytes_that_are_stored(spelling: str) -> None:
+    format = Format.parse(spelling)
+    for rows, columns in ((3, 24), (5, 37), (7, 131), (1, 16)):  # the last group of a row may be short
+        if (rows if format.axis == "out" else columns) % format.values.tile:
+            continue
+        tensor = random_tensor(format, rows, columns)
+        assert tensor.bits_per_weight * rows * columns == pytest.approx(8 * bytes_of(tensor), rel=1e-12)
+
+
+@given(
+    name=st.sampled_from(NAMES),
+    group=st.sampled_from(["", ":tensor", ":in"]) | st.integers(1, 40).map(":g{}".format),
+    scale=st.sampled_from(["", ":f16", ":bf16", ":e8m0", ":e4m3", ":q5", ":q8x3", ":s6x2"]),
+    rest=st.sampled_from(["", "+order", "+sparse2", "+lowrank2", "+columns30:int3:g5"]),
+    shape=st.tuples(st.integers(1, 9), st.integers(2, 70)),
+)
+@settings(max_examples=200)
+def test_every_combination_of_parts_counts_its_bytes(
+    name: str, group: str, scale: str, rest: str, shape: tuple[int, int]
+) -> None:
+    format = Format.parse(f"{name}{group}{scale if Format.parse(name).values.scaled else ''}{rest}")
+    assert format.stored_bits(shape) == 8 * bytes_of(random_tensor(format, *shape))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,15 @@
-"""Chooses one option per unit under budgets: a multiple-choice knapsack, solved by an integer program."""
+"""Chooses one option per unit under budgets: a multiple-choice knapsack, solved by an integer program.
+
+The programs of papers are calls of `choose`, with what they call damage and what an option uses of which budget:
+
+| paper | unit | budgets |
+|---|---|---|
+| AdaQuant, arXiv 2006.10518, section 3.4 | layer | bytes, or operations |
+| LQ-LoRA, arXiv 2311.12023, section 3.3 | matrix, of formats with a low-rank term | bytes |
+| MixDQ, arXiv 2405.17873, section 3.4 | layer, of two groups, each with its damage | a band of bits for each group |
+| MC-MoE, arXiv 2410.06270, section 3.2 | expert | bits, and a least number of experts for some widths |
+| SliM-LLM, arXiv 2405.14917, section 3.2 | group of columns | as many groups with a bit more as with a bit less |
+"""
 
 from __future__ import annotations
 
@@ -29,17 +40,21 @@ class Option:
     uses: Mapping[str, float]
 
 
-def choose(units: Sequence[Sequence[Option]], budgets: Mapping[str, float], plans: int = 1) -> list[tuple[int, ...]]:
+Budgets = Mapping[str, float | tuple[float, float]]
+"""By name, the most that may be used in total, or the least and the most."""
+
+
+def choose(units: Sequence[Sequence[Option]], budgets: Budgets, plans: int = 1) -> list[tuple[int, ...]]:
     """Finds the choices of least total damage within the budgets.
 
-        min  sum_{u,c} damage_uc x_uc    with  sum_c x_uc = 1,  sum_{u,c} uses_uc x_uc <= budget,  x in {0, 1}
+        min  sum_{u,c} damage_uc x_uc    with  sum_c x_uc = 1,  least <= sum_{u,c} uses_uc x_uc <= most,  x in {0, 1}
 
     solved by HiGHS to a gap of zero. Each further plan is the best one that differs from all before it: their choices
     must not all be taken again.
 
     Args:
         units: The options of each unit.
-        budgets: By name, what may be used in total; none for no limit.
+        budgets: By name, what may be used in total, or the least and the most; none for no limit.
         plans: How many plans, at most.
 
     Returns:
@@ -48,8 +63,8 @@ def choose(units: Sequence[Sequence[Option]], budgets: Mapping[str, float], plan
     Raises:
         InputError: If even the least of everything exceeds a budget, or scipy is not installed.
     """
-    for name, budget in budgets.items():
-        least = sum(min(o.uses[name] for o in options) for options in units)
+    for name, limits in budgets.items():
+        least, budget = sum(min(o.uses[name] for o in options) for options in units), _band(limits)[1]
         if least > budget:
             raise InputError(
                 f"Expected a budget of {name} of at least {least:,.0f}, the least that the formats allow; found "
@@ -67,7 +82,7 @@ def choose(units: Sequence[Sequence[Option]], budgets: Mapping[str, float], plan
 
 
 def _solve(
-    units: Sequence[Sequence[Option]], budgets: Mapping[str, float], taken: Sequence[tuple[int, ...]]
+    units: Sequence[Sequence[Option]], budgets: Budgets, taken: Sequence[tuple[int, ...]]
 ) -> tuple[int, ...] | None:
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
@@ -80,10 +95,11 @@ def _solve(
     owner = np.repeat(np.arange(len(units)), np.diff(starts))
     once = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(units), len(flat)))
     constraints = [LinearConstraint(once, 1, 1)]
-    for name, budget in budgets.items():
+    for name, limits in budgets.items():
         # Numbers near one: the solver's tolerances are absolute.
-        share = np.array([[o.uses[name] for o in flat]]) / max(budget, 1e-30)
-        constraints.append(LinearConstraint(share, -np.inf, 1 + 1e-9))
+        used, (least, most) = np.array([[o.uses[name] for o in flat]]), _band(limits)
+        unit = max(np.abs(used).max(), abs(most), 1e-30)
+        constraints.append(LinearConstraint(used / unit, least / unit - 1e-9, most / unit + 1e-9))
     for plan in taken:
         row = np.zeros((1, len(flat)))
         row[0, starts[:-1] + np.array(plan)] = 1
@@ -100,6 +116,10 @@ def _solve(
     if result.x is None:
         return None
     return tuple(int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(starts))
+
+
+def _band(limits: float | tuple[float, float]) -> tuple[float, float]:
+    return limits if isinstance(limits, tuple) else (-np.inf, limits)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from qc.passes.quantize._fit_scaled import fit_affine, fit_power, fit_searched_f
 from qc.passes.quantize._fit_stored import fit_learned, fit_nested, fit_planes, fit_signed_low_rank, fit_vector
 from qc.passes.quantize._search import Search
 
-__all__ = ["fit_scales"]
+__all__ = ["fit_scales", "spread"]
 
 _FITS: Mapping[type, Callable[[Any, np.ndarray, np.ndarray | None, Search], Fit]] = {
     Affine: fit_affine,
@@ -56,7 +56,8 @@ def fit_scales(
     Args:
         format: Its groups lie along the rows of `w`.
         w: ``[N, K]``, float32 and finite.
-        importance: ``[K]``: weight of the squared error of each column, or None for one.
+        importance: Weight of the squared error of each column, ``[K]``, of each element, ``[N, K]``, or of each row,
+            ``[N, 1]``; None for one.
         effort: How hard to search.
 
     Returns:
@@ -68,10 +69,13 @@ def fit_scales(
     missing = groups * width - columns
     grouped = np.pad(w, ((0, 0), (0, missing))).reshape(rows * groups, width)
     if importance is not None:
-        spread = np.pad(importance, (0, missing)).reshape(groups, width)
-        spread = np.where(spread.any(axis=1, keepdims=True), spread, np.float32(1))
-        spread /= spread.max(axis=1, keepdims=True)
-        importance = np.tile(spread, (rows, 1))
+        wide = importance[None] if importance.ndim == 1 else importance
+        if all(p.scope == "group" for p in format.values.params):
+            wide = spread(np.broadcast_to(wide, (len(wide), columns)), groups, width)
+        else:  # groups share parameters, so it matters which group counts how much
+            wide = spread(np.broadcast_to(wide, w.shape).reshape(1, -1), 1, w.size).reshape(w.shape)
+            wide = np.pad(wide, ((0, 0), (0, missing)))
+        importance = np.ascontiguousarray(np.broadcast_to(wide, (rows, wide.shape[1]))).reshape(rows * groups, width)
     found = _FITS[type(format.values)](format.values, grouped, importance, effort)
     if isinstance(format.scale, MicroScale):
         lower = np.exp2(np.floor(np.log2(np.abs(found.scale)))).astype(np.float32)
@@ -83,3 +87,13 @@ def fit_scales(
         for key, array in found.params.items()
     }
     return found.scale.reshape(rows, groups), params
+
+
+def spread(weights: np.ndarray, groups: int, width: int) -> np.ndarray:
+    """Weights of elements ``[N, K]`` by group, ``[N, groups * width]``, the largest of each group one.
+
+    A group whose elements all weigh nothing counts them alike. Padding weighs nothing.
+    """
+    wide = np.pad(weights, ((0, 0), (0, groups * width - weights.shape[1]))).reshape(len(weights), groups, width)
+    wide = np.where(wide.any(axis=2, keepdims=True), wide, np.float32(1))
+    return (wide / wide.max(axis=2, keepdims=True)).reshape(len(weights), -1)

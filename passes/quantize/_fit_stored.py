@@ -93,7 +93,7 @@ def fit_vector(values: Vector, w: np.ndarray, importance: np.ndarray | None, eff
 
 def fit_signed_low_rank(values: SignedLowRank, w: np.ndarray, importance: np.ndarray | None, effort: Search) -> Fit:
     """Signs of what is left, and the best low-rank approximation of its magnitudes, block by block."""
-    column = np.ones((1, w.shape[1])) if importance is None else np.sqrt(importance[:1] + 1e-12)
+    column = np.ones((1, w.shape[1])) if importance is None else np.sqrt(importance.mean(axis=0, keepdims=True) + 1e-12)
     left, lefts, rights = w.astype(np.float64) * column, [], []
     for _ in range(values.books):
         u, s, v = np.linalg.svd(np.abs(left), full_matrices=False)

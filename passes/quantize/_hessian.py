@@ -23,6 +23,9 @@ _MANY_WEAK = 0.25
 """The share of weak directions that is worth a remark. Of inputs of less than as many samples as channels, a third and
 more is weak; in an ordinary layer with enough of them, less than a fifth."""
 
+_LEAST = 1e-6
+"""The least damping above zero."""
+
 _BLOCK = 256
 """Columns factored at a time: the triangular inverses are small, and nearly all work is products of matrices."""
 
@@ -67,7 +70,7 @@ class Hessian:
         while factor is None:
             factor = self._factor()
             if factor is None:
-                self.damping = max(10 * self.damping, 1e-6)
+                self.damping = max(10 * self.damping, _LEAST)
                 if self.damping > 1e3:
                     raise InputError("Expected second moments, found a matrix that is far from positive definite.")
         self.pivots = np.diagonal(factor).astype(np.float32)
@@ -122,6 +125,23 @@ class Hessian:
     def part(self, columns: np.ndarray) -> Hessian:
         """That of some of the columns, in the given order."""
         return Hessian(self._gram[np.ix_(columns, columns)], damping=self._least)
+
+    def without(self, columns: np.ndarray) -> Hessian:
+        """That of all other columns, where the given ones will make up for their errors: the Schur complement."""
+        others = np.setdiff1d(np.arange(len(self.order)), columns)
+        left = self._gram[np.ix_(others, others)] + self.damping * self._mean * np.eye(len(others))
+        left -= self._gram[np.ix_(others, columns)] @ self._coupling(columns, others)
+        return Hessian(left, damping=_LEAST)
+
+    def made_up(self, error: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """What the given columns should have more, ``[N, k]``, for the errors ``w - decoded`` of all others."""
+        others = np.setdiff1d(np.arange(len(self.order)), columns)
+        return error @ self._coupling(columns, others).T
+
+    def _coupling(self, columns: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """``H_cc^-1 H_co``."""
+        own = self._gram[np.ix_(columns, columns)] + self.damping * self._mean * np.eye(len(columns))
+        return np.linalg.solve(own, self._gram[np.ix_(columns, others)])
 
     def _factor(self) -> np.ndarray | None:
         """R in float64, or None if the matrix is not positive definite.

@@ -10,7 +10,7 @@ import numpy as np
 from qc.ir.errors import InputError
 from qc.ir.quant import Columns, Format, LowRank, Order, QuantizedTensor, Sparse
 
-__all__ = ["assign_with_remainder"]
+__all__ = ["assign_with_remainder", "leading_directions", "salient_columns", "with_columns"]
 
 _Assign = Callable[[np.ndarray, Format, np.ndarray | None], QuantizedTensor]
 
@@ -38,7 +38,7 @@ def assign_with_remainder(
     Args:
         weight: ``[N, K]``, any float type.
         format: One with a remainder.
-        metric: ``[K]`` or None for one.
+        metric: ``[K]`` or ``[N, K]``, or None for one.
         assign: Quantizes a matrix to a format without one, given which columns of the weight it has (None for all).
     """
     dense, remainder = dataclasses.replace(format, remainder=None), format.remainder
@@ -54,7 +54,7 @@ def assign_with_remainder(
         found = _columns(w, dense, remainder, importance, assign)
     else:
         assert isinstance(remainder, Order)
-        order = np.argsort(-importance, kind="stable")
+        order = np.argsort(-(importance if importance.ndim == 1 else importance.mean(axis=0)), kind="stable")
         tensor = assign(w[:, order], dense, order)
         found = tensor, {"order": _inverse(order)}
     tensor, params = found
@@ -82,11 +82,13 @@ def _sparse(w: np.ndarray, dense: Format, remainder: Sparse, importance: np.ndar
 
 
 def _low_rank(w: np.ndarray, dense: Format, remainder: LowRank, importance: np.ndarray, assign: _Assign) -> _Found:
-    column = np.sqrt(np.maximum(importance, 1e-12 * max(float(importance.max()), 1e-30)))
+    """Weights of elements count by the roots of their means over rows and columns (LQ-LoRA, section 3.4)."""
+    column = _root(importance if importance.ndim == 1 else importance.mean(axis=0))
+    row = np.ones((len(w), 1), np.float32) if importance.ndim == 1 else _root(importance.mean(axis=1))[:, None]
 
     def rest(decoded: np.ndarray) -> dict[str, np.ndarray]:
-        left, right = _truncated((w - decoded) * column, remainder.rank)
-        return {"lowrank_left": left.astype(np.float16), "lowrank_right": (right / column).astype(np.float16)}
+        left, right = _truncated((w - decoded) * row * column, remainder.rank)
+        return {"lowrank_left": (left / row).astype(np.float16), "lowrank_right": (right / column).astype(np.float16)}
 
     zeros = np.zeros_like(w)
     params = rest(zeros)
@@ -94,6 +96,27 @@ def _low_rank(w: np.ndarray, dense: Format, remainder: LowRank, importance: np.n
         tensor = assign(w - remainder.decode(zeros, params), dense, None)
         params = rest(tensor.decode())
     return tensor, params
+
+
+def _root(weights: np.ndarray) -> np.ndarray:
+    """Square roots relative to the largest, none of them zero."""
+    largest = max(float(weights.max()), 1e-30)
+    return np.sqrt(np.maximum(weights / largest, 1e-12)).astype(np.float32)
+
+
+def leading_directions(error: np.ndarray, matrix: np.ndarray, rank: int) -> np.ndarray:
+    """The leading eigenvectors of ``E H E^T``, ``[N, rank]``, by the power method; zeros where there are fewer."""
+    random = np.random.default_rng(0)
+    count = min(rank + _OVERSAMPLE, *error.shape)
+    basis = error @ random.standard_normal((error.shape[1], count)).astype(np.float32)
+    for _ in range(3):
+        basis = np.linalg.qr(error @ (matrix @ (error.T @ np.linalg.qr(basis)[0])))[0]
+    pulled = basis.T @ error
+    _, vectors = np.linalg.eigh(pulled @ matrix @ pulled.T)
+    found = np.zeros((len(error), rank), np.float32)
+    leading = basis @ vectors[:, ::-1][:, :rank]
+    found[:, : leading.shape[1]] = leading
+    return found
 
 
 def _truncated(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,14 +134,23 @@ def _truncated(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _columns(w: np.ndarray, dense: Format, remainder: Columns, importance: np.ndarray, assign: _Assign) -> _Found:
-    count = remainder.count(w.shape[1])
-    saliency = importance * np.einsum("nk,nk->k", w, w)
-    chosen = np.sort(np.argsort(-saliency, kind="stable")[:count])
-    rest = np.setdiff1d(np.arange(w.shape[1]), chosen)
+    rest, chosen = salient_columns(w, remainder, importance)
     tensor, own = (
         assign(np.ascontiguousarray(w[:, part]), format, part)
         for part, format in ((rest, dense), (chosen, remainder.format))
     )
+    return with_columns(tensor, own, rest, chosen)
+
+
+def salient_columns(w: np.ndarray, remainder: Columns, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of the dense part and those of the remainder, in order: those with the most ``sum_n m_nk w_nk^2``."""
+    saliency = (importance * w * w).sum(axis=0, dtype=np.float64)
+    chosen = np.sort(np.argsort(-saliency, kind="stable")[: remainder.count(w.shape[1])])
+    return np.setdiff1d(np.arange(w.shape[1]), chosen), chosen
+
+
+def with_columns(tensor: QuantizedTensor, own: QuantizedTensor, rest: np.ndarray, chosen: np.ndarray) -> _Found:
+    """The dense part and everything else that is stored, given both parts of the columns."""
     params = {f"columns_{name}": array for name, array in {"codes": own.codes, **own.params}.items()}
     return tensor, {**params, "order": _inverse(np.concatenate([rest, chosen]))}
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qc.ir.errors import InputError
 from qc.ir.quant import Affine, FloatScale, Format, QuantizedTensor
-from qc.passes.quantize._fit import fit_scales
+from qc.passes.quantize._fit import fit_scales, spread
 from qc.passes.quantize._remainder import assign_with_remainder
 from qc.passes.quantize._search import Search, search
 
@@ -47,7 +47,8 @@ def assign(
     Args:
         weight: ``[N, K]`` of any float type; converted a few rows at a time, so it may be a map of a file.
         format: What the codes shall mean.
-        metric: ``[K]``, non-negative: weight of the squared error of each column, such as ``E[x_k^2]``; None for one.
+        metric: Non-negative weights of squared errors: ``[K]`` for columns, such as ``E[x_k^2]``, or ``[N, K]`` for
+            single elements, such as their Fisher information; None for one.
         name: Name of the weight for messages.
         threads: Number of threads.
         effort: How hard to search; None for the default.
@@ -60,14 +61,17 @@ def assign(
     rows, columns = weight.shape
     if metric is not None:
         metric = np.asarray(metric, np.float32)
-        if metric.shape != (columns,) or not np.all(np.isfinite(metric)) or np.any(metric < 0):
-            raise InputError(f"Expected {columns} finite non-negative column weights for {name!r}.")
+        if metric.shape not in ((columns,), (rows, columns)) or not np.all(np.isfinite(metric)) or np.any(metric < 0):
+            raise InputError(
+                f"Expected finite non-negative weights of {columns} columns or {rows} x {columns} elements for "
+                f"{name!r}, found shape {list(metric.shape)}."
+            )
     effort = Search() if effort is None else effort
     plan = _plain(format)
     if format.remainder is not None:
 
         def dense(part: np.ndarray, format: Format, columns: np.ndarray | None) -> QuantizedTensor:
-            weights = metric if metric is None or columns is None else metric[columns]
+            weights = metric if metric is None or columns is None else metric[..., columns]
             return assign(part, format, weights, name=name, threads=threads, effort=effort)
 
         return assign_with_remainder(weight, format, metric, dense)
@@ -113,16 +117,18 @@ def _assign_in_two(
     source = weight.T if format.axis == "out" else weight
     if format.axis == "tensor" or any(p.scope != "group" for p in format.values.params):
         step = len(source)
-        importance = metric if format.axis != "out" else None
-        if metric is not None and format.axis == "tensor":
-            importance = np.tile(metric, step)
     else:
         step = _rows_per_chunk(source.shape[1])
-        importance = metric if format.axis == "in" else None  # alike for all elements of a group along N
+    if metric is not None and format.axis == "out":
+        metric = metric[:, None] if metric.ndim == 1 else metric.T
 
     def find(start: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         w = _finite(source[start : start + step], name, start)
-        return fit_scales(format, w.reshape(1, -1) if format.axis == "tensor" else w, importance, effort)
+        importance = metric if metric is None or metric.ndim == 1 else metric[start : start + step]
+        if format.axis == "tensor":
+            importance = None if importance is None else np.broadcast_to(importance, w.shape).reshape(-1)
+            w = w.reshape(1, -1)
+        return fit_scales(format, w, importance, effort)
 
     starts = range(0, len(source), step)
     found = run_parallel(find, starts, threads)
@@ -172,7 +178,7 @@ def squared_errors(
     Args:
         weight: ``[N, K]``, any float type.
         tensor: What it became.
-        metric: What a square counts, by column; None for one.
+        metric: What a square counts, ``[K]`` by column or ``[N, K]``; None for one.
         threads: Number of threads.
     """
     rows, columns = weight.shape
@@ -184,7 +190,8 @@ def squared_errors(
         w = np.asarray(weight[part], np.float32)
         noise = w - (tensor.rows(part) if tensor.sliceable else tensor).decode()
         if root is not None:
-            w, noise = w * root, noise * root
+            own = root if root.ndim == 1 else root[part]
+            w, noise = w * own, noise * own
         return float(np.vdot(w, w)), float(np.vdot(noise, noise))
 
     signal, noise = np.sum(run_parallel(work, range(0, rows, step), threads), axis=0)
@@ -218,7 +225,12 @@ def _assign_rows(
     width = columns if format.group is None else format.group
     axis = 0 if width <= _LONGEST_TRANSPOSED else 1
     w = _grouped(np.asarray(weight[part], np.float32), groups, width, axis)
-    importance = None if metric is None else _importance(metric, len(codes), groups, width, axis)
+    importance = None
+    if metric is not None:
+        own = metric[None] if metric.ndim == 1 else metric[part]
+        importance = _grouped(
+            np.broadcast_to(spread(own, groups, width), (len(codes), groups * width)), groups, width, axis
+        )
     found = search(w, values, axis, importance, effort)
     if found is None:
         raise InputError(
@@ -245,11 +257,3 @@ def _grouped(chunk: np.ndarray, groups: int, width: int, axis: int) -> np.ndarra
         chunk = np.pad(chunk, ((0, 0), (0, groups * width - columns)))
     flat = chunk.reshape(rows * groups, width)
     return np.array(flat.T if axis == 0 else flat, order="C")
-
-
-def _importance(metric: np.ndarray, rows: int, groups: int, width: int, axis: int) -> np.ndarray:
-    """Spreads column weights over the groups; a group whose columns all weigh nothing counts them alike."""
-    spread = np.pad(metric, (0, groups * width - len(metric))).reshape(groups, width)
-    spread = np.where(spread.any(axis=1, keepdims=True), spread, np.float32(1))
-    spread /= spread.max(axis=1, keepdims=True)
-    return _grouped(np.tile(spread, (rows, 1)).reshape(rows, -1), groups, width, axis)

@@ -251,7 +251,7 @@ def test_only_matrices_are_quantized(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("metric", [np.ones(7), -np.ones(8), np.full(8, np.nan)])
 def test_a_metric_must_weigh_every_column(metric: np.ndarray) -> None:
-    with pytest.raises(InputError, match="8 finite non-negative"):
+    with pytest.raises(InputError, match="non-negative weights of 8 columns"):
         assign(normal(2, 8), Format.parse("int4:g32"), metric)
 
 
@@ -274,3 +274,25 @@ def test_sqnr_is_that_of_the_decoded_weight() -> None:
     assert sqnr_db(weight, tensor, threads=2) == pytest.approx(-10 * np.log10(error(weight, tensor)), abs=1e-4)
     exact = assign(np.zeros((2, 32), np.float32), Format.parse("int4:g32"))
     assert sqnr_db(np.zeros((2, 32)), exact) == np.inf
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["uint3:g16", "mid2:g16:f16", "lut2", "lut2:tensor", "uint2:in8", "vq4x2:in", "vq4x2", "bin2", "nf4:f16"],
+)
+def test_weights_of_elements_that_are_those_of_columns_choose_the_same(spelling: str) -> None:
+    weight, metric = normal(16, 64), np.random.default_rng(1).random(64).astype(np.float32)
+    by_column = assign(weight, Format.parse(spelling), metric)
+    by_element = assign(weight, Format.parse(spelling), np.tile(metric, (16, 1)))
+    assert np.array_equal(by_column.codes, by_element.codes)
+    assert all(np.array_equal(by_element.params[k], v) for k, v in by_column.params.items())
+
+
+@pytest.mark.parametrize("spelling", ["uint2:g16", "lut2", "lut2+sparse2", "uint2:in8", "vq4x2", "fdb2:g16",
+                                      "uint2:g16+lowrank4", "bin1+columns20:int4"])  # fmt: skip
+def test_weights_of_elements_lower_their_weighted_error(spelling: str) -> None:
+    weight, metric = normal(32, 64), np.exp(2 * normal(32, 64, seed=1))
+    weighted, plain = (
+        np.sum(metric * (weight - assign(weight, Format.parse(spelling), m).decode()) ** 2) for m in (metric, None)
+    )
+    assert weighted < plain

@@ -16,14 +16,18 @@ as it is.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 
 from qc.ir.errors import InputError
-from qc.ir.quant import Format, QuantizedTensor
+from qc.ir.quant import Columns as ColumnsApart
+from qc.ir.quant import Format, LowRank, QuantizedTensor
 from qc.passes.quantize._columns import ROWS, Columns, takes
 from qc.passes.quantize._hessian import Hessian
 from qc.passes.quantize._polish import polish
-from qc.passes.quantize._remainder import assign_with_remainder
+from qc.passes.quantize._remainder import assign_with_remainder, leading_directions, salient_columns, with_columns
 from qc.passes.quantize.assign import Search, assign, run_parallel
 
 __all__ = ["Hessian", "gptq", "output_sqnr_db"]
@@ -31,6 +35,9 @@ __all__ = ["Hessian", "gptq", "output_sqnr_db"]
 _BLOCK, _INNER = 128, 32
 """Columns whose feedback is summed by one product of matrices, at two levels; within the inner one, by products with
 vectors."""
+
+_LOW_RANK_ROUNDS = 3
+"""Alternations of codes and low-rank term; the error of a later one is not always smaller."""
 
 _SAMPLE = 64
 """Rows that the error of the outputs is measured on."""
@@ -66,9 +73,16 @@ def gptq(
     """
     if format.remainder is not None:
 
+        def rounded(part: np.ndarray, format: Format, hessian: Hessian) -> QuantizedTensor:
+            return gptq(part, format, hessian, sweeps=sweeps, name=name, threads=threads, effort=effort)
+
+        if isinstance(format.remainder, ColumnsApart):
+            return _apart(weight, format, hessian, rounded)
+        if isinstance(format.remainder, LowRank):
+            return _with_low_rank(weight, format, hessian, rounded)
+
         def dense(part: np.ndarray, format: Format, columns: np.ndarray | None) -> QuantizedTensor:
-            own = hessian if columns is None else hessian.part(columns)
-            return gptq(part, format, own, sweeps=sweeps, name=name, threads=threads, effort=effort)
+            return rounded(part, format, hessian if columns is None else hessian.part(columns))
 
         return assign_with_remainder(weight, format, hessian.diagonal, dense)
     if not takes(format):
@@ -88,6 +102,44 @@ def gptq(
         _ = hessian.matrix  # made once, by this thread
     run_parallel(work, range(0, len(weight), ROWS), threads)
     return tensor
+
+
+_Rounded = Callable[[np.ndarray, Format, Hessian], QuantizedTensor]
+
+
+def _apart(weight: np.ndarray, format: Format, hessian: Hessian, rounded: _Rounded) -> QuantizedTensor:
+    """Rounds what has the dense format first; the columns apart, which have more bits as a rule, make up for it."""
+    remainder, w = format.remainder, np.asarray(weight, np.float32)
+    assert isinstance(remainder, ColumnsApart)
+    rest, chosen = salient_columns(w, remainder, hessian.diagonal.astype(np.float32))
+    dense = rounded(w[:, rest], dataclasses.replace(format, remainder=None), hessian.without(chosen))
+    more = hessian.made_up(w[:, rest] - dense.decode(), chosen)
+    own = rounded((w[:, chosen] + more).astype(np.float32), remainder.format, hessian.part(chosen))
+    _, params = with_columns(dense, own, rest, chosen)
+    return QuantizedTensor(format, dense.codes, {**dense.params, **params})
+
+
+def _with_low_rank(weight: np.ndarray, format: Format, hessian: Hessian, rounded: _Rounded) -> QuantizedTensor:
+    """Codes and the low-rank term that is best for what they leave, in turn; the best pair that was seen.
+
+    The term of least ``tr(d H d^T)`` for an error E is ``U U^T E``, with U the leading eigenvectors of ``E H E^T``.
+    """
+    remainder, w, matrix = format.remainder, np.asarray(weight, np.float32), hessian.matrix
+    assert isinstance(remainder, LowRank)
+    found: tuple[float, QuantizedTensor] | None = None
+    term = np.zeros_like(w)
+    for _ in range(_LOW_RANK_ROUNDS):
+        dense = rounded(w - term, dataclasses.replace(format, remainder=None), hessian)
+        error = w - dense.decode()
+        basis = leading_directions(error, matrix, remainder.rank)
+        params = {"lowrank_left": basis.astype(np.float16), "lowrank_right": (basis.T @ error).astype(np.float16)}
+        term = remainder.decode(np.zeros_like(w), params)
+        error -= term
+        loss = float(np.vdot(error @ matrix, error))
+        if found is None or loss < found[0]:
+            found = loss, QuantizedTensor(format, dense.codes, {**dense.params, **params})
+    assert found is not None
+    return found[1]
 
 
 def output_sqnr_db(weight: np.ndarray, tensor: QuantizedTensor, gram: np.ndarray) -> float:

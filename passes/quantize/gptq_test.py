@@ -224,3 +224,20 @@ def test_any_format_with_a_code_per_element_gains_from_feedback(spelling: str) -
 def test_formats_without_a_code_per_element_along_rows_are_refused(spelling: str) -> None:
     with pytest.raises(InputError, match="code per element"):
         gptq(np.ones((16, 16), np.float32), Format.parse(spelling), Hessian(np.eye(16, dtype=np.float32)))
+
+
+@pytest.mark.parametrize("spelling", ["uint2:g16+columns20:int8", "lut2+columns25:lut2", "mid1:f16+columns50:uint2:g16",
+                                      "uint1:g16+columns75:uint2:g16+columns33:uint3:g16"])  # fmt: skip
+def test_columns_apart_make_up_for_the_others(spelling: str) -> None:
+    weight, gram, format = normal(24, 96), correlated(96), Format.parse(spelling)
+    found, nearest = loss(weight, gptq(weight, format, Hessian(gram)), gram), assign(weight, format, np.diagonal(gram))
+    assert found < 0.85 * loss(weight, nearest, gram)
+
+
+def test_a_low_rank_term_is_the_best_one_for_what_the_codes_leave() -> None:
+    weight, gram = normal(24, 96), correlated(96)
+    tensor = gptq(weight, Format.parse("uint2:g16+lowrank3"), Hessian(gram))
+    held = tensor.params["lowrank_left"].astype(np.float64) @ tensor.params["lowrank_right"].astype(np.float64)
+    left = weight - tensor.decode() + held
+    values = np.linalg.eigvalsh(left @ damped(gram) @ left.T)
+    assert loss(weight, tensor, damped(gram)) == pytest.approx(values[:-3].sum(), rel=1e-3)  # halves; power method

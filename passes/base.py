@@ -222,6 +222,11 @@ class BlockPass(Pass):
         return False
 
     @property
+    def whole(self) -> bool:
+        """Whether the pass must see the whole network at once, so that it takes part in no sweep."""
+        return False
+
+    @property
     def learns(self) -> bool:
         """Whether the pass needs what the float part yields on every calibration batch (`Context.block`)."""
         return False

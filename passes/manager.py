@@ -224,11 +224,15 @@ def _runs(steps: Sequence[Step | ir.passes.PassBase]) -> list[list[Step]]:
     runs: list[list[Step]] = []
     for item in steps:
         step = item if isinstance(item, Step) else Step(item, optional=True)  # type: ignore[arg-type]
-        if runs and isinstance(step.action, BlockPass) and isinstance(runs[-1][-1].action, BlockPass):
+        if runs and _by_parts(step.action) and _by_parts(runs[-1][-1].action):
             runs[-1].append(step)
         else:
             runs.append([step])
     return runs
+
+
+def _by_parts(action: ir.passes.PassBase) -> bool:
+    return isinstance(action, BlockPass) and not action.whole
 
 
 def _report(

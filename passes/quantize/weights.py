@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from qc.ir.errors import InputError
-from qc.ir.quant import Format, QuantizedTensor, emit, named_formats, read_weight, require_opset
+from qc.ir.probe import find_inputs
+from qc.ir.quant import Format, QuantizedTensor, Weight, emit, named_formats, read_weight, require_opset
+from qc.ir.runtime import Session
+from qc.ir.store import release
 from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns
 from qc.passes.quantize._columns import takes
+from qc.passes.quantize._fisher import fisher
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, sqnr_db
 from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db
-from qc.passes.statistics import Request, Statistic
+from qc.passes.statistics import SYNTHETIC_SIZES, Request, Statistic
 
 __all__ = ["SHORTEST_GROUP", "QuantizeWeights", "fitted"]
 
@@ -53,7 +57,9 @@ class QuantizeWeights(BlockPass):
             small and their error reaches the output undamped, so a few more bits here pay.
         convolution: Format of convolutions: float, or a full spelling with one scale per output channel or in all, such
             as int8 or int8:tensor, which is what the kernels of runtimes multiply.
-        metric: What the error of a column counts: moment (``E[x_k^2]``, collected on calibration inputs) or none.
+        metric: What errors count: moment (that of a column by ``E[x_k^2]``, collected on calibration inputs), fisher
+            (that of each element by the squared gradient of the loss on them; see `qc.passes.quantize._fisher`) or
+            none.
         assign: How codes are chosen: search (the range of each group is searched, codes are nearest) or gptq (in
             linear layers, later columns make up for the errors of earlier ones; see `qc.passes.quantize.gptq`).
         sweeps: After gptq, how often codes and scales are improved once more.
@@ -77,10 +83,12 @@ class QuantizeWeights(BlockPass):
     def __post_init__(self) -> None:
         if self.group < 0:
             raise InputError(f"Expected a group of at least 1, or 0 for per channel; found {self.group}.")
-        if self.metric not in ("moment", "none"):
-            raise InputError(f"Expected a metric of moment or none, found {self.metric!r}.")
+        if self.metric not in ("moment", "fisher", "none"):
+            raise InputError(f"Expected a metric of moment, fisher or none, found {self.metric!r}.")
         if self.assign not in ("search", "gptq"):
             raise InputError(f"Expected codes chosen by search or gptq, found {self.assign!r}.")
+        if self.metric == "fisher" and self.assign == "gptq":
+            raise InputError("Expected metric=fisher with assign=search: gptq counts errors by pairs of columns.")
         if self.sweeps < 0 or (self.sweeps and self.assign != "gptq"):
             raise InputError(f"Expected sweeps of at least 0, and of 0 without gptq; found {self.sweeps}.")
         check_patterns(self.exclude)
@@ -130,8 +138,13 @@ class QuantizeWeights(BlockPass):
         return self.assign == "gptq"
 
     @property
+    def whole(self) -> bool:
+        return self.metric == "fisher"
+
+    @property
     def calibration_tokens(self) -> int:
-        return _GRAM_TOKENS if self.assign == "gptq" else super().calibration_tokens
+        plenty = self.assign == "gptq" or self.metric == "fisher"
+        return _GRAM_TOKENS if plenty else super().calibration_tokens
 
     @property
     def _statistic(self) -> Statistic | None:
@@ -140,10 +153,21 @@ class QuantizeWeights(BlockPass):
             return Statistic.GRAM
         return Statistic.SECOND_MOMENT if self.metric == "moment" else None
 
+    def _changes(self, use: Use, context: Context) -> bool:
+        """Whether a float weight will be quantized, as far as options tell."""
+        if use.reason or use.weight is None or use.weight.format is not None:
+            return False
+        excluded = dataclasses.replace(context, exclude=(*context.exclude, *self.exclude), used_patterns=set())
+        wanted = use.planned or self._formats()[use.kind]
+        return wanted is not None and excluded.excluded(use.name, use.weight.name) is None
+
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
         work, sites = _Work(model, context), []
         uses = [use for use in weight_uses(model) if context.covers(use.node)]
+        if self.metric == "fisher":
+            changing = [use.weight for use in uses if use.weight is not None and self._changes(use, context)]
+            work.measure_fisher(changing)
         for done, use in enumerate(uses):
             context.progress(done, len(uses), use.name)
             sites.append(self._site(use, work))
@@ -212,6 +236,14 @@ class _Work:
         self._seen: set[ir.Value] = context.memo.setdefault("seen", set())
         self._replaced: list[ir.Value] = []
         self._hessian: tuple[Request, Hessian] | None = None
+        self._fisher: Mapping[ir.Value, ir.TensorProtocol] = {}
+
+    def measure_fisher(self, weights: Sequence[Weight]) -> None:
+        """Finds what each element of some weights counts."""
+        context, batches = self.context, self.context.calibration
+        if batches is None:
+            batches = list(find_inputs(self._model, Session(self._model).run, context.seed, SYNTHETIC_SIZES).batches)
+        self._fisher = fisher(self._model, weights, batches, context.seed, context.threads)
 
     def size(self, use: Use) -> dict[str, object]:
         """Elements and bytes of a weight, before and after if it stays as it is; zero where an earlier site counts it.
@@ -248,7 +280,7 @@ class _Work:
                 f"Expected finite weights, found NaN or infinity in {use.weight.name!r} ({use.name}). Check the "
                 "checkpoint, copy it again, or leave this weight in float with --exclude."
             )
-        tensor, found = self._assign(numbers, format, request, use.weight.name, sweeps)
+        tensor, found = self._assign(numbers, format, request, use.weight, sweeps)
         sqnr = sqnr_db(numbers, tensor, threads=self.context.threads)
         del numbers  # a view of the file
         use.weight.release()
@@ -275,10 +307,15 @@ class _Work:
         return facts
 
     def _assign(
-        self, numbers: np.ndarray, format: Format, request: Request | None, name: str, sweeps: int
+        self, numbers: np.ndarray, format: Format, request: Request | None, weight: Weight, sweeps: int
     ) -> tuple[QuantizedTensor, dict[str, object]]:
         """Chooses the codes of a weight, and says how that went."""
-        threads = self.context.threads
+        threads, name = self.context.threads, weight.name
+        if weight.value in self._fisher:
+            information = self._fisher[weight.value]
+            tensor = assign(numbers, format, information.numpy(), name=name, threads=threads)
+            release(information)
+            return tensor, {}
         statistic = None if request is None else self.context.statistics.get(request)
         if request is None or statistic is None or request.statistic is not Statistic.GRAM:
             return assign(numbers, format, statistic, name=name, threads=threads), {}

@@ -6,7 +6,7 @@ import numpy as np
 
 from qc.ir.quant import Affine, FloatScale, Format, QuantizedTensor
 
-__all__ = ["ROWS", "Columns", "takes"]
+__all__ = ["ROWS", "Across", "Columns", "takes"]
 
 ROWS = 2048
 """Rows that are worked on together. Rows are independent; as many as this make products of matrices efficient while the
@@ -14,10 +14,8 @@ ROWS = 2048
 
 
 def takes(format: Format) -> bool:
-    """Whether a weight in this format can be rounded column by column: a code per element, groups along K."""
-    values = format.values
-    alone = values.tile * values.books == 1 and all(p.scope != "column" for p in values.params)
-    return alone and format.axis == "in"
+    """Whether a weight in this format can be rounded with feedback: column by column, or vector by vector."""
+    return format.axis != "tensor" and all(p.scope != "column" for p in format.values.params)
 
 
 class Columns:
@@ -29,7 +27,7 @@ class Columns:
     """
 
     def __init__(self, tensor: QuantizedTensor, rows: slice) -> None:
-        """Takes a tensor in a format that `takes` says yes to."""
+        """Takes a tensor in a format with a code per element, in groups along K."""
         format = tensor.format
         values = format.values
         part = tensor.rows(rows)
@@ -108,3 +106,35 @@ class Columns:
         self._tensor.codes[self._rows] = self.codes.T
         if not self._fixed:
             self._tensor.params["scale"][self._rows] = self._scale.T
+
+
+class Across:
+    """The codes of a tensor whose groups and vectors lie along N, so that a column of the weight has its own.
+
+    Within a column the metric is a multiple of the identity, so the nearest codes are the best (VPTQ, arXiv 2409.17066,
+    section 3.1).
+
+    Attributes:
+        codes: Of the transposed weight: a row of them is a column of the weight.
+        width: Number of columns that are worked on together.
+    """
+
+    width = 32
+
+    def __init__(self, tensor: QuantizedTensor, rows: slice) -> None:
+        """Takes a tensor in a format with groups along N, and all of its rows."""
+        self.codes, self._format, self._params = tensor.codes, tensor.format, tensor.params
+        self._own = {p.name for p in tensor.format.values.params if p.scope != "tensor"}
+        self._own |= {s.name for s in tensor.format.scale.streams(*tensor.format.grid(tensor.shape))}
+        self._shared = {name for name in self._own if len(tensor.params[name]) != len(tensor.codes)}
+
+    def round(self, column: int, target: np.ndarray, out: np.ndarray) -> None:
+        """Stores the codes nearest to `target` ``[N]`` and writes what they decode to into `out`."""
+        part = slice(column, column + 1)
+        held = {n: a[part] if n in self._own - self._shared else a for n, a in self._params.items()}
+        codes = self._format.nearest(target[:, None], held)
+        self.codes[part] = codes
+        out[:] = self._format.decode(codes, held)[:, 0]
+
+    def commit(self) -> None:
+        """Does nothing: codes are written where they belong at once."""

@@ -45,13 +45,14 @@ class Hessian:
         weak: Number of further directions in which the inputs hardly vary, so that damping decides about them.
     """
 
-    def __init__(self, gram: np.ndarray, *, damping: float = 0.01, order_by_size: bool = True) -> None:
+    def __init__(self, gram: np.ndarray, *, damping: float = 0.01, order_by_size: bool = True, tile: int = 1) -> None:
         """Factors a matrix.
 
         Args:
             gram: ``E[x_j x_k]``, ``[K, K]``, or a multiple; only kept, not changed.
             damping: The least that is added to the diagonal, in units of its mean.
             order_by_size: Whether the factor's columns are sorted.
+            tile: So many neighbouring columns stay together, and are sorted by their sum.
 
         Raises:
             InputError: If `gram` is not a finite square matrix with a non-negative diagonal, or no damping helps.
@@ -64,8 +65,9 @@ class Hessian:
         self._gram = gram
         self.dead = int(np.count_nonzero(diagonal == 0))
         self._mean = float(diagonal.mean()) or 1.0
-        keys = -diagonal if order_by_size else np.arange(len(diagonal))
-        self.order = np.argsort(keys, kind="stable")
+        sizes = diagonal.reshape(-1, tile).sum(axis=1)
+        first = tile * np.argsort(-sizes if order_by_size else np.arange(len(sizes)), kind="stable")
+        self.order = (first[:, None] + np.arange(tile)).reshape(-1)
         factor, self.damping, self._least = None, damping, damping
         while factor is None:
             factor = self._factor()
@@ -125,6 +127,10 @@ class Hessian:
     def part(self, columns: np.ndarray) -> Hessian:
         """That of some of the columns, in the given order."""
         return Hessian(self._gram[np.ix_(columns, columns)], damping=self._least)
+
+    def tiled(self, tile: int) -> Hessian:
+        """The same, with tiles of neighbouring columns kept together."""
+        return Hessian(self._gram, damping=self._least, tile=tile)
 
     def without(self, columns: np.ndarray) -> Hessian:
         """That of all other columns, where the given ones will make up for their errors: the Schur complement."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qc.passes.quantize._columns import Columns
+from qc.passes.quantize._columns import Across, Columns
 
 __all__ = ["polish"]
 
@@ -26,7 +26,7 @@ _LARGEST_CHANGE = 4.0
 """A scale may change by this factor: more is the sign of a group that H says next to nothing about."""
 
 
-def polish(w: np.ndarray, columns: Columns, matrix: np.ndarray, error: np.ndarray, sweeps: int) -> None:
+def polish(w: np.ndarray, columns: Columns | Across, matrix: np.ndarray, error: np.ndarray, sweeps: int) -> None:
     """Improves `columns` in place.
 
     Args:
@@ -42,7 +42,8 @@ def polish(w: np.ndarray, columns: Columns, matrix: np.ndarray, error: np.ndarra
             group = slice(start, min(start + columns.width, len(w)))
             before = error[group].copy()
             local = pull[group].copy()
-            _refit(columns, matrix, error, local, group)
+            if isinstance(columns, Columns):
+                _refit(columns, matrix, error, local, group)
             _descend(w, columns, matrix, error, local, group)
             pull += matrix[:, group] @ (error[group] - before)
 
@@ -60,7 +61,7 @@ def _refit(columns: Columns, matrix: np.ndarray, error: np.ndarray, pull: np.nda
 
 
 def _descend(
-    w: np.ndarray, columns: Columns, matrix: np.ndarray, error: np.ndarray, pull: np.ndarray, group: slice
+    w: np.ndarray, columns: Columns | Across, matrix: np.ndarray, error: np.ndarray, pull: np.ndarray, group: slice
 ) -> None:
     """Gives each column of a group its best codes in turn."""
     change = np.empty_like(pull)

@@ -23,11 +23,13 @@ import numpy as np
 
 from qc.ir.errors import InputError
 from qc.ir.quant import Columns as ColumnsApart
-from qc.ir.quant import Format, LowRank, QuantizedTensor
-from qc.passes.quantize._columns import ROWS, Columns, takes
+from qc.ir.quant import Format, LowRank, QuantizedTensor, Vector
+from qc.passes.quantize._columns import ROWS, Across, Columns, takes
 from qc.passes.quantize._hessian import Hessian
 from qc.passes.quantize._polish import polish
+from qc.passes.quantize._refit import is_linear, refit
 from qc.passes.quantize._remainder import assign_with_remainder, leading_directions, salient_columns, with_columns
+from qc.passes.quantize._tiles import Tiles, descend_tiles, round_tiles
 from qc.passes.quantize.assign import Search, assign, run_parallel
 
 __all__ = ["Hessian", "gptq", "output_sqnr_db"]
@@ -86,21 +88,59 @@ def gptq(
 
         return assign_with_remainder(weight, format, hessian.diagonal, dense)
     if not takes(format):
-        raise InputError(f"Expected a format with a code per element, in groups along K, found {format} for {name!r}.")
+        raise InputError(
+            f"Expected a format whose codes depend on one another by columns alone, found {format} for {name!r}."
+        )
     tensor = assign(weight, format, hessian.importance, name=name, threads=threads, effort=effort)
+    vectors = isinstance(format.values, Vector)
+    if vectors and format.axis == "in":
+        return _vectors(weight, tensor, hessian, sweeps, threads)
+    linear = bool(sweeps) and is_linear(format)
+    matrix = hessian.matrix if sweeps else None  # made once, by this thread
 
     def work(start: int) -> None:
-        rows = slice(start, start + ROWS)
-        columns = Columns(tensor, rows)
+        rows = slice(start, start + step)
+        columns = Columns(tensor, rows) if format.axis == "in" else Across(tensor, rows)
         w = np.ascontiguousarray(np.asarray(weight[rows], np.float32).T)
         error = _round(w, columns, hessian)
-        if sweeps:
-            polish(w, columns, hessian.matrix, error, sweeps)
+        if matrix is not None:
+            polish(w, columns, matrix, error, 1 if linear else sweeps)
         columns.commit()
+        for _ in range(sweeps if linear else 0):
+            assert matrix is not None
+            part = tensor.rows(rows) if format.axis == "in" else tensor
+            for key, array in refit(w.T, part, matrix).items():
+                part.params[key][:] = array
+            columns = Columns(tensor, rows) if format.axis == "in" else Across(tensor, rows)
+            columns.codes[:] = part.codes.T if format.axis == "in" else part.codes
+            polish(w, columns, matrix, np.ascontiguousarray((w.T - part.decode()).T), 1)
+            columns.commit()
 
-    if sweeps:
-        _ = hessian.matrix  # made once, by this thread
-    run_parallel(work, range(0, len(weight), ROWS), threads)
+    step = ROWS if format.axis == "in" else len(weight)
+    run_parallel(work, range(0, len(weight), step), threads)
+    return tensor
+
+
+def _vectors(
+    weight: np.ndarray, tensor: QuantizedTensor, hessian: Hessian, sweeps: int, threads: int
+) -> QuantizedTensor:
+    """Vectors along K: all rows share the codebooks, so these are refitted when each has been gone over."""
+    w, matrix = np.asarray(weight, np.float32), hessian.matrix
+    tiled = hessian.tiled(tensor.format.values.tile)
+    starts = range(0, len(w), ROWS)
+
+    def round_rows(start: int) -> None:
+        rows = slice(start, start + ROWS)
+        round_tiles(w[rows], Tiles(tensor, rows), tiled)
+
+    def descend_rows(start: int) -> None:
+        rows = slice(start, start + ROWS)
+        descend_tiles(w[rows], Tiles(tensor, rows), matrix, w[rows] - tensor.rows(rows).decode())
+
+    run_parallel(round_rows, starts, threads)
+    for _ in range(sweeps):
+        tensor = QuantizedTensor(tensor.format, tensor.codes, refit(w, tensor, matrix))
+        run_parallel(descend_rows, starts, threads)
     return tensor
 
 
@@ -159,7 +199,7 @@ def output_sqnr_db(weight: np.ndarray, tensor: QuantizedTensor, gram: np.ndarray
     return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
 
 
-def _round(w: np.ndarray, columns: Columns, hessian: Hessian) -> np.ndarray:
+def _round(w: np.ndarray, columns: Columns | Across, hessian: Hessian) -> np.ndarray:
     """Rounds all columns of ``w [K, R]``; returns ``w - decoded`` in the same layout."""
     order, feedback = hessian.order, hessian.feedback
     error = np.empty_like(w)  # in the order of the factor

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qc.ir.errors import InputError
 from qc.ir.quant import Format, QuantizedTensor
+from qc.passes.quantize._refit import refit
 from qc.passes.quantize.assign import assign
 from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db
 
@@ -220,10 +221,80 @@ def test_any_format_with_a_code_per_element_gains_from_feedback(spelling: str) -
     assert found.stored_bits == plain.stored_bits
 
 
-@pytest.mark.parametrize("spelling", ["vq4x4", "int4:in", "bitstack1x4", "int8:tensor"])
-def test_formats_without_a_code_per_element_along_rows_are_refused(spelling: str) -> None:
-    with pytest.raises(InputError, match="code per element"):
+@pytest.mark.parametrize("spelling", ["bitstack1x4", "int8:tensor"])
+def test_formats_whose_codes_depend_on_one_another_otherwise_are_refused(spelling: str) -> None:
+    with pytest.raises(InputError, match="by columns alone"):
         gptq(np.ones((16, 16), np.float32), Format.parse(spelling), Hessian(np.eye(16, dtype=np.float32)))
+
+
+VECTORS = [
+    "vq4x4",
+    "vq4x4:in",
+    "vq5x2:g8",
+    "aq4x4x2",
+    "aq4x4x2:in",
+    "aq5x4:g16:f16",
+    "uint2:in8",
+    "lut2:in",
+    "nf3:in:f16",
+]
+
+
+@pytest.mark.parametrize("spelling", VECTORS)
+def test_vectors_and_groups_along_n_gain_from_feedback_and_from_sweeps(spelling: str) -> None:
+    weight, gram, format = normal(48, 96), correlated(96), Format.parse(spelling)
+    by_search = loss(weight, assign(weight, format, np.diagonal(gram)), gram)
+    by_feedback = loss(weight, gptq(weight, format, Hessian(gram)), gram)
+    assert loss(weight, gptq(weight, format, Hessian(gram), sweeps=2), gram) < by_feedback < 0.9 * by_search
+
+
+@pytest.mark.parametrize("spelling", VECTORS)
+def test_inputs_that_do_not_correlate_leave_vectors_the_nearest_codes(spelling: str) -> None:
+    weight, format = normal(16, 48), Format.parse(spelling)
+    assert np.array_equal(assign(weight, format).codes, gptq(weight, format, Hessian(np.eye(48))).codes)
+
+
+def test_a_vector_of_columns_gets_the_code_of_least_error_for_what_came_before() -> None:
+    """Each tile by brute force: the rest of the row free to make up for it (the Schur complement)."""
+    weight, gram = normal(5, 24), correlated(24)
+    tensor = gptq(weight, Format.parse("vq3x4"), Hessian(gram))
+    book, order = tensor.params["codebooks"][0, 0].astype(np.float64), Hessian(gram, tile=4).order
+    matrix = damped(gram)
+    error = np.zeros((5, 24))
+    for first in range(0, 24, 4):
+        tile, seen, later = order[first : first + 4], order[:first], order[first + 4 :]
+        known = np.concatenate([seen, tile])
+        left = matrix[np.ix_(known, known)]
+        if len(later):
+            cross = matrix[np.ix_(known, later)]
+            left = left - cross @ np.linalg.solve(matrix[np.ix_(later, later)], cross.T)
+        for row in range(5):
+            tried = weight[row, tile] - book
+            whole = np.concatenate([np.tile(error[row, seen], (8, 1)), tried], axis=1)
+            costs = np.einsum("ck,ck->c", whole @ left, whole)
+            assert tensor.codes[row, tile[0] // 4] == np.argmin(costs)
+            error[row, tile] = tried[tensor.codes[row, tile[0] // 4]]
+
+
+@pytest.mark.parametrize("spelling", ["lut2", "lut2:g16", "bin2:g16", "fdb2", "vq4x4", "vq4x4:in", "aq4x4x2:g16:f16"])
+def test_tables_and_codebooks_are_refitted_by_least_squares(spelling: str) -> None:
+    weight, gram, format = normal(12, 48), correlated(48).astype(np.float32), Format.parse(spelling)
+    tensor = assign(weight, format)
+    name = format.values.params[0].name
+    found = tensor
+    for _ in range(20):  # a few steps of conjugate gradients each
+        found = QuantizedTensor(format, found.codes, refit(weight, found, gram))
+    flat = tensor.params[name].astype(np.float32).reshape(-1)
+    design = []
+    for i in range(len(flat)):
+        one = np.zeros_like(flat)
+        one[i] = 1
+        design.append(format.decode(tensor.codes, {**tensor.params, name: one.reshape(tensor.params[name].shape)}))
+    root = np.linalg.cholesky(gram.astype(np.float64))
+    best = np.linalg.lstsq(np.stack([(d @ root).reshape(-1) for d in design], axis=1), (weight @ root).reshape(-1))
+    least = float(best[1][0]) if len(best[1]) else loss(weight, found, gram)
+    assert loss(weight, found, gram) < loss(weight, tensor, gram)
+    assert loss(weight, found, gram) == pytest.approx(least, rel=0.01)
 
 
 @pytest.mark.parametrize("spelling", ["uint2:g16+columns20:int8", "lut2+columns25:lut2", "mid1:f16+columns50:uint2:g16",

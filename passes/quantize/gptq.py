@@ -57,8 +57,8 @@ def gptq(
 ) -> QuantizedTensor:
     """Quantizes a weight for the least squared error of its outputs.
 
-    Memory beside the weight and the Hessian: four float32 copies of 2048 rows per thread. The result does not depend on
-    the number of threads.
+    Memory beside the weight and the Hessian: four float32 copies of 2048 rows per thread, or of the whole weight in
+    formats with vectors, groups along N or a low-rank term. The result does not depend on the number of threads.
 
     Args:
         weight: ``[N, K]`` of any float type.
@@ -71,7 +71,7 @@ def gptq(
 
     Raises:
         InputError: If the weight is not a finite matrix, a scale does not fit its storage type, or codes of the format
-            stand for more than one element.
+            depend on one another by more than columns.
     """
     if format.remainder is not None:
 

@@ -97,7 +97,7 @@ class QuantizeWeights(BlockPass):
             wanted = formats[kind]
             if self.assign == "gptq" and wanted is not None and not takes(wanted):
                 raise InputError(
-                    f"Expected a format with a code per element in groups along K for gptq, found {wanted} for the "
+                    f"Expected a format of groups or vectors along K or N for gptq, found {wanted} for the "
                     f"{kind.value}. Choose assign=search."
                 )
 

@@ -61,7 +61,7 @@ class OrtCpu:
         from qc.backends.ort.fuse.gqa import FuseGroupQueryAttention
         from qc.backends.ort.fuse.inline import InlineDialect
         from qc.backends.ort.fuse.require import RequireKernels
-        from qc.backends.ort.fuse.residuals import KeepResiduals
+        from qc.backends.ort.fuse.residuals import FuseResiduals, KeepResiduals
         from qc.backends.ort.integers import LowerIntegerLinear, LowerIntegerMatMul
         from qc.backends.ort.kernels import LowerFloatLinear, LowerQuantizedWeights
         from qc.backends.ort.order import OrderInputs
@@ -81,6 +81,7 @@ class OrtCpu:
             LowerFloatConvolution(),
             FuseSwish(),
             KeepResiduals(),
+            FuseResiduals(),
             InlineDialect(),
             RequireKernels(),
         )

@@ -25,7 +25,7 @@ from qc.passes.statistics import Request, Statistic
 
 __all__ = ["Allocate"]
 
-_KINDS = frozenset({Kind.LINEAR, Kind.HEAD, Kind.VALUE, Kind.EMBEDDING})
+_KINDS = frozenset({Kind.LINEAR, Kind.HEAD, Kind.VALUE, Kind.CACHED_VALUE, Kind.EMBEDDING})
 _TRIED, _JUDGED = 512, 1024
 """Positions that single weights are tried on, and further ones that whole plans are judged on: a batch at least."""
 

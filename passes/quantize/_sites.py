@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import onnx_ir as ir
 
 from qc.ir import dialect
+from qc.ir.model import port_of
 from qc.ir.quant import Format, Weight, read_weight
 from qc.passes.base import site_name
 from qc.passes.statistics import Request, Statistic
@@ -36,6 +37,7 @@ class Kind(enum.Enum):
     LINEAR = "linear"
     HEAD = "head"
     VALUE = "value projection"
+    CACHED_VALUE = "value projection in front of a cache"
     EMBEDDING = "embedding"
     CONVOLUTION = "convolution"
     OTHER = "other"
@@ -150,14 +152,19 @@ def _other_reason(node: ir.Node, weight: Weight) -> str:
 
 def _kinds(model: ir.Model) -> dict[ir.Node, Kind]:
     """The Linears that are heads, or that make the values of an attention and neither its queries nor its keys."""
-    heads = _products_before(v for v in model.graph.outputs if v.metadata_props.get("qc.role") == "logits")
+
+    def behind(role: str) -> set[ir.Node]:
+        return _products_before(v for v in model.graph.outputs if port_of(v).role == role)
+
     operands: dict[int, list[ir.Value]] = {0: [], 1: [], 2: []}
     for node in model.graph:
         if node.op_type == "Attention" and node.domain == "":
             for slot, found in operands.items():
                 found.extend(v for v in node.inputs[slot : slot + 1] if v is not None)
     values = _products_before(operands[2]) - _products_before(operands[0]) - _products_before(operands[1])
-    return dict.fromkeys(values, Kind.VALUE) | dict.fromkeys(heads, Kind.HEAD)
+    kinds = dict.fromkeys(values, Kind.VALUE)
+    kinds |= dict.fromkeys(values & behind("present_value"), Kind.CACHED_VALUE)
+    return kinds | dict.fromkeys(behind("logits"), Kind.HEAD)
 
 
 def _products_before(starts: Iterable[ir.Value]) -> set[ir.Node]:

@@ -55,6 +55,9 @@ class QuantizeWeights(BlockPass):
         head: Format of the output projection, the Linear right before the logits: same, float, or a full spelling.
         value: Format of the projections that make an attention's values: same, float, or a full spelling. They are
             small and their error reaches the output undamped, so a few more bits here pay.
+        cached_value: Format of those whose values go to a cache: value (the option), same, float, or a full spelling.
+            With a cache each token reads every weight anew, and kernels multiply queries, keys and values at once only
+            in one format.
         convolution: Format of convolutions: float, or a full spelling with one scale per output channel or in all, such
             as int8 or int8:tensor, which is what the kernels of runtimes multiply.
         metric: What errors count: moment (that of a column by ``E[x_k^2]``, collected on calibration inputs), fisher
@@ -74,6 +77,7 @@ class QuantizeWeights(BlockPass):
     embedding: str = "same"
     head: str = "same"
     value: str = "same"
+    cached_value: str = "value"
     convolution: str = "int8"
     metric: str = "moment"
     assign: str = "search"
@@ -93,7 +97,7 @@ class QuantizeWeights(BlockPass):
             raise InputError(f"Expected sweeps of at least 0, and of 0 without gptq; found {self.sweeps}.")
         check_patterns(self.exclude)
         formats = self._formats()
-        for kind in (Kind.LINEAR, Kind.HEAD, Kind.VALUE):
+        for kind in (Kind.LINEAR, Kind.HEAD, Kind.VALUE, Kind.CACHED_VALUE):
             wanted = formats[kind]
             if self.assign == "gptq" and wanted is not None and not takes(wanted):
                 raise InputError(
@@ -123,6 +127,7 @@ class QuantizeWeights(BlockPass):
             Kind.HEAD: self.head,
             Kind.EMBEDDING: self.embedding,
             Kind.VALUE: self.value,
+            Kind.CACHED_VALUE: self.value if self.cached_value == "value" else self.cached_value,
             Kind.CONVOLUTION: self.convolution,
         }
         return {Kind.LINEAR: body} | {kind: choice(text) for kind, text in choices.items()}

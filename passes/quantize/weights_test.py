@@ -161,6 +161,43 @@ def test_the_head_is_found_by_its_place_before_the_logits() -> None:
     }
 
 
+def attention_layer(*, cached: bool) -> Model:
+    """x -> queries, keys, values -> attention, whose values perhaps go to a cache."""
+    b = Builder()
+    x = b.input("x", [1, "seq", HIDDEN])
+    q, k, v = (b.linear(x, b.constant(f"{n}.weight", normal(HIDDEN, HIDDEN)), n) for n in ("query", "key", "value"))
+    outputs = []
+    if cached:
+        k, v = (outputs := [_behind_cache(b, n, new) for n, new in (("key", k), ("value", v))])
+    out = b.op("Attention", [q, k, v], [1, "seq", HIDDEN], q_num_heads=2, kv_num_heads=2)
+    return b.model(out, *outputs)
+
+
+def _behind_cache(b: Builder, name: str, new: ir.Value) -> ir.Value:
+    past = b.input(f"past.{name}", [1, "past", HIDDEN])
+    present = b.op("Concat", [past, new], [1, "past + seq", HIDDEN], axis=1)
+    set_role(past, f"past_{name}.0")
+    set_role(present, f"present_{name}.0")
+    return present
+
+
+@pytest.mark.parametrize(
+    ("cached", "options", "format"),
+    [
+        (False, {"cached_value": "same"}, "int8:g64"),
+        (True, {}, "int8:g64"),
+        (True, {"cached_value": "same"}, "uint4:g32"),
+        (True, {"cached_value": "uint2:g32"}, "uint2:g32"),
+    ],
+)
+def test_values_have_a_format_of_their_own_and_cached_ones_perhaps_another(
+    cached: bool, options: dict, format: str
+) -> None:
+    _, report = run(attention_layer(cached=cached), QuantizeWeights(format="uint4", value="int8:g64", **options))
+    found = {n: s.details.get("format") for n, s in by_name(report).items()}
+    assert found == {"query": "uint4:g32", "key": "uint4:g32", "value": format}
+
+
 def test_without_logits_no_layer_is_a_head() -> None:
     model = language_model(tied=False)
     model.graph.outputs[0].metadata_props.clear()

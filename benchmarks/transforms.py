@@ -1,7 +1,7 @@
 """What transforms restore of the accuracy that outlier channels cost, for several widths of weights and activations.
 
     python benchmarks/transforms.py [--text FILE] [--calib FILE] [--model builtin:tiny-llama] [--schemes W8A8 W4A4 ...]
-        [--transforms none smooth rotate ...] [--factors 1 20 100] [--channels 8] [--windows 16] [--tokens 4096]
+        [--transforms none smooth rotate ...] [--factors 1 20 100] [--channels 8] [--windows 16] [--tokens 16384]
 
 Plants outliers behind every norm that leave the function of the model unchanged, applies a transform, rounds weights
 (one scale per output channel) and activations, and prints by how much the perplexity is above that of the float model,
@@ -55,7 +55,8 @@ TRANSFORMS = {
     "outlier-tune": "outlier-tune{bits=BITS,optional=true}",
     "reassemble": _REASSEMBLE,
     "smooth, searched": _SEARCHED,
-    "smooth, reassemble": f"{_SEARCHED},{_REASSEMBLE}",
+    "smooth, reassemble": f"smooth,{_REASSEMBLE}",
+    "searched, reassemble": f"{_SEARCHED},{_REASSEMBLE}",
     "rotate, folded": "rotate",
     "rotate": _ROTATE,
     "rotate, smooth": f"{_ROTATE},smooth",
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=[1, 20, 100], help="of the planted channels")
     parser.add_argument("--channels", type=int, default=8, help="planted behind every norm")
     parser.add_argument("--windows", type=int, default=16, help="of 256 tokens")
-    parser.add_argument("--tokens", type=int, default=4096, help="of text that calibrate")
+    parser.add_argument("--tokens", type=int, default=16384, help="of text that calibrate")
     options = parser.parse_args()
     original = load(options.model)
     data = read_data(original, options.text, tokens=options.tokens)

@@ -9,6 +9,7 @@ import pytest
 from qc.ir import dialect
 from qc.ir.model import Model
 from qc.ir.runtime import Session
+from qc.ir.text import parse
 from qc.passes.manager import PassManager
 from qc.passes.pipeline import parse_pipeline
 from qc.passes.quantize._copies import copy_offsets
@@ -80,4 +81,32 @@ def test_offsets_cancel_over_the_copies_of_a_channel() -> None:
 
 def test_copies_that_are_read_with_different_weights_keep_their_codes() -> None:
     model = network(alike=False)
-    assert copy_offsets(next(n for n in model.graph if n.op_type == "Linear").inputs[0]) is None
+    offsets = copy_offsets(next(n for n in model.graph if n.op_type == "Linear").inputs[0])
+    assert not offsets[np.array(INDEX) == 5].any(), "their columns differ in one number"
+    assert offsets[np.array(INDEX) == 2].all()
+
+
+GATED = """g (float[n,6] x) => (float[n,3] y) {
+  p = qc.Linear (x, gate)  s = Sigmoid (p)  u = qc.Linear:bias (x, up, bias)  z = Mul (s, u)
+  y = qc.Linear (z, down)
+}"""
+
+
+@pytest.mark.parametrize("differs", [None, "gate", "up", "bias", "down"])
+def test_copies_that_weights_make_are_found_by_equal_rows_of_all_of_them(differs: str | None) -> None:
+    rng = np.random.default_rng(0)
+    held = {"gate": (9, 6), "up": (9, 6), "bias": (9,), "down": (3, 9)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in held.items()}
+    for name, array in arrays.items():
+        axis = 1 if name == "down" else 0
+        view = np.moveaxis(array, axis, 0)
+        view[7] = view[8] = view[2]  # three copies of channel 2
+        view[6] = view[4]  # and two of channel 4
+        if name == differs:
+            view[6] += 1e-3
+    offsets = copy_offsets(parse(GATED, weights=arrays).graph.outputs[0].producer().inputs[0])
+    expected = np.zeros(9)
+    expected[[2, 7, 8]] = [-1 / 3, 0, 1 / 3]
+    if differs is None:
+        expected[[4, 6]] = [-0.25, 0.25]
+    np.testing.assert_allclose(offsets, expected)

@@ -242,6 +242,7 @@ class _Work:
             offsets = copy_offsets(x)
         if offsets is not None:
             facts["split_codes"] = int(np.count_nonzero(offsets))
+            facts["added"] = [{"operator": "Add", "operations": len(offsets)}]
             x = shifted(self._model, x, offsets * float(grid.scale), before)
         return write(self._model, x, grid, before), facts
 

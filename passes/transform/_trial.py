@@ -32,6 +32,25 @@ _SHRUNK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Static ranges that are tried, relative to what was seen."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """A product as it is tried.
+
+    Attributes:
+        x: Rows of its input, ``[S, K]``.
+        low: Where a static range of each channel begins, ``[K]``.
+        high: Where it ends.
+        rows: Rows of its weight, ``[N, K]``.
+        offsets: What splits the codes of copies, in steps of a static grid, ``[K]``.
+    """
+
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    rows: np.ndarray
+    offsets: np.ndarray | float = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantizers:
     """What rounds products after the transform.
@@ -62,45 +81,31 @@ class Quantizers:
             raise InputError(f"Expected the granularity of {name} to be {known}, found {granularity!r}.")
         return cls(Format.parse(weights), bits, granularity, threads)
 
-    def activation(self, x: np.ndarray, low: np.ndarray, high: np.ndarray, power: np.ndarray) -> np.ndarray:
-        """Rounds ``x [S, K]``, whose channels have static ranges from `low` to `high` ``[K]``.
+    def activation(self, product: Product, power: np.ndarray) -> np.ndarray:
+        """Rounds the input of a product as `quantize-activations` will, ``[S, K]``.
 
         A static range is shrunk as far as it lessens ``sum_k power_k |x_k - x'_k|^2``, with ``power [K]`` the squared
-        weights that read a channel: the rule by which `quantize-activations` chooses ranges.
+        weights that read a channel, and the codes of copies are split.
         """
+        x, offsets = product.x, product.offsets
         if self.granularity == "token":
             return self._rounded(x, x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True))
-        low, high = low.min(keepdims=True), high.max(keepdims=True)
-        tried = (self._rounded(x, low * share, high * share) for share in _SHRUNK)
+        low, high = product.low.min(keepdims=True), product.high.max(keepdims=True)
+        tried = (self._rounded(x, low * share, high * share, offsets) for share in _SHRUNK)
         return min(tried, key=lambda found: float(np.square(x - found).sum(axis=0, dtype=np.float64) @ power))
 
-    def _rounded(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    def _rounded(
+        self, x: np.ndarray, low: np.ndarray, high: np.ndarray, offsets: np.ndarray | float = 0.0
+    ) -> np.ndarray:
         levels = (1 << self.bits) - 1
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
         step = np.where(high > low, (high - low) / levels, 1.0).astype(np.float32)
         zero = np.rint(-low / step).astype(np.float32)
-        return (np.clip(np.rint(x / step) + zero, 0, levels) - zero) * step
+        return (np.clip(np.rint(x / step + offsets) + zero, 0, levels) - zero) * step
 
     def weight(self, rows: np.ndarray, moment: np.ndarray) -> np.ndarray:
         """Rounds ``rows [N, K]``, whose columns are multiplied with inputs of second moment `moment` ``[K]``."""
         return assign(rows, fitted(self.weights, rows.shape[1]), moment, threads=self.threads).decode()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Product:
-    """A product as it is tried.
-
-    Attributes:
-        x: Rows of its input, ``[S, K]``.
-        low: Where a static range of each channel begins, ``[K]``.
-        high: Where it ends.
-        rows: Rows of its weight, ``[N, K]``.
-    """
-
-    x: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    rows: np.ndarray
 
 
 Change = Callable[[Use, Product], Product]
@@ -150,7 +155,7 @@ class Trial:
             changed, expected = change(use, product), self._outputs[use]
             weights = self._quantizers.weight(changed.rows, np.square(changed.x).mean(axis=0, dtype=np.float64))
             power = np.square(weights, dtype=np.float64).sum(axis=0)
-            found = self._quantizers.activation(changed.x, changed.low, changed.high, power) @ weights.T
+            found = self._quantizers.activation(changed, power) @ weights.T
             errors, sizes = (np.square(y, dtype=np.float64).sum(axis=1) for y in (found - expected, expected))
             total += float((errors / np.maximum(sizes + sizes.mean(), _TINY)).mean())
         return total

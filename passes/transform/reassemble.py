@@ -13,6 +13,7 @@ from qc.ir.channels import Use
 from qc.ir.errors import InputError
 from qc.ir.store import Store
 from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns
+from qc.passes.quantize._copies import spread
 from qc.passes.statistics import Request, Statistic
 from qc.passes.transform._inputs import Columns, Inputs, operators, requests, unreadable, unseparable, unwritable, visit
 from qc.passes.transform._matching import Matching
@@ -30,8 +31,9 @@ _ALIGNED = 16
 
 _EVERYTHING = 1 << 62
 
-_TOKENS = 4096
-"""Which channels are outliers, and how large, shows late: with 1024 tokens splits cost static ranges what they gain."""
+_TOKENS = {"token": 4096, "tensor": 16384}
+"""Which channels are outliers, and how large, shows late. A static range must also hold what comes later: channels that
+are split by the largest values of 4096 tokens are clipped by those of others, which costs what splitting gains."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Reassemble(BlockPass):
 
     @property
     def calibration_tokens(self) -> int:
-        return _TOKENS
+        return _TOKENS[self.granularity]
 
     def needs(self, model: ir.Model) -> list[Request]:
         return requests(model, STATISTICS, _obstacle)
@@ -207,7 +209,15 @@ def _reassembled(use: Use, product: Product, action: Reassembly) -> Product:
         return action.made(numbers.T[order], 1.0).T.astype(np.float32)
 
     low, high = (made(bound[None])[0] for bound in (product.low, product.high))
-    return Product(made(product.x), low, high, action.read(product.rows.T[order]).T.astype(np.float32))
+    columns = action.read(product.rows.T[order]).T.astype(np.float32)
+    return Product(made(product.x), low, high, columns, _offsets(action))
+
+
+def _offsets(action: Reassembly) -> np.ndarray:
+    """What splits the codes of copies: channels of one source that are not merged, and so have equal columns."""
+    sources, first = action.sources, np.unique(action.clusters(), return_index=True)[1]
+    labels = np.where(action.sizes == 1, sources[first], len(sources) + np.arange(len(first)))
+    return spread(np.unique(labels, return_inverse=True)[1]).astype(np.float32)
 
 
 def _apply(model: ir.Model, inputs: Inputs, action: Reassembly | None, store: Store, facts: dict[str, object]) -> Site:

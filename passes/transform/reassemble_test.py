@@ -127,6 +127,26 @@ def test_the_searched_reassembly_is_no_worse_on_samples(text: str) -> None:
         assert any(s.details["error"] < 0.8 for s in report.sites if s.outcome is Outcome.CHANGED)
 
 
+def test_in_front_of_a_static_range_one_addition_splits_the_codes_of_copies() -> None:
+    steps = "reassemble{theta=60,ratio=0.5},quantize-activations{mode=static,range=minmax,float_weights=true}"
+    model = build(GATED)
+    calibration = [{"x": inputs(model)}]
+    after, (first, last) = PassManager(parse_pipeline(steps)).run(model, calibration=calibration, probe=calibration)
+    (site,) = [s for s in first.sites if s.outcome is Outcome.CHANGED]
+    (rounded,) = [s for s in last.sites if s.details.get("split_codes")]
+    assert site.details["added"] == []
+    assert rounded.details["added"] == [{"operator": "Add", "operations": site.details["width"]}]
+    assert operators(after).count("Add") == 1
+    shift = next(n for n in after.graph if n.op_type == "Add")
+    assert shift.inputs[1].const_value.numpy().sum() == pytest.approx(0, abs=1e-4), "the offsets cancel"
+    exact = outputs(build(GATED))
+    alike = Model.of(after.clone())
+    node = next(n for n in alike.graph if n.op_type == "Add")
+    node.outputs[0].replace_all_uses_with(node.inputs[0])
+    errors = [np.square(outputs(m) - exact).mean() for m in (after, alike)]
+    assert errors[0] < errors[1]
+
+
 def test_operators_at_run_time_and_weights_do_the_same() -> None:
     action = Reassemble(np.array([3, 1, 1, 1, 1, 1, 1, 1]), np.array([0, 1, 2, 2, 2, 3, 4, 4, 5, 6]))
     folded, inserted = build(CHAIN), build(CHAIN)

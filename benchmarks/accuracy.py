@@ -1,14 +1,16 @@
 """Accuracy of weight quantizers at equal stored bits: one model, one text, one evaluator.
 
-    python benchmarks/accuracy.py TEXT --calib TEXT [--windows 64] [--bits 4] [--group 32]
+    python benchmarks/accuracy.py TEXT --calib TEXT [--windows 64] [--bits 4] [--group 32] [--rows REGEX]
 
 Every row is the same canonical ``builtin:tiny-llama`` with the same float embedding and head; its other products are
-quantized to 4, 3 or 2 bits, by others or by qc, without gradients. It runs in ONNX Runtime with float activations, so
-that only the weights differ. Bits are those stored per quantized weight: scales in float32 in all rows but those of HQQ
-(scale and zero point in half precision) and of llama.cpp, whose formats fix them.
+quantized to 4, 3 or 2 bits, by others or by qc. It runs in ONNX Runtime with float activations, so that only the
+weights differ. Seconds are processor time of one thread. Bits are those stored per quantized weight: scales in float32
+in all rows but those of HQQ (scale and zero point in half precision) and of llama.cpp, whose formats fix them.
 
 * ``onnxruntime``: the quantizers of its tools, default and HQQ as a whole, k_quant by its function;
 * ``hqq``, ``llama.cpp``: their own packages, where ``pip install hqq gguf`` has installed them;
+* ``auto-round``: its package with its own defaults (200 steps of 8 samples for each block), on 128 windows of 256
+  tokens; ``qc, learned`` is ours on the same windows;
 * ``gptq as published``: the algorithm of `benchmarks/gptq.py`, columns sorted, on the inputs of the float network;
   ``qc, gptq on float inputs`` is ours on the same matrices, in the other rows of qc quantized layers feed the next.
 """
@@ -17,26 +19,40 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from qc.backends.evaluate import evaluate
+from qc.backends.inputs import text_inputs
 from qc.backends.reference import ModelRunner
 from qc.backends.tokenizer import Tokenizer
 from qc.frontend import load
 from qc.ir.model import Model
 from qc.measurement import read_data
+from qc.passes.base import Context, Pass
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
+from qc.passes.pipeline import Step, parse_pipeline
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.weights import QuantizeWeights
 from qc.passes.statistics import Statistic, collect
 
 Decoded = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]]
 """From a weight ``[N, K]`` and the second moments ``[K, K]`` of its input to what it decodes to, and its bits."""
+
+
+LEARNED, WINDOW = 128, 256
+"""What learning calibrates on."""
+
+LEARNING = (
+    "quantize-weights{{format=uint{bits},group={group},embedding=float,head=float,assign=gptq,sweeps=4}},tune-network"
+)
+"""Our pipeline that learns."""
 
 
 def products(model: Model) -> list[Use]:
@@ -148,15 +164,41 @@ def by_our_gptq(bits: int, group: int) -> Decoded:
     return run
 
 
-def replaced(model: Model, decode: Decoded, grams: Mapping[str, np.ndarray]) -> tuple[Model, float]:
+def by_auto_round(directory: Path, windows: np.ndarray, bits: int, group: int) -> dict[str, np.ndarray]:
+    """The weights of AutoRound by module path, learned with its defaults on rows of token ids."""
+    import auto_round
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tool = auto_round.AutoRound(
+        model,
+        tokenizer=AutoTokenizer.from_pretrained(directory),
+        bits=bits,
+        group_size=group,
+        sym=False,
+        dataset=[torch.from_numpy(row.reshape(1, -1).astype(np.int64)) for row in windows],
+        nsamples=len(windows),
+        seqlen=windows.shape[-1],
+        device_map="cpu",
+    )
+    done, _ = tool.quantize()
+    return {
+        name: module.weight.detach().float().numpy()
+        for name, module in done.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def replaced(model: Model, decode: Callable[[Use], tuple[np.ndarray, float]]) -> tuple[Model, float]:
     """The model with its products' weights replaced by what they decode to, and their bits per weight."""
     import onnx_ir as ir
 
     copy, bits, elements = model.clone(), 0.0, 0
     for use in products(copy):
-        assert use.weight is not None
-        decoded, stored = decode(use.weight.numpy(), grams[use.name])
-        name = f"{use.weight.name}.replaced"
+        decoded, stored = decode(use)
+        name = f"{use.name}.replaced"
         value = ir.Value(name=name, const_value=ir.tensor(decoded, name=name), shape=ir.Shape(decoded.shape))
         value.dtype = ir.DataType.FLOAT
         copy.graph.register_initializer(value)
@@ -165,12 +207,17 @@ def replaced(model: Model, decode: Decoded, grams: Mapping[str, np.ndarray]) -> 
     return copy, bits / elements
 
 
-def by_qc(model: Model, calibration: Sequence, action: QuantizeWeights) -> tuple[Model, float]:
-    """The model quantized by a pass of ours, and the bits per weight of its products."""
-    manager = PassManager([action], verify=False)
-    done, _ = manager.run(model.clone(), calibration=calibration)
+def by_qc(model: Model, calibration: Sequence, steps: Sequence[Pass | Step]) -> tuple[Model, float]:
+    """The model quantized by passes of ours, and the bits per weight of its products."""
+    manager = PassManager(steps, verify=False)
+    done, _ = manager.run(model.clone(), calibration=calibration, context=Context(threads=1))
     weights = [u.weight for u in products(done) if u.weight is not None]
     return done, 8 * sum(w.stored_bytes for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
+
+
+def _float(use: Use) -> np.ndarray:
+    assert use.weight is not None
+    return use.weight.numpy()
 
 
 def main() -> None:
@@ -181,10 +228,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4)
     parser.add_argument("--group", type=int, default=32)
+    parser.add_argument("--rows", default="", help="a regular expression: only rows whose name it matches")
     options = parser.parse_args()
     model = load("builtin:tiny-llama")
     model, _ = PassManager(canonicalize_passes(), verify=False).run(model)
-    tokens = Tokenizer(model.assets["tokenizer.json"].parent).encode(options.text.read_text(encoding="utf-8"))
+    directory = model.assets["tokenizer.json"].parent
+    tokenizer = Tokenizer(directory)
+    tokens, calibration = (tokenizer.encode(p.read_text(encoding="utf-8")) for p in (options.text, options.calib))
     reference, bits, group = ModelRunner(model), options.bits, options.group
     data = read_data(model, options.calib, tokens=QuantizeWeights(assign="gptq").calibration_tokens)
     requests = {use.name: use.statistic(Statistic.GRAM) for use in products(model)}
@@ -193,10 +243,24 @@ def main() -> None:
 
     def ours(**choices: object) -> Callable[[], tuple[Model, float]]:
         action = QuantizeWeights(format=f"uint{bits}", group=group, embedding="float", head="float", **choices)  # type: ignore[arg-type]
-        return lambda: by_qc(model, data.calibration or (), action)
+        return lambda: by_qc(model, data.calibration or (), [action])
 
     def theirs(make: Callable[..., Decoded], *arguments: object) -> Callable[[], tuple[Model, float]]:
-        return lambda: replaced(model, make(*arguments), grams)
+        def run() -> tuple[Model, float]:
+            decode = make(*arguments)
+            return replaced(model, lambda use: decode(_float(use), grams[use.name]))
+
+        return run
+
+    def learned_by_others() -> tuple[Model, float]:
+        windows = np.array(calibration[: LEARNED * WINDOW]).reshape(LEARNED, WINDOW)
+        weights = by_auto_round(directory, windows, bits, group)
+        return replaced(model, lambda use: (weights[use.name], affine_bits(_float(use), bits, group)))
+
+    def learned_by_us() -> tuple[Model, float]:
+        windows = np.array(calibration[: LEARNED * WINDOW]).reshape(LEARNED, 1, WINDOW)
+        steps = parse_pipeline(LEARNING.format(bits=bits, group=group))
+        return by_qc(model, [text_inputs(model.signature, window) for window in windows], steps)
 
     rows: dict[str, Callable[[], tuple[Model, float]]] = {}
     if bits != 3:
@@ -213,17 +277,22 @@ def main() -> None:
         "qc, gptq on float inputs": theirs(by_our_gptq, bits, group),
         "qc, gptq": ours(assign="gptq"),
         "qc, gptq with 4 sweeps": ours(assign="gptq", sweeps=4),
+        "auto-round": learned_by_others,
+        "qc, learned": learned_by_us,
     }
-    print(f"{'quantizer':<26}{'bits':>7}{'perplexity':>12}{'above float':>13}{'KL':>9}{'top-1':>8}")
-    for name, make in rows.items():
+    print(f"{'quantizer':<26}{'bits':>7}{'perplexity':>12}{'above float':>13}{'KL':>9}{'top-1':>8}{'seconds':>9}")
+    for name in (n for n in rows if re.search(options.rows, n)):
+        began = time.process_time()
         try:
-            quantized, stored = make()
+            quantized, stored = rows[name]()
         except ImportError as error:
             print(f"{name:<26}not measured: {error}")
             continue
+        seconds = time.process_time() - began
         found = evaluate(ModelRunner(quantized), reference, text_tokens=tokens, windows=options.windows)
         above = 100 * (found["ppl"] / found["ppl_reference"] - 1)
-        print(f"{name:<26}{stored:>7.3f}{found['ppl']:>12.3f}{above:>12.2f}%{found['kl']:>9.5f}{found['top1']:>8.4f}")
+        figures = f"{above:>12.2f}%{found['kl']:>9.5f}{found['top1']:>8.4f}{seconds:>9.0f}"
+        print(f"{name:<26}{stored:>7.3f}{found['ppl']:>12.3f}{figures}")
         sys.stdout.flush()
 
 

@@ -14,9 +14,11 @@ on any disk, and costs the same memory as a full one. OPTIONS go to ``qc compile
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -138,6 +140,39 @@ def tree_memory(root: int) -> tuple[int, int]:
         anonymous += int(found.get("RssAnon", 0)) << 10
         resident += int(found.get("VmRSS", 0)) << 10
     return anonymous, resident
+
+
+@dataclasses.dataclass
+class Used:
+    """What a piece of work in this process took.
+
+    Attributes:
+        seconds: Processor time.
+        memory: The peak of anonymous memory above what the process had before, in bytes.
+    """
+
+    seconds: float = 0.0
+    memory: int = 0
+
+
+@contextlib.contextmanager
+def used() -> Iterator[Used]:
+    """Measures what runs inside."""
+    found, done, before = Used(), threading.Event(), tree_memory(os.getpid())[0]
+
+    def watch() -> None:
+        while not done.wait(INTERVAL):
+            found.memory = max(found.memory, tree_memory(os.getpid())[0] - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.process_time()
+    try:
+        yield found
+    finally:
+        found.seconds = time.process_time() - began
+        done.set()
+        watcher.join()
 
 
 @dataclasses.dataclass

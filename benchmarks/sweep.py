@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
-from memory import Shape, tree_memory, write_model
+from memory import Shape, used, write_model
 
 from qc.backends.inputs import text_inputs
 from qc.frontend import load
@@ -50,22 +47,10 @@ def measure(model: Model, samples: int, pipeline: str, in_memory: int | None) ->
     rng = np.random.default_rng(0)
     rows = rng.integers(0, VOCABULARY, (samples, 1, LENGTH))
     batches = [text_inputs(model.signature, row) for row in rows]
-    before, peak, done = tree_memory(os.getpid())[0], 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, tree_memory(os.getpid())[0])
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.process_time()
     manager = PassManager(parse_pipeline(pipeline), verify=False)
-    manager.run(model.clone(), calibration=batches, context=Context(activations=in_memory))
-    seconds = time.process_time() - began
-    done.set()
-    watcher.join()
-    return {"seconds": seconds, "mib": max(0, peak - before) / (1 << 20)}
+    with used() as found:
+        manager.run(model.clone(), calibration=batches, context=Context(activations=in_memory))
+    return {"seconds": found.seconds, "mib": found.memory / (1 << 20)}
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from qc.ir.store import Store
 from qc.passes.statistics import Request
 
 if TYPE_CHECKING:
+    from qc.ir.model import Model
     from qc.passes.journal import Journal
     from qc.passes.sweep import BlockData
 
@@ -124,6 +125,8 @@ class Context:
         statistics: What the manager collected because the pass asked for it (`Pass.needs`).
         calibration: The batches that statistics are collected on, for passes that run the network themselves; None if
             there are only made-up ones.
+        reference: The model as it was before the first lossy pass, for passes that want to come close to it; None if
+            there was none, or no pass wants it (`Pass.wants_reference`).
         scope: The nodes that a `BlockPass` may touch in this call, those in their subgraphs included; None for all.
         memo: What a pass wants to find again when it is called on the next part of the network: a weight that two parts
             share is quantized once. Empty at the start of each sweep.
@@ -141,6 +144,7 @@ class Context:
     threads: int = 2
     statistics: Mapping[Request, np.ndarray] = dataclasses.field(default_factory=dict)
     calibration: Sequence[Mapping[str, np.ndarray]] | None = None
+    reference: Model | None = None
     scope: frozenset[ir.Node] | None = None
     memo: dict[object, Any] = dataclasses.field(default_factory=dict)
     block: BlockData | None = None
@@ -194,6 +198,16 @@ class Pass(ir.passes.InPlacePass):
     def calibration_tokens(self) -> int:
         """How much text the statistics want, where there is as much."""
         return CALIBRATION_TOKENS
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether the pass needs the model as it was before anything was quantized (`Context.reference`)."""
+        return False
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Memory that the pass takes for each weight of the network; 0 if it has a few weights at a time."""
+        return 0
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         """Transforms `model` in place.

@@ -134,8 +134,11 @@ class PassManager:
         if self.verify and probe is None:
             batches = list(find_inputs(model, Session(model).run, context.seed).batches)
         before = [dict(o) for o in outputs] if batches and outputs else _outputs(model, batches)
+        wanted = any(_wants_reference(s.action) for together in _runs(self.steps) for s in together)
         reports = []
         for together in _runs(self.steps):
+            if wanted and context.reference is None and any(map(_quantizes, together)):
+                context = dataclasses.replace(context, reference=model.clone())
             if wants_sweep(together):
                 model, before, done = self._run_sweep(together, model, context, calibration, batches, before)
                 reports += done
@@ -167,7 +170,7 @@ class PassManager:
             if not swept.step.optional and not _matched(swept.result.sites):
                 raise UnsupportedError(_nothing_matched(_name(swept.step.action), swept.result.sites))
         if any(s.result.modified for s in done):
-            if any(s.result.modified and isinstance(s.step.action.contract, Lossy) for s in done):
+            if any(s.result.modified and _is_lossy(s.step.action) for s in done):
                 self._quantized()
             check_structure(model, self._stage, self._foreign)
             after = _outputs(model, batches)
@@ -256,6 +259,19 @@ def _report(
         differences=tuple(differences),
         blocks=tuple(blocks),
     )
+
+
+def _is_lossy(action: ir.passes.PassBase) -> bool:
+    return isinstance(getattr(action, "contract", None), Lossy)
+
+
+def _wants_reference(action: ir.passes.PassBase) -> bool:
+    return isinstance(action, Pass) and action.wants_reference
+
+
+def _quantizes(step: Step) -> bool:
+    """Whether what a later pass is to come close to must be kept before this step."""
+    return _is_lossy(step.action) and not _wants_reference(step.action)
 
 
 def _matched(sites: Sequence[Site]) -> bool:

@@ -126,6 +126,12 @@ def _tune() -> type[Pass]:
     return Tune
 
 
+def _tune_network() -> type[Pass]:
+    from qc.passes.tune.network import TuneNetwork
+
+    return TuneNetwork
+
+
 _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "allocate": _allocate,
     "quantize-weights": _quantize_weights,
@@ -133,6 +139,7 @@ _REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "smooth": _smooth,
     "awq": _awq,
     "tune": _tune,
+    "tune-network": _tune_network,
     "equalize": _equalize,
     "rotate": _rotate,
     "reassemble": _reassemble,

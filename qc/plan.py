@@ -62,7 +62,8 @@ class Plan:
         source_bytes: Size of the weights as they are stored now.
         artifact_bytes: Expected size of the artifact's weights.
         memory_bytes: Expected peak of anonymous memory of all processes (mapped weights do not count). Either the
-            import decides, or the largest weight in float32, or the artifact, which is loaded to be measured.
+            import decides, or the largest weight in float32, or the artifact, which is loaded to be measured; a pass
+            that learns on the whole network comes on top.
         in_parts: Whether the artifact is so large that it is measured a part at a time, and its speed not at all.
         disk_bytes: Space needed beside the artifact's place while working, the artifact included.
         steps: The pipeline.
@@ -132,6 +133,7 @@ def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) ->
     in_parts = repacked > _WHOLE and bool(find_blocks(model.graph).runs)
     working = _BASE_MEMORY + _LOGITS_COPIES * window
     working += max(_DECODED_COPIES * decoded, _WHOLE if in_parts else repacked)
+    working += parameters * max((s.action.bytes_per_parameter for s in steps), default=0)
     # The import is over by now, but counts for what the machine must have.
     export = _EXPORT_MEMORY + _EXPORT_NODE * sum(1 for _ in model.graph.all_nodes()) if exported else 0
     memory = max(working, export)

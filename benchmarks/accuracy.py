@@ -1,23 +1,26 @@
 """Accuracy of weight quantizers at equal stored bits: one model, one text, one evaluator.
 
-    python benchmarks/accuracy.py TEXT --calib TEXT [--windows 64] [--bits 4] [--group 32] [--rows REGEX]
+    python benchmarks/accuracy.py TEXT --calib TEXT [--windows 64] [--bits 4] [--group 32] [--rows REGEX] [--peers DIR]
 
 Every row is the same canonical ``builtin:tiny-llama`` with the same float embedding and head; its other products are
 quantized to 4, 3 or 2 bits, by others or by qc. It runs in ONNX Runtime with float activations, so that only the
 weights differ. Seconds are processor time of one thread. Bits are those stored per quantized weight: scales in float32
-in all rows but those of HQQ (scale and zero point in half precision) and of llama.cpp, whose formats fix them.
+in all rows but those of HQQ (scale and zero point in half precision), of NNCF (scales in half precision) and of
+llama.cpp, whose formats fix them.
 
 * ``onnxruntime``: the quantizers of its tools, default and HQQ as a whole, k_quant by its function;
-* ``hqq``, ``llama.cpp``: their own packages, where ``pip install hqq gguf`` has installed them;
+* those of `benchmarks/peers.py`, without gradients, each in its own environment below ``--peers``;
 * ``auto-round``: its package with its own defaults (200 steps of 8 samples for each block), on 128 windows of 256
   tokens; ``qc, learned`` is ours on the same windows;
 * ``gptq as published``: the algorithm of `benchmarks/gptq.py`, columns sorted, on the inputs of the float network;
-  ``qc, gptq on float inputs`` is ours on the same matrices, in the other rows of qc quantized layers feed the next.
+  ``qc, gptq on float inputs`` is ours on the same matrices, in the other rows of qc quantized layers feed the next;
+* ``--ours OPTIONS``: a further row of qc, such as ``format=lut3,metric=fisher`` or ``format=vq8x4:in,assign=gptq``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import re
 import sys
@@ -26,6 +29,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import peers
+from peers import affine_bits
 
 from qc.backends.evaluate import evaluate
 from qc.backends.inputs import text_inputs
@@ -57,7 +62,7 @@ LEARNING = (
 
 def products(model: Model) -> list[Use]:
     """The products that every tool quantizes."""
-    return [u for u in weight_uses(model) if u.kind in (Kind.LINEAR, Kind.VALUE) and not u.reason]
+    return [u for u in weight_uses(model) if u.kind in (Kind.LINEAR, Kind.VALUE, Kind.CACHED_VALUE) and not u.reason]
 
 
 def by_onnxruntime(config: str, bits: int, group: int) -> Decoded:
@@ -97,12 +102,6 @@ def by_onnxruntime(config: str, bits: int, group: int) -> Decoded:
     return run
 
 
-def affine_bits(weight: np.ndarray, bits: int, group: int) -> float:
-    """Codes, a float32 scale and a zero point per group."""
-    rows, columns = weight.shape
-    return rows * (columns * bits + -(-columns // group) * (32 + bits))
-
-
 def by_k_quant(bits: int, group: int) -> Decoded:
     """The function behind ONNX Runtime's ``KQuantWeightOnlyQuantConfig``."""
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
@@ -111,33 +110,6 @@ def by_k_quant(bits: int, group: int) -> Decoded:
         codes, scale, zero = quant_tensor_k_quant_cpu(weight, num_bits=bits, group_size=group)
         decoded = ((codes - zero) * scale.astype(np.float32)).reshape(weight.shape).astype(np.float32)
         return decoded, affine_bits(weight, bits, group)
-
-    return run
-
-
-def by_hqq(bits: int, group: int) -> Decoded:
-    """Half-quadratic quantization by its authors' package."""
-    import torch
-    from hqq.core.quantize import Quantizer
-
-    def run(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, float]:
-        codes, facts = Quantizer.quantize(
-            torch.from_numpy(weight), nbits=bits, group_size=group, axis=1, device="cpu", compute_dtype=torch.float32
-        )
-        return Quantizer.dequantize(codes, facts).numpy(), weight.size * (bits + 32 / group)
-
-    return run
-
-
-def by_llama_cpp(name: str) -> Decoded:
-    """A format of llama.cpp that its Python package can write."""
-    import gguf
-
-    kind = gguf.GGMLQuantizationType[name]
-
-    def run(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, float]:
-        stored = gguf.quantize(weight, kind)
-        return gguf.dequantize(stored, kind), 8 * stored.nbytes
 
     return run
 
@@ -229,6 +201,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4)
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--rows", default="", help="a regular expression: only rows whose name it matches")
+    parser.add_argument("--peers", type=Path, help="where benchmarks/peers.py has made environments")
+    parser.add_argument("--ours", nargs="*", default=[], help="further rows: options of quantize-weights, with commas")
     options = parser.parse_args()
     model = load("builtin:tiny-llama")
     model, _ = PassManager(canonicalize_passes(), verify=False).run(model)
@@ -252,6 +226,12 @@ def main() -> None:
 
         return run
 
+    def by_peer(name: str) -> tuple[Model, float]:
+        uses = products(model)
+        matrices = [_float(u) for u in uses], [grams[u.name] for u in uses]
+        found = dict(zip([u.name for u in uses], peers.run(options.peers, name, *matrices, bits, group), strict=True))
+        return replaced(model, lambda use: found[use.name])
+
     def learned_by_others() -> tuple[Model, float]:
         windows = np.array(calibration[: LEARNED * WINDOW]).reshape(LEARNED, WINDOW)
         weights = by_auto_round(directory, windows, bits, group)
@@ -267,10 +247,8 @@ def main() -> None:
         rows |= {f"onnxruntime, {c}": theirs(by_onnxruntime, c, bits, group) for c in ("symmetric", "asymmetric")}
     if bits == 4:
         rows["onnxruntime, hqq"] = theirs(by_onnxruntime, "hqq", bits, group)
-        rows |= {f"llama.cpp, {name}": theirs(by_llama_cpp, name) for name in ("Q4_0", "Q4_1")}
     rows |= {
         "onnxruntime, k_quant": theirs(by_k_quant, bits, group),
-        "hqq": theirs(by_hqq, bits, group),
         "gptq as published": theirs(by_published_gptq, bits, group),
         "qc, search without data": ours(metric="none"),
         "qc, search": ours(),
@@ -280,19 +258,27 @@ def main() -> None:
         "auto-round": learned_by_others,
         "qc, learned": learned_by_us,
     }
-    print(f"{'quantizer':<26}{'bits':>7}{'perplexity':>12}{'above float':>13}{'KL':>9}{'top-1':>8}{'seconds':>9}")
+    plain = "quantize-weights{{embedding=float,head=float,{}}}"
+    rows |= {
+        f"qc, {text}": functools.partial(by_qc, model, data.calibration or (), parse_pipeline(plain.format(text)))
+        for text in options.ours
+    }
+    if options.peers is not None:
+        widths = {name: quantizer[1] for name, quantizer in peers.QUANTIZERS.items()}
+        rows |= {name: functools.partial(by_peer, name) for name in widths if bits in widths[name]}
+    print(f"{'quantizer':<42}{'bits':>7}{'perplexity':>12}{'above float':>13}{'KL':>9}{'top-1':>8}{'seconds':>9}")
     for name in (n for n in rows if re.search(options.rows, n)):
         began = time.process_time()
         try:
             quantized, stored = rows[name]()
         except ImportError as error:
-            print(f"{name:<26}not measured: {error}")
+            print(f"{name:<42}not measured: {error}")
             continue
         seconds = time.process_time() - began
         found = evaluate(ModelRunner(quantized), reference, text_tokens=tokens, windows=options.windows)
         above = 100 * (found["ppl"] / found["ppl_reference"] - 1)
         figures = f"{above:>12.2f}%{found['kl']:>9.5f}{found['top1']:>8.4f}{seconds:>9.0f}"
-        print(f"{name:<26}{stored:>7.3f}{found['ppl']:>12.3f}{figures}")
+        print(f"{name:<42}{stored:>7.3f}{found['ppl']:>12.3f}{figures}")
         sys.stdout.flush()
 
 

@@ -106,7 +106,7 @@ def _decoded(w, scale, zero, top):
     return ((w / scale).round() + zero).clamp(0, top).sub(zero).mul(scale)
 
 
-def llm_compressor(weight: np.ndarray, gram: np.ndarray) -> Timed:
+def llm_compressor(weight: np.ndarray, gram: np.ndarray, bits: int = BITS, width: int = GROUP) -> Timed:
     """llm-compressor, its public functions."""
     import torch
     from compressed_tensors.quantization import QuantizationArgs, fake_quantize
@@ -114,7 +114,7 @@ def llm_compressor(weight: np.ndarray, gram: np.ndarray) -> Timed:
     from llmcompressor.observers import Observer
 
     arguments = QuantizationArgs(
-        num_bits=BITS, type="int", symmetric=False, strategy="group", group_size=GROUP, actorder="static",
+        num_bits=bits, type="int", symmetric=False, strategy="group", group_size=width, actorder="static",
         observer="memoryless_mse",
     )  # fmt: skip
     w, h = torch.from_numpy(weight), torch.from_numpy(gram).float()

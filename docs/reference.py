@@ -18,9 +18,10 @@ _INCLUDED = re.compile(r'^--8<-- "(\w+\.md)"$', re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Adds the API pages to the navigation, one group per folder."""
+    """Adds the pages of recipes and the API pages to the navigation, the latter one group per folder."""
+    recipes = [{name.stem: f"recipes/{name.name}"} for name in sorted((ROOT / "docs" / "recipes").glob("*.md"))]
     api = [{package: [{m: f"api/{m}.md"} for m in _modules(folder)]} for folder, package in FOLDERS.items()]
-    config.nav = [*(config.nav or []), {"API": api}]
+    config.nav = [*(config.nav or []), {"Each recipe": recipes}, {"API": api}]
     return config
 
 

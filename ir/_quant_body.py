@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qc.ir._quant_affine import Affine
 from qc.ir._quant_format import Format
-from qc.ir._quant_learned import Learned, Nested, Planes, Power, SignedLowRank, Vector
+from qc.ir._quant_learned import Clustered, Learned, Nested, Planes, Power, SignedLowRank, Vector
 from qc.ir._quant_packing import TRITS, row_bytes, slices
 from qc.ir._quant_remainder import Columns, LowRank, Remainder, Sparse
 from qc.ir._quant_scales import MicroScale, NanoScale, NoScale, Scale, TwoLevel
@@ -66,7 +66,9 @@ class _Body:
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
 
-    def op(self, op_type: str, *inputs: ir.Value | np.ndarray, **attributes: int | str | list[int]) -> ir.Value:
+    def op(
+        self, op_type: str, *inputs: ir.Value | np.ndarray, **attributes: int | str | list[int] | ir.TensorProtocol
+    ) -> ir.Value:
         operands = [self.constant(i) if isinstance(i, np.ndarray) else i for i in inputs]
         node = ir.node(op_type, operands, attributes)
         node.outputs[0].name = f"v{len(self.nodes)}"
@@ -78,6 +80,11 @@ class _Body:
         node.outputs[0].name = f"v{len(self.nodes)}"
         self.nodes.append(node)
         return node.outputs[0]
+
+    def filled(self, count: int, number: int) -> ir.Value:
+        """So many times the same integer: a constant would be stored, and be as large as the weight."""
+        value = ir.tensor(np.array([number], np.int64))
+        return self.op("ConstantOfShape", np.array([count], np.int64), value=value)
 
     def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
         return self.op("Reshape", x, np.array(shape, np.int64))
@@ -193,6 +200,13 @@ def _(values: Learned, body: _Body, codes: ir.Value, params: Mapping[str, ir.Val
 
 
 @_units.register
+def _(values: Clustered, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
+    first = body.op("Mul", params["cluster"], np.array(1 << values.bits, np.int32))
+    index = body.op("Add", codes, body.op("Unsqueeze", first, np.array([-1])))
+    return body.op("Gather", body.reshape(body.cast(params["table"]), -1), index)
+
+
+@_units.register
 def _(values: Nested, body: _Body, codes: ir.Value, params: Mapping[str, ir.Value]) -> ir.Value:
     return body.op("GatherElements", body.cast(params[f"table{values.bits}"]), codes, axis=1)
 
@@ -259,8 +273,8 @@ def _add_sparse(
     """Rows from their counts: a one where each row but the first begins, added up."""
     ends = body.op("CumSum", body.cast(held["sparse_counts"], _INT64), np.array(0, np.int64))
     starts = body.op("Slice", ends, np.array([0]), np.array([shape[0] - 1]))
-    ones = np.ones(shape[0] - 1, np.int64)
-    steps = body.op("ScatterElements", np.zeros(count + 1, np.int64), starts, ones, axis=0, reduction="add")
+    ones, none = body.filled(shape[0] - 1, 1), body.filled(count + 1, 0)
+    steps = body.op("ScatterElements", none, starts, ones, axis=0, reduction="add")
     rows = body.op("Slice", body.op("CumSum", steps, np.array(0, np.int64)), np.array([0]), np.array([count]))
     flat = body.op("Add", body.op("Mul", rows, np.array(shape[1], np.int64)), body.cast(held["sparse_columns"], _INT64))
     values = body.cast(held["sparse_values"])

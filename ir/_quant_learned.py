@@ -12,7 +12,7 @@ from qc.ir._quant_tables import nearest_in
 from qc.ir._quant_types import Param
 from qc.ir.errors import InputError
 
-__all__ = ["Learned", "Nested", "Planes", "Power", "SignedLowRank", "Vector"]
+__all__ = ["Clustered", "Learned", "Nested", "Planes", "Power", "SignedLowRank", "Vector"]
 
 _HALF = ir.DataType.FLOAT16
 _LONG = 512
@@ -63,6 +63,56 @@ class Learned:
 
     def nearest(self, units: np.ndarray, params: Mapping[str, np.ndarray]) -> np.ndarray:
         return _nearest_by_group(units, params["table"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Clustered:
+    """The value map ``w = s * table_c[q]`` with a few tables per weight, each for a cluster of rows (or groups).
+
+    JLCM (arXiv 2309.17361): neurons whose weights are distributed alike share a codebook. The cluster c of each row is
+    stored, so rows need not be reordered. With one table it is a learned table of the whole weight.
+
+    Attributes:
+        bits: Width of a code, 1 to 8.
+        tables: Number of tables, 1 to 256.
+    """
+
+    bits: int
+    tables: int
+
+    low = 0
+    tile = books = 1
+    scaled = True
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.bits <= 8 and 1 <= self.tables <= 256):
+            raise InputError(f"Expected 1 to 256 tables of 1 to 8 bits, found {self}.")
+
+    def __str__(self) -> str:
+        return f"lut{self.bits}c{self.tables}"
+
+    @property
+    def about(self) -> str:
+        return f"{self.tables} tables of {1 << self.bits} values, each for rows that are distributed alike (JLCM)"
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        index = max(1, (self.tables - 1).bit_length())
+        table = Param("table", "tensor", (self.tables, 1 << self.bits), _HALF)
+        return table, Param("cluster", "group", bits=index)
+
+    def chosen(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The table of each group, float32 ``[G, 2^bits]``."""
+        return params["table"].astype(np.float32)[0][params["cluster"]]
+
+    def reach(self, params: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return Learned(self.bits).reach({"table": self.chosen(params)})
+
+    def decode(self, codes: np.ndarray, params: Mapping[str, np.ndarray]) -> np.ndarray:
+        return _look_up(self.chosen(params), codes)
+
+    def nearest(self, units: np.ndarray, params: Mapping[str, np.ndarray]) -> np.ndarray:
+        return _nearest_by_group(units, self.chosen(params))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qc.ir._quant_affine import Affine
-from qc.ir._quant_learned import Learned, Nested, Planes, Power, SignedLowRank, Vector
+from qc.ir._quant_learned import Clustered, Learned, Nested, Planes, Power, SignedLowRank, Vector
 from qc.ir._quant_remainder import parse_remainder
 from qc.ir._quant_scales import FloatScale, NoScale, Scale, parse_scale
 from qc.ir._quant_tables import SearchedFloat, Select, Table, table_names
@@ -39,6 +39,7 @@ _VALUES: tuple[tuple[str, Callable[[re.Match[str]], ValueMap]], ...] = (
     (r"(int|uint|mid|zint)(\d+)", _affine),
     (r"fpx(\d+)", lambda m: SearchedFloat(int(m[1]))),
     (r"bitmod(\d+)", lambda m: Select(int(m[1]))),
+    (r"lut(\d+)c(\d+)", lambda m: Clustered(int(m[1]), int(m[2]))),
     (r"lut(\d+)", lambda m: Learned(int(m[1]))),
     (r"nested(\d+)-(\d+)", lambda m: Nested(int(m[1]), int(m[2]))),
     (r"(vq|aq)(\d+)x(\d+)(?:x(\d+))?", lambda m: Vector(int(m[2]), int(m[3]), int(m[4] or 1), m[1] == "aq")),

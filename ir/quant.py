@@ -16,7 +16,7 @@ from qc.ir._quant_affine import Affine
 from qc.ir._quant_body import DECODES
 from qc.ir._quant_format import Format, QuantizedTensor
 from qc.ir._quant_graph import Weight, emit, read_weight, require_opset
-from qc.ir._quant_learned import Learned, Nested, Planes, Power, SignedLowRank, Vector, nearest_vectors
+from qc.ir._quant_learned import Clustered, Learned, Nested, Planes, Power, SignedLowRank, Vector, nearest_vectors
 from qc.ir._quant_remainder import Columns, LowRank, Order, Remainder, Sparse
 from qc.ir._quant_scales import FloatScale, MicroScale, NanoScale, NoScale, Scale, TwoLevel
 from qc.ir._quant_spelling import STANDARD
@@ -27,6 +27,7 @@ __all__ = [
     "DECODES",
     "STANDARD",
     "Affine",
+    "Clustered",
     "Columns",
     "FloatScale",
     "Format",
@@ -63,8 +64,8 @@ __all__ = [
 
 _STORED = (
     "fpx3", "fpx4", "fpx6", "bitmod3", "bitmod4", *(f"pow{b}" for b in range(2, 9)), *(f"lut{b}" for b in range(1, 9)),
-    "nested3-6", "nested3-8", "bin1", "bin2", "bin3", "fdb2", "vq8x4", "vq8x4:in", "vq12x8:in", "aq8x8x2",
-    "bitstack1x16", "bitstack2x16", "bitstack3x16",
+    "lut3c16", "lut4c16", "nested3-6", "nested3-8", "bin1", "bin2", "bin3", "fdb2", "vq8x4", "vq8x4:in", "vq12x8:in",
+    "aq8x8x2", "bitstack1x16", "bitstack2x16", "bitstack3x16",
 )  # fmt: skip
 """Value maps that store more than scales; any other numbers may stand in their names."""
 

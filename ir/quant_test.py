@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qc.ir import dialect
+from qc.ir._quant_body import decode_function
 from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.quant import (
@@ -194,6 +195,16 @@ def test_bits_per_weight_are_the_bytes_that_are_stored(spelling: str) -> None:
             continue
         tensor = random_tensor(format, rows, columns)
         assert tensor.bits_per_weight * rows * columns == pytest.approx(8 * bytes_of(tensor), rel=1e-12)
+
+
+@pytest.mark.parametrize("spelling", EVERY)
+def test_no_body_holds_numbers_that_grow_with_the_weight(spelling: str) -> None:
+    def constants(rows: int, columns: int) -> int:
+        body = decode_function(f"{spelling}@{rows}x{columns}", 23)
+        values = [n.attributes["value"].as_tensor() for n in body if n.op_type == "Constant"]
+        return sum(v.nbytes for v in values)
+
+    assert constants(96, 160) < constants(24, 40) + 256  # a last group that is shorter takes a few
 
 
 @given(

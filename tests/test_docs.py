@@ -105,6 +105,22 @@ def test_the_page_on_artifacts_names_every_key_of_a_manifest() -> None:
     assert [f.name for f in dataclasses.fields(Manifest) if f"`{f.name}`" not in page] == []
 
 
+def test_every_recipe_has_a_page_with_its_source_and_what_differs() -> None:
+    from qc.recipes import load_recipe, recipe_names
+
+    pages = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "docs" / "recipes").glob("*.md")}
+    assert sorted(pages) == recipe_names()
+    listing = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name, page in pages.items():
+        assert page.startswith(f"# `{name}`\n"), name
+        assert f'"qc/recipes/{name}.yaml"' in page, name
+        assert "**Source.**" in page, name
+        assert "## What differs" in page, name
+        papers = re.findall(r"\d{4}\.\d{5}", load_recipe(name).source)
+        assert [paper for paper in papers if f"arxiv.org/abs/{paper}" not in page] == [], name
+        assert f"(recipes/{name}.md)" in listing, name
+
+
 @pytest.mark.parametrize("name", ["quantize-weights", "quantize-activations", "allocate"])
 def test_the_page_on_recipes_names_every_option(name: str) -> None:
     from qc.passes.pipeline import options_of, pass_class

@@ -5,10 +5,10 @@ The programs of papers are calls of `choose`, with what they call damage and wha
 | paper | unit | budgets |
 |---|---|---|
 | AdaQuant, arXiv 2006.10518, section 3.4 | layer | bytes, or operations |
-| LQ-LoRA, arXiv 2311.12023, section 3.3 | matrix, of formats with a low-rank term | bytes |
-| MixDQ, arXiv 2405.17873, section 3.4 | layer, of two groups, each with its damage | a band of bits for each group |
-| MC-MoE, arXiv 2410.06270, section 3.2 | expert | bits, and a least number of experts for some widths |
-| SliM-LLM, arXiv 2405.14917, section 3.2 | group of columns | as many groups with a bit more as with a bit less |
+| LQ-LoRA, arXiv 2311.12023, section 3.2 | matrix, of formats with a low-rank term | bytes |
+| MixDQ, arXiv 2405.17873, section 3 | layer, of two groups, each with its damage | a band of bits for each group |
+| MC-MoE, arXiv 2410.06270, section 3 | expert | bits, and a least number of experts for some widths |
+| SliM-LLM, arXiv 2405.14917, section 3 | group of columns | as many groups with a bit more as with a bit less |
 """
 
 from __future__ import annotations

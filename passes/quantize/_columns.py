@@ -112,7 +112,7 @@ class Across:
     """The codes of a tensor whose groups and vectors lie along N, so that a column of the weight has its own.
 
     Within a column the metric is a multiple of the identity, so the nearest codes are the best (VPTQ, arXiv 2409.17066,
-    section 3.1).
+    section 3).
 
     Attributes:
         codes: Of the transposed weight: a row of them is a column of the weight.

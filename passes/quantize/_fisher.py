@@ -3,7 +3,7 @@
     F_nk = mean over samples of (d loss / d w_nk)^2
 
 is, up to a factor, the curvature of the loss at a network that models its data well, so that an error ``d`` of the
-weights costs about ``sum F_nk d_nk^2 / 2`` (SqueezeLLM, arXiv 2306.07629, equations 2 to 4). The loss is the cross
+weights costs about ``sum F_nk d_nk^2 / 2`` (SqueezeLLM, arXiv 2306.07629, section 4.1). The loss is the cross
 entropy of the next token of the calibration text where there are logits and tokens. Any other network has no labels;
 its outputs count as means of normal variables: the gradient of their sum with random normal weights, squared, has the
 diagonal of ``J^T J`` as its mean, J the derivatives of all outputs.

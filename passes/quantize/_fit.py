@@ -13,6 +13,7 @@ import numpy as np
 
 from qc.ir.quant import (
     Affine,
+    Clustered,
     Format,
     Learned,
     MicroScale,
@@ -27,7 +28,14 @@ from qc.ir.quant import (
 )
 from qc.passes.quantize._fit_base import Fit, better, measured
 from qc.passes.quantize._fit_scaled import fit_affine, fit_power, fit_searched_float, fit_select, fit_table
-from qc.passes.quantize._fit_stored import fit_learned, fit_nested, fit_planes, fit_signed_low_rank, fit_vector
+from qc.passes.quantize._fit_stored import (
+    fit_clustered,
+    fit_learned,
+    fit_nested,
+    fit_planes,
+    fit_signed_low_rank,
+    fit_vector,
+)
 from qc.passes.quantize._search import Search
 
 __all__ = ["fit_scales", "spread"]
@@ -39,6 +47,7 @@ _FITS: Mapping[type, Callable[[Any, np.ndarray, np.ndarray | None, Search], Fit]
     Select: fit_select,
     Power: fit_power,
     Learned: fit_learned,
+    Clustered: fit_clustered,
     Nested: fit_nested,
     Planes: fit_planes,
     Vector: fit_vector,

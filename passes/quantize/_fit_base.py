@@ -11,7 +11,7 @@ import numpy as np
 from qc.ir.quant import ValueMap
 from qc.passes.quantize._search import Search
 
-__all__ = ["Fit", "better", "measured", "range_search"]
+__all__ = ["Fit", "better", "measured", "range_search", "refitted"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,18 @@ def range_search(
     for step in effort.fine:
         best = better(best, measured(values, w, importance, best.scale * np.float32(1 + step), params))
     for _ in range(effort.polish + 1):
-        units = values.decode(values.nearest(w / best.scale, params), params)
-        weighted = units if importance is None else units * importance
-        energy = np.einsum("gm,gm->g", weighted, units)[:, None]
-        product = np.einsum("gm,gm->g", weighted, w)[:, None]
-        scale = np.where((energy > 0) & (product > 0), product / np.where(energy > 0, energy, 1), best.scale)
-        best = better(best, measured(values, w, importance, scale.astype(np.float32), params))
+        best = refitted(values, w, importance, best)
     return best
+
+
+def refitted(values: ValueMap, w: np.ndarray, importance: np.ndarray | None, fit: Fit) -> Fit:
+    """With the least-squares scale of each group for its nearest codes, where that is better."""
+    units = values.decode(values.nearest(w / fit.scale, fit.params), fit.params)
+    weighted = units if importance is None else units * importance
+    energy = np.einsum("gm,gm->g", weighted, units)[:, None]
+    product = np.einsum("gm,gm->g", weighted, w)[:, None]
+    scale = np.where((energy > 0) & (product > 0), product / np.where(energy > 0, energy, 1), fit.scale)
+    return better(fit, measured(values, w, importance, scale.astype(np.float32), fit.params))
 
 
 def normal_scale(values: ValueMap, params: dict[str, np.ndarray]) -> float:

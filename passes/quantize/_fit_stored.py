@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from qc.ir.quant import Learned, Nested, Planes, SignedLowRank, Vector, nearest_vectors
-from qc.passes.quantize._fit_base import Fit, better, measured
+from qc.ir.quant import Clustered, Learned, Nested, Planes, SignedLowRank, Vector, nearest_vectors
+from qc.passes.quantize._fit_base import Fit, better, measured, refitted
 from qc.passes.quantize._kmeans import kmeans_rows, kmeans_vectors, split
 from qc.passes.quantize._search import Search
 
 __all__ = ["fit_learned", "fit_nested", "fit_planes", "fit_signed_low_rank", "fit_vector"]
+
+_CLUSTER_ROUNDS = 4
+
+_TABLE_SAMPLE = 1 << 16
+"""Elements that a shared table is fitted on."""
 
 _SWEEPS = 30
 """Alternations of codes and plane scales, as in the reference numbers of DB-LLM's planes."""
@@ -29,6 +34,45 @@ def _absolute(
 def fit_learned(values: Learned, w: np.ndarray, importance: np.ndarray | None, effort: Search) -> Fit:
     """Lloyd's k-means in each group."""
     return _absolute(values, w, importance, {"table": kmeans_rows(w, values.bits, importance)})
+
+
+def fit_clustered(values: Clustered, w: np.ndarray, importance: np.ndarray | None, effort: Search) -> Fit:
+    """Groups sorted by how heavy their tails are, in as many clusters; then tables, scales and clusters in turn."""
+    power = np.sqrt(np.einsum("gm,gm->g", w, w)[:, None] / w.shape[1])
+    scale = np.where(power > 0, power, np.float32(1)).astype(np.float32)
+    tails = np.mean((w / scale) ** 4, axis=1)
+    cluster = np.empty(len(w), np.uint8)
+    cluster[np.argsort(tails, kind="stable")] = np.arange(len(w)) * values.tables // len(w)
+    table = np.zeros((values.tables, 1 << values.bits), np.float16)
+    best: Fit | None = None
+    for _ in range(_CLUSTER_ROUNDS):
+        for c in range(values.tables):
+            table[c] = _shared_table(w, scale, importance, cluster == c, table[c], values.bits)
+        choices = []
+        for c in range(values.tables):
+            params = {"table": table[None], "cluster": np.full(len(w), c, np.uint8)}
+            choices.append(refitted(values, w, importance, measured(values, w, importance, scale, params)))
+        found = choices[0]
+        for other in choices[1:]:
+            found = better(found, other)
+        found = Fit(found.scale, {**found.params, "table": table[None].copy()}, found.error)
+        scale, cluster = found.scale, found.params["cluster"]
+        best = found if best is None or found.error.sum() < best.error.sum() else best
+    assert best is not None
+    return best
+
+
+def _shared_table(
+    w: np.ndarray, scale: np.ndarray, importance: np.ndarray | None, mine: np.ndarray, old: np.ndarray, bits: int
+) -> np.ndarray:
+    """The table of least error for the groups of a cluster; the old one if it has none."""
+    if not mine.any():
+        return old
+    weights = np.broadcast_to(scale[mine] ** 2, w[mine].shape)
+    weights = weights if importance is None else weights * importance[mine]
+    units, weights = (w[mine] / scale[mine]).reshape(1, -1), weights.reshape(1, -1)
+    step = -(-units.size // _TABLE_SAMPLE)  # a sample tells as much
+    return kmeans_rows(units[:, ::step], bits, np.ascontiguousarray(weights[:, ::step])).astype(np.float16)[0]
 
 
 def fit_nested(values: Nested, w: np.ndarray, importance: np.ndarray | None, effort: Search) -> Fit:

@@ -16,7 +16,8 @@ EVERY = [
     "mid1", "mid2:g32", "uint1:g16", "int3:g32:f16", "uint5", "zint4:g32:f16", "uint4:tensor", "int8:in", "uint4:in16",
     "mxfp4", "mxfp6", "mxfp8", "mxint8", "nvfp4", "nf4-dq", "uint4:g16:q6x8", "int4:g16:s6", "nf3:g32:bf16",
     "iq4nl:g32", "bnb4:g64", "e3m0:g32", "e5m2", "shift3", "ternary:tensor", "fpx4:g32", "bitmod3:g32:f16", "bitmod4",
-    "lut1", "lut4:g64", "lut3:tensor", "nested2-5", "bin2:g64", "fdb2:g64", "pow4", "vq4x4", "vq4x2:in", "aq4x4x2",
+    "lut1", "lut4:g64", "lut3:tensor", "lut3c4:f16", "lut2c2:g16", "nested2-5",
+    "bin2:g64", "fdb2:g64", "pow4", "vq4x4", "vq4x2:in", "aq4x4x2",
     "bitstack2x4",
     "lut3+sparse1", "int2:g32+lowrank4", "mid1+columns10:int8", "uint4:g32+order",
 ]  # fmt: skip
@@ -111,6 +112,19 @@ def test_sparse_places_hold_what_the_dense_part_misses() -> None:
     places = np.argsort(-np.abs(weight), axis=None)[: round(weight.size * 0.005)]
     miss = np.abs(weight - tensor.decode()).reshape(-1)[places]
     assert np.all(miss <= np.abs(weight).reshape(-1)[places] * 2**-10)
+
+
+def test_rows_that_are_distributed_alike_share_a_table() -> None:
+    """As good as a table for each row where there are a few kinds of rows, whatever their order and size."""
+    rng = np.random.default_rng(0)
+    kinds = [rng.standard_t(4, 512), rng.uniform(-1, 1, 512), rng.standard_normal(512)]
+    rows = [rng.permutation(kinds[i % 3]) * np.exp(rng.normal()) for i in range(48)]
+    weight = np.stack(rows).astype(np.float32)
+    shared, alone, one = (assign(weight, Format.parse(s)) for s in ("lut3c3:f16", "lut3", "lut3c1:f16"))
+    assert error(weight, shared) < 1.02 * error(weight, alone) < 0.95 * error(weight, one)
+    assert shared.stored_bits < 0.98 * alone.stored_bits
+    clusters = shared.params["cluster"][:, 0]
+    assert [len(set(clusters[k::3].tolist())) for k in range(3)] == [1, 1, 1]
 
 
 def test_weights_of_columns_change_tables() -> None:

@@ -82,7 +82,7 @@ def _sparse(w: np.ndarray, dense: Format, remainder: Sparse, importance: np.ndar
 
 
 def _low_rank(w: np.ndarray, dense: Format, remainder: LowRank, importance: np.ndarray, assign: _Assign) -> _Found:
-    """Weights of elements count by the roots of their means over rows and columns (LQ-LoRA, section 3.4)."""
+    """Weights of elements count by the roots of their means over rows and columns (LQ-LoRA, section 3.3)."""
     column = _root(importance if importance.ndim == 1 else importance.mean(axis=0))
     row = np.ones((len(w), 1), np.float32) if importance.ndim == 1 else _root(importance.mean(axis=1))[:, None]
 

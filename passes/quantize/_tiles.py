@@ -6,7 +6,7 @@ For a tile B of columns the terms of ``d H d^T`` (`qc.passes.quantize.gptq`) tha
 
 so its best code is that of the vector nearest to ``w_B + c`` once both are multiplied by ``R_BB``: the nearest of a
 codebook that is transformed alike. Ignoring ``R_BB`` is the usual mistake. Vectors along N lie in one column and need
-none of this: there, the metric is a multiple of the identity (VPTQ, arXiv 2409.17066, section 3.1).
+none of this: there, the metric is a multiple of the identity (VPTQ, arXiv 2409.17066, section 3).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def round_tiles(w: np.ndarray, tiles: Tiles, hessian: Hessian) -> np.ndarray:
 
 
 def descend_tiles(w: np.ndarray, tiles: Tiles, matrix: np.ndarray, error: np.ndarray) -> None:
-    """Gives each tile its best code in turn, everything else fixed (AQLM, arXiv 2401.06118, section 3.2, one beam).
+    """Gives each tile its best code in turn, everything else fixed (AQLM, arXiv 2401.06118, section 3, one beam).
 
     With ``H_BB = L L^T``, that is the code of the vector nearest to ``decoded_B + (d H)_B H_BB^-1``, both times L.
 

@@ -206,8 +206,8 @@ def test_the_error_of_outputs_is_that_of_their_samples() -> None:
 @pytest.mark.parametrize(
     "spelling",
     [
-        "nf4:g32:f16", "mxfp4", "bitmod3:g32:f16", "lut3", "mid2:g32", "zint3:g32:f16", "uint3:g32:q6", "fdb2:g64",
-        "pow3", "lut3+sparse1", "uint3:g32+lowrank4", "uint3:g32+order", "mid1+columns25:int4",
+        "nf4:g32:f16", "mxfp4", "bitmod3:g32:f16", "lut3", "lut3c4:f16", "mid2:g32", "zint3:g32:f16", "uint3:g32:q6",
+        "fdb2:g64", "pow3", "lut3+sparse1", "uint3:g32+lowrank4", "uint3:g32+order", "mid1+columns25:int4",
     ],
 )  # fmt: skip
 def test_any_format_with_a_code_per_element_gains_from_feedback(spelling: str) -> None:

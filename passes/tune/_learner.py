@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     import torch
 
     from qc.passes.tune._loop import Trained
-    from qc.passes.tune._loss import Loss
-    from qc.passes.tune._weight import LearnedWeight
+    from qc.passes.tune._loss import Learned, Loss
 
 __all__ = ["Layer", "Learner", "require_torch"]
 
-_LEARNED = ("rounding", "weights", "low-rank", "range", "scale", "norms")
+_LEARNED = ("rounding", "weights", "low-rank", "range", "scale", "norms", "activations")
 _OPTIMIZERS = ("sign", "adam")
 
 _TOKENS = 1 << 15
@@ -56,12 +55,12 @@ class Learner(Pass):
     """Options of everything that learns.
 
     Attributes:
-        learn: What is learned: rounding, weights, low-rank, range, scale, norms.
+        learn: What is learned: rounding, weights, low-rank, range, scale, norms, activations.
         optimizer: sign (the sign of the gradient) or adam.
         steps: Number of steps.
         batch: Calibration batches in a step.
         rate: Length of a step of rounding, weights and low-rank, in code units; falls linearly to zero.
-        range_rate: Length of a step of range and scale, as a factor; likewise.
+        range_rate: Length of a step of range, scale and activations, as a factor; likewise.
         rank: Of low-rank.
         exclude: Regular expressions of layers that are left as they are.
     """
@@ -133,7 +132,7 @@ class Learner(Pass):
         context: Context,
         layers: Sequence[Layer],
         label: str,
-        loss: Callable[[Mapping[str, LearnedWeight], Mapping[str, torch.Tensor], str], Loss],
+        loss: Callable[[Mapping[str, Learned], Mapping[str, torch.Tensor], str], Loss],
     ) -> Trained:
         """Learns, and writes what was learned into the model if it is better.
 
@@ -142,16 +141,17 @@ class Learner(Pass):
             context: What the pass may use.
             layers: The layers, see `layers`.
             label: Of the part of the network, for the seed.
-            loss: Makes the loss, from the weights by name, the float vectors, and the device.
+            loss: Makes the loss, from what is learned by name, the float vectors, and the device.
         """
         import torch
 
+        from qc.passes.tune._grid import LearnedGrid
         from qc.passes.tune._loop import Schedule, train
         from qc.passes.tune._weight import LearnedWeight
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rng = np.random.default_rng([context.seed, zlib.crc32(label.encode())])
-        learned = {
+        weights = {
             str(layer.weight.value.name): LearnedWeight(
                 layer.original,
                 layer.weight.quantized(),
@@ -162,6 +162,8 @@ class Learner(Pass):
             )
             for layer in layers
         }
+        steps = {v: LearnedGrid(n, device) for v, n in _grids(model, context)} if "activations" in self.learn else {}
+        learned = weights | {str(v.name): grid for v, grid in steps.items()}
         vectors = _vectors(model, context, device) if "norms" in self.learn else {}
         tensors = {name: tensor for name, (_, tensor) in vectors.items()}
         schedule = Schedule(self.optimizer, self.steps, self.batch, self.rate, self.range_rate)
@@ -169,7 +171,9 @@ class Learner(Pass):
             found = train(loss(learned, tensors, device), learned, tensors, schedule, rng)
         if found.after < found.before:
             for layer in layers:
-                _replace(layer.weight, learned[str(layer.weight.value.name)].export(), context)
+                _replace(layer.weight, weights[str(layer.weight.value.name)].export(), context)
+            for value, grid in steps.items():
+                value.const_value = context.store.put(str(value.name), grid.stored().cpu().numpy())
             for vector, tensor in vectors.values():
                 _replace_vector(model, vector, tensor.detach().cpu().numpy(), context)
         return found
@@ -191,6 +195,18 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _grids(model: ir.Model, context: Context) -> list[tuple[ir.Value, np.ndarray]]:
+    """The stored steps of static grids of activations that only this part reads, and their numbers."""
+    found = {}
+    for node in (n for n in model.graph if n.op_type == "QuantizeLinear" and not n.domain and context.covers(n)):
+        scale = node.inputs[1]
+        assert scale is not None
+        inside = all(context.covers(user) for user, _ in scale.uses())
+        if inside and scale.const_value is not None and scale.is_initializer() and scale.dtype == ir.DataType.FLOAT:
+            found[scale] = scale.const_value.numpy()
+    return list(found.items())
 
 
 def _vectors(model: ir.Model, context: Context, device: str) -> dict[str, tuple[Weight, torch.Tensor]]:

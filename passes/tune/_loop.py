@@ -8,8 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from qc.passes.tune._loss import Loss
-from qc.passes.tune._weight import LearnedWeight
+from qc.passes.tune._loss import Learned, Loss
 
 __all__ = ["Schedule", "Trained", "train"]
 
@@ -59,7 +58,7 @@ class Trained:
 
 def train(
     loss: Loss,
-    weights: Mapping[str, LearnedWeight],
+    learned: Mapping[str, Learned],
     vectors: Mapping[str, torch.Tensor],
     schedule: Schedule,
     rng: np.random.Generator,
@@ -68,7 +67,7 @@ def train(
 
     Args:
         loss: What is to become small.
-        weights: The weights that it depends on, by name.
+        learned: What it depends on, by name.
         vectors: Float parameters that it depends on, likewise.
         schedule: How.
         rng: Chooses the batches.
@@ -76,16 +75,16 @@ def train(
     judges = range(0, loss.count, max(_JUDGES, -(-loss.count // _MOST_JUDGES)))
     learners = [i for i in range(loss.count) if i not in judges] or list(judges)
     groups = [
-        {"params": [p for w in weights.values() for n, p in w.parameters.items() if n in names], "lr": rate}
+        {"params": [p for v in learned.values() for n, p in v.parameters.items() if n in names], "lr": rate}
         for names, rate in ((("offset", "up", "down"), schedule.rate), (("high", "low", "factor"), schedule.range_rate))
     ]
     groups.append({"params": list(vectors.values()), "lr": _WEAK * schedule.range_rate})
     groups = [g for g in groups if g["params"]]
     optimizer = torch.optim.SGD(groups) if schedule.optimizer == "sign" else torch.optim.Adam(groups)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, schedule.steps)
-    learned = [p for g in groups for p in g["params"]]
+    moved = [p for g in groups for p in g["params"]]
     before = best = loss.judge(judges)
-    kept = [p.detach().clone() for p in learned]
+    kept = [p.detach().clone() for p in moved]
     order: list[int] = []
     for step in range(1, schedule.steps + 1):
         while len(order) < schedule.batch:
@@ -94,18 +93,18 @@ def train(
         optimizer.zero_grad()
         loss.backward(drawn)
         if schedule.optimizer == "sign":
-            for p in learned:
+            for p in moved:
                 if p.grad is not None:
                     p.grad.sign_()
         optimizer.step()
         decay.step()
-        for weight in weights.values():
-            weight.bound()
+        for value in learned.values():
+            value.bound()
         if step % max(1, schedule.steps // _CHECKS) == 0 or step == schedule.steps:
             found = loss.judge(judges)
             if found < best:
-                best, kept = found, [p.detach().clone() for p in learned]
+                best, kept = found, [p.detach().clone() for p in moved]
     with torch.no_grad():
-        for p, value in zip(learned, kept, strict=True):
+        for p, value in zip(moved, kept, strict=True):
             p.copy_(value)
     return Trained(before, best)

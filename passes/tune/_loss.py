@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -12,22 +12,39 @@ import torch
 
 from qc.ir.execute import Executor
 from qc.passes._partition import Partition
-from qc.passes.tune._weight import LearnedWeight
 
 if TYPE_CHECKING:
     from qc.ir.model import Model
     from qc.passes._activations import Shelf
     from qc.passes.sweep import BlockData
 
-__all__ = ["BlockLoss", "Loss", "NetworkLoss"]
+__all__ = ["BlockLoss", "Learned", "Loss", "NetworkLoss"]
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 Batch = Mapping[str, np.ndarray]
 
 
+class Learned(Protocol):
+    """A value of a network as a differentiable function of parameters."""
+
+    parameters: dict[str, torch.Tensor]
+
+    def __call__(self) -> torch.Tensor:
+        """The value."""
+        ...
+
+    def stored(self) -> torch.Tensor:
+        """The value as it would be stored: with integers as integers."""
+        ...
+
+    def bound(self) -> None:
+        """Brings the parameters back into their bounds."""
+        ...
+
+
 class Loss(abc.ABC):
-    """A loss over calibration batches, as a function of weights that are learned.
+    """A loss over calibration batches, as a function of what is learned.
 
     Attributes:
         count: Number of batches.
@@ -37,7 +54,7 @@ class Loss(abc.ABC):
         self,
         model: ir.Model,
         outputs: Sequence[str],
-        weights: Mapping[str, LearnedWeight],
+        learned: Mapping[str, Learned],
         vectors: Mapping[str, torch.Tensor],
         count: int,
         device: str,
@@ -47,17 +64,16 @@ class Loss(abc.ABC):
         Args:
             model: What is quantized.
             outputs: Names of the values to compute.
-            weights: The weights by the name of their decoded value.
+            learned: What is learned, by the name of the value that it is of.
             vectors: Float parameters by the name under which they are read.
             count: Number of batches.
             device: Where to compute.
         """
-        self.count, self._weights, self._device = count, weights, device
+        self.count, self._learned, self._device = count, learned, device
         self._executor = Executor(model, outputs=outputs, device=device, straight_through=True)
-        values = {str(v.name): v for n in model.graph for v in n.outputs}
-        self._decoded = {name: values[name] for name in weights}
-        values |= dict(model.graph.initializers)
-        self._executor.parameters |= {v: torch.empty(0) for v in self._decoded.values()}  # what is behind is not read
+        values = {str(v.name): v for n in model.graph for v in n.outputs} | dict(model.graph.initializers)
+        self._values = {name: values[name] for name in learned}
+        self._executor.parameters |= {v: torch.empty(0) for v in self._values.values()}  # what is behind is not read
         self._executor.parameters |= {values[name]: tensor for name, tensor in vectors.items()}
 
     @abc.abstractmethod
@@ -66,8 +82,8 @@ class Loss(abc.ABC):
 
     def backward(self, batches: Sequence[int]) -> None:
         """Adds the gradient over some batches to everything that is learned."""
-        made = {name: weight() for name, weight in self._weights.items()}
-        # The gradient of each decoded weight is summed over the batches first: it is decoded once.
+        made = {name: value() for name, value in self._learned.items()}
+        # The gradient of each weight is summed over the batches first: it is decoded once.
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in made.items()}
         self._set(leaves)
         for batch in batches:
@@ -78,12 +94,12 @@ class Loss(abc.ABC):
     @torch.no_grad()
     def judge(self, batches: Sequence[int]) -> float:
         """The loss with the integers and scales as they would be stored."""
-        self._set({n: torch.from_numpy(w.export().decode()).to(self._device) for n, w in self._weights.items()})
+        self._set({name: learned.stored() for name, learned in self._learned.items()})
         return sum(float(self.of(batch)) for batch in batches) / len(batches)
 
     def _set(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
-            self._executor.parameters[self._decoded[name]] = tensor
+            self._executor.parameters[self._values[name]] = tensor
 
 
 class BlockLoss(Loss):
@@ -92,7 +108,7 @@ class BlockLoss(Loss):
     def __init__(
         self,
         block: BlockData,
-        weights: Mapping[str, LearnedWeight],
+        learned: Mapping[str, Learned],
         vectors: Mapping[str, torch.Tensor],
         both: bool,
         device: str,
@@ -100,7 +116,7 @@ class BlockLoss(Loss):
         """Takes a part of a sweep; `both`: the distance to the float part on the quantized inputs counts too."""
         part = block.part()
         self._names = [str(v.name) for v in part.graph.outputs if v.name in block.targets and v.dtype in _FLOATS]
-        super().__init__(part, self._names, weights, vectors, block.count, device)
+        super().__init__(part, self._names, learned, vectors, block.count, device)
         self._block, self._inputs = block, {str(v.name) for v in part.graph.inputs}
         self._float = Executor(block.reference, outputs=self._names, device=device) if both else None
 
@@ -129,7 +145,7 @@ class NetworkLoss(Loss):
         model: Model,
         reference: Model,
         batches: Sequence[Batch],
-        weights: Mapping[str, LearnedWeight],
+        learned: Mapping[str, Learned],
         vectors: Mapping[str, torch.Tensor],
         shelf: Shelf,
         device: str,
@@ -137,7 +153,7 @@ class NetworkLoss(Loss):
         """Takes a network and its float original; `shelf` keeps what the latter's last part reads."""
         self._logits = [p.name for p in model.signature.outputs if p.role == "logits" and p.dtype in _FLOATS]
         self._others = [p.name for p in model.signature.outputs if p.role not in _UNCOUNTED and p.dtype in _FLOATS]
-        super().__init__(model, self._logits + self._others, weights, vectors, len(batches), device)
+        super().__init__(model, self._logits + self._others, learned, vectors, len(batches), device)
         self._batches = batches
         self._tail = Executor(tail := _tail(reference, self._names), outputs=self._names, device=device)
         self._kept = _run(reference, tail, batches, shelf, device)

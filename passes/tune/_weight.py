@@ -146,6 +146,11 @@ class LearnedWeight:
         kind = np.int8 if self._values.symmetric else np.uint8
         return QuantizedTensor(self._format, codes.cpu().numpy().astype(kind), params)
 
+    @torch.no_grad()
+    def stored(self) -> torch.Tensor:
+        """The decoded weight as it would be stored."""
+        return torch.from_numpy(self.export().decode()).to(self._scale.device)
+
     def _quantized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale, zero = self._range()
         if not self._moves:

@@ -29,20 +29,21 @@ class Tune(Learner, BlockPass):
     becomes worse by this measure, whatever the rates.
 
     It goes on from the codes that the `quantize-weights` before it chose, in the same sweep. What may be learned
-    together: rounding, weights, low-rank, range, scale (formulas: `qc.passes.tune._weight`), and norms, the gains
-    and biases of the block. Published methods are choices among these: AutoRound is rounding and range with the
-    optimizer sign; Block-AP of EfficientQAT is weights and range with adam; OmniQuant's LWC is range with adam.
+    together: rounding, weights, low-rank, range, scale (formulas: `qc.passes.tune._weight`), norms, the gains and
+    biases of the block, and activations, the steps of their static grids. Published methods are choices among these:
+    AutoRound is rounding and range with the optimizer sign; Block-AP of EfficientQAT is weights and range with adam;
+    OmniQuant's LWC is range with adam.
 
     Left alone, with the reason: parts without a weight on a uniform grid, or whose outputs are too wide to hold.
     Needs torch; computes on CUDA where there is one.
 
     Attributes:
-        learn: What is learned: rounding, weights, low-rank, range, scale, norms.
+        learn: What is learned: rounding, weights, low-rank, range, scale, norms, activations.
         optimizer: sign (the sign of the gradient) or adam.
         steps: Number of steps per block.
         batch: Calibration batches in a step.
         rate: Length of a step of rounding, weights and low-rank, in code units; falls linearly to zero.
-        range_rate: Length of a step of range and scale, as a factor; likewise.
+        range_rate: Length of a step of range, scale and activations, as a factor; likewise.
         loss: float, or both: the distance to the float block on the quantized inputs counts as much.
         rank: Of low-rank.
         exclude: Regular expressions of layers that are left as they are.

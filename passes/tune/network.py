@@ -31,18 +31,18 @@ class TuneNetwork(Learner):
 
     Published methods are choices among the options: E2E-QP of EfficientQAT (arXiv 2407.11062, section 3.3) is scale
     with adam, with codes as they are; quantization-aware training with distillation (EdgeQAT, arXiv 2402.10787) is
-    weights and range.
+    weights and range; MobileQuant (arXiv 2408.13933) learns activations too, behind static `quantize-activations`.
 
     Memory holds the whole network, each weight a few times over: `tune` needs that of one block. Left alone, with the
     reason: weights that are not on a uniform grid. Needs torch; computes on CUDA where there is one.
 
     Attributes:
-        learn: What is learned: rounding, weights, low-rank, range, scale, norms.
+        learn: What is learned: rounding, weights, low-rank, range, scale, norms, activations.
         optimizer: sign (the sign of the gradient) or adam.
         steps: Number of steps.
         batch: Calibration batches in a step.
         rate: Length of a step of rounding, weights and low-rank, in code units; falls linearly to zero.
-        range_rate: Length of a step of range and scale, as a factor; likewise.
+        range_rate: Length of a step of range, scale and activations, as a factor; likewise.
         rank: Of low-rank.
         exclude: Regular expressions of layers that are left as they are.
     """

@@ -117,6 +117,16 @@ def test_it_goes_on_behind_a_sweep_and_knows_of_rounded_activations() -> None:
     assert divergence(model) < 0.9 * divergence(untuned)
 
 
+def test_ranges_of_activations_are_learned_and_weights_stay_as_they_are() -> None:
+    weights = "quantize-weights{format=uint8,group=32,head=float}"
+    pipeline = f"{weights},quantize-activations{{mode=static,bits=4,range=minmax}}"
+    untuned, _ = run(pipeline)
+    model, _ = run(f"{pipeline},{TUNE},learn=[activations]}}")
+    for old, new in zip(codes(untuned), codes(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert divergence(model) < 0.95 * divergence(untuned)
+
+
 def test_a_rate_that_only_spoils_leaves_everything_bit_identical() -> None:
     plain, _ = run(QUANTIZE)
     model, reports = run(f"{QUANTIZE},tune-network{{learn=[weights],rate=1000,steps=5}}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -35,7 +36,7 @@ class WidenWeights(Pass):
     and BitMoD's 3 bits become 4 bits, ternary codes 2 bits, E2M1 (MXFP4, NVFP4), E2M3, IQ4_NL and powers of two 8 bits.
     Scales in two levels or as powers of two become floats. Exact, but for float32 products of scales.
 
-    It takes more bytes: the report of each site says how many. Tables of arbitrary numbers (NF4, learned ones),
+    It takes more bytes: the report says how many, by site and in all. Tables of arbitrary numbers (NF4, learned ones),
     codebooks and remainders have no such form and are left to be decoded when the model is loaded.
 
     Attributes:
@@ -54,7 +55,7 @@ class WidenWeights(Pass):
             weight = read_weight(node.outputs[0])
             if weight is not None and weight.format is not None and not has_kernel(weight.format):
                 sites.append(self._site(model, node, weight, weight.format, context))
-        return Result.of(model, sites)
+        return Result.of(model, sites, _costs(sites))
 
     def _site(self, model: ir.Model, node: ir.Node, weight: Weight, held: Format, context: Context) -> Site:
         if not all(consumes_weight(use.node) for use in node.outputs[0].uses()) or node.outputs[0].is_graph_output():
@@ -78,6 +79,21 @@ class WidenWeights(Pass):
         require_opset(model, format)
         facts = {"format": str(held), "stored_as": str(format), "bytes_before": before}
         return Site(weight.name, Outcome.CHANGED, "", facts | {"bytes_after": tensor.stored_bits // 8})
+
+
+def _costs(sites: Sequence[Site]) -> list[str]:
+    """A sentence for each format that is stored as another: what that takes."""
+    totals: dict[tuple[str, str], list[int]] = {}
+    for site in sites:
+        if site.outcome is Outcome.CHANGED:
+            facts = site.details
+            total = totals.setdefault((str(facts["format"]), str(facts["stored_as"])), [0, 0, 0])
+            for place, number in enumerate((1, facts["bytes_before"], facts["bytes_after"])):
+                total[place] += number  # type: ignore[operator]
+    return [
+        f"{count} weights in {held} are stored as {stored}: {after:,} bytes instead of {before:,}"
+        for (held, stored), (count, before, after) in totals.items()
+    ]
 
 
 def runs_as(format: Format, columns: int, accuracy_level: int = 4) -> str:

@@ -61,6 +61,7 @@ def test_codes_become_those_of_the_narrowest_kernel_with_the_same_numbers(spelli
     after = read_weight(model.graph.node(0).outputs[0])
     assert after is not None
     assert (site.details["bytes_before"], site.details["bytes_after"]) == (size, after.stored_bytes)
+    assert f"stored as {stored}: {after.stored_bytes:,} bytes instead of {size:,}" in result.notes[0]
     assert np.allclose(after.numpy(), numbers, rtol=1e-6, atol=0)
     dialect.sync_functions(model)
     reference = Session(model).run({"x": X})["y"]

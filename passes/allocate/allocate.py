@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,12 +12,13 @@ import onnx_ir as ir
 from qc.ir.errors import InputError
 from qc.ir.model import Model, port_of
 from qc.ir.probe import find_inputs
-from qc.ir.quant import Format
+from qc.ir.quant import Format, Weight
 from qc.ir.runtime import Session
 from qc.passes.allocate._costs import TARGETS, relative_time
 from qc.passes.allocate._program import Option, choose
 from qc.passes.allocate._trial import Trial
 from qc.passes.base import Context, Outcome, Pass, Result, Site, check_patterns
+from qc.passes.quantize._fisher import fisher
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, squared_errors
 from qc.passes.quantize.weights import SHORTEST_GROUP, fitted
@@ -31,6 +32,8 @@ _TRIED, _JUDGED = 512, 1024
 
 _WINDOW = 256
 """Positions that a batch counts as which has no tokens."""
+
+_FISHER_TOKENS = 16384
 
 _FEEDBACK = 0.4
 """What is left of the error of a product if codes are chosen with feedback. In terms of what outputs lose it is 0.29
@@ -54,6 +57,10 @@ class Allocate(Pass):
     the plan into the model; ``quantize-weights`` behind it follows it. Every stored bit counts: codes, scales, zero
     points, padding.
 
+    With ``metric: fisher``, the error of an option is ``E_uc = sum_nk F_nk (w_nk - decoded_nk)^2`` with the diagonal
+    Fisher information F of the network's loss (LQ-LoRA, arXiv 2311.12023): it already counts by what an error does to
+    the network, lambda_u is one, and one backward pass takes the place of a forward pass per weight.
+
     If codes will be chosen with feedback (``assign: gptq``), products lose less than range search says, embeddings do
     not: ``E_uc`` of products counts 0.4 then, so embeddings get more of the bits.
 
@@ -65,6 +72,7 @@ class Allocate(Pass):
             groups of 32 for all of them, from the table of `target`; 0 for none.
         formats: The choices, in full spelling.
         plans: Number of plans that are tried.
+        metric: What an error counts: moment (and a forward pass per weight) or fisher, which needs torch.
         assign: How ``quantize-weights`` behind it will choose codes: search or gptq.
         target: Whose costs of formats `time` refers to.
         exclude: Regular expressions of sites or weights to leave as they are.
@@ -85,6 +93,7 @@ class Allocate(Pass):
         "int8:g128:f16",
     )
     plans: int = 3
+    metric: str = "moment"
     assign: str = "search"
     target: str = "ort-cpu"
     exclude: tuple[str, ...] = ()
@@ -97,6 +106,8 @@ class Allocate(Pass):
             )
         if self.assign not in ("search", "gptq"):
             raise InputError(f"Expected codes chosen by search or gptq, found {self.assign!r}.")
+        if self.metric not in ("moment", "fisher"):
+            raise InputError(f"Expected a metric of moment or fisher, found {self.metric!r}.")
         if self.target not in TARGETS:
             raise InputError(f"Expected a target among {', '.join(TARGETS)}, found {self.target!r}.")
         check_patterns(self.exclude)
@@ -104,19 +115,26 @@ class Allocate(Pass):
             Format.parse(text)
 
     def needs(self, model: ir.Model) -> list[Request]:
+        if self.metric == "fisher":
+            return []
         found = (use.statistic(Statistic.SECOND_MOMENT) for use in weight_uses(model))
         return [request for request in found if request is not None]
+
+    @property
+    def calibration_tokens(self) -> int:
+        return _FISHER_TOKENS if self.metric == "fisher" else super().calibration_tokens
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
         units, sites = self._units(weight_uses(model), context)
         if not units:
             return Result.of(model, sites)
+        tried, judged = _batches(model, context)
+        information = self._information(model, units, context, tried)
         for done, unit in enumerate(units):
             context.progress(done, 2 * len(units), unit.name)
-            unit.measure(context)
-        tried, judged = _batches(model, context)
-        weights = self._weights(model, units, context, tried)
+            unit.measure(context, information)
+        weights = [self._left(unit) for unit in units] if information else self._weights(model, units, context, tried)
         options = [
             [
                 Option(weight * o.error, {"bits": o.bits, "time": o.time} if self.time else {"bits": o.bits})
@@ -163,9 +181,21 @@ class Allocate(Pass):
             context.progress(len(units) + done, 2 * len(units), unit.name)
             option = min(unit.options, key=lambda o: abs(o.bits / unit.elements - self.bits))
             moved = trial.divergence(dict.fromkeys(unit.numbers, option.format))
-            left = _FEEDBACK if self.assign == "gptq" and not unit.looked_up else 1.0
-            weights.append(left * max(moved, 0.0) / max(option.error, 1e-30))
+            weights.append(self._left(unit) * max(moved, 0.0) / max(option.error, 1e-30))
         return weights
+
+    def _left(self, unit: _Unit) -> float:
+        """What codes that are chosen as they will be leave of an error of nearest codes."""
+        return _FEEDBACK if self.assign == "gptq" and not unit.looked_up else 1.0
+
+    def _information(
+        self, model: ir.Model, units: Sequence[_Unit], context: Context, batches: Sequence
+    ) -> Mapping[ir.Value, ir.TensorProtocol]:
+        """The Fisher information of each weight, if that is what errors count by."""
+        if self.metric != "fisher":
+            return {}
+        given = batches if context.calibration is None else context.calibration
+        return fisher(model, [unit.weight for unit in units], given, context.seed, context.threads)
 
 
 @dataclasses.dataclass
@@ -227,12 +257,23 @@ class _Unit:
                     _Choice(format, format.stored_bits(weight.shape), per_weight * self.elements)  # type: ignore[arg-type]
                 )
 
-    def measure(self, context: Context) -> None:
-        """Quantizes the weight to each format, to know the error."""
+    @property
+    def weight(self) -> Weight:
         weight = self._uses[0].weight
         assert weight is not None
+        return weight
+
+    def measure(self, context: Context, information: Mapping[ir.Value, ir.TensorProtocol]) -> None:
+        """Quantizes the weight to each format, to know the error.
+
+        Args:
+            context: Has second moments.
+            information: The Fisher information of single weights, to count by that instead.
+        """
+        weight = self.weight
         requests = (use.statistic(Statistic.SECOND_MOMENT) for use in self._uses)
         known = [context.statistics[r] for r in requests if r is not None and r in context.statistics]
+        known = [information[weight.value].numpy()] if weight.value in information else known
         metric = known[0] if known else None
         numbers = weight.raw()
         for option in self.options:

@@ -105,6 +105,44 @@ def test_the_outputs_move_less_than_with_one_format_of_as_many_bits() -> None:
     assert planned.differences[0].sqnr > uniform.differences[0].sqnr
 
 
+def test_fisher_information_tells_the_same_without_a_trial_of_each_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="gradients need torch")
+    monkeypatch.setattr(Trial, "divergence", None)
+    model, (plan, _) = run(network(), Allocate(bits=5.0, metric="fisher", plans=1), QuantizeWeights())
+    assert 4.5 < bits(model) <= 5.0
+    size = {name: Format.parse(f).values.bits for name, f in formats(plan).items()}
+    assert size["layer1"] < min(size["layer0"], size["layer2"])
+
+
+def test_formats_may_have_low_rank_terms() -> None:
+    """LQ-LoRA: configurations of NF with a low-rank term, within a size."""
+    choices = tuple(f"nf{b}:g{g}:q8x16+lowrank2" for b in (2, 3, 4) for g in (16, 64))
+    model, (plan, done) = run(network(), Allocate(bits=5.5, formats=choices, plans=2), QuantizeWeights())
+    assert formats(plan) == formats(done)
+    assert len(set(formats(plan).values())) > 1
+    assert bits(model) <= 5.5
+
+
+def test_groups_of_columns_may_have_widths_of_their_own() -> None:
+    """SliM-LLM: within a weight, as many columns with a bit more as with one less; how many is chosen."""
+    mixes = [f"mid1:g16:f16+columns{100 - p}:uint2:g16:f16+columns{100 * p / (100 - p):.1f}:uint3:g16:f16"
+             for p in (10, 25)]  # fmt: skip
+    choices = ("uint2:g16:f16", *mixes)
+    _, (plan, done) = run(network(), Allocate(bits=3.9, formats=choices, plans=2), QuantizeWeights())
+    assert formats(plan) == formats(done)
+    assert set(formats(plan).values()) <= set(choices)
+
+
+def test_parts_of_a_network_may_have_budgets_of_their_own() -> None:
+    """MixDQ: two programs, one behind the other."""
+    steps = Allocate(bits=3.2, exclude=("table", "head")), Allocate(bits=6.0, exclude=("layer",)), QuantizeWeights()
+    model, _ = run(network(), *steps)
+    stored = {u.weight.name: (u.weight.stored_bytes * 8, u.weight.shape) for u in weight_uses(model) if u.weight}
+    for part, budget in ((["layer0", "layer1", "layer2"], 3.2), (["table", "head"], 6.0)):
+        total = sum(n for name, (n, _) in stored.items() if name in part)
+        assert budget - 1 < total / sum(s[0] * s[1] for name, (_, s) in stored.items() if name in part) <= budget
+
+
 def test_a_shared_weight_has_one_format() -> None:
     model, (plan, _) = run(network(tied=True), Allocate(bits=4.5), QuantizeWeights())
     uses = [
@@ -177,7 +215,15 @@ def test_nothing_is_planned_twice() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"bits": 0.0}, {"time": -1.0}, {"formats": ()}, {"formats": ("int99",)}, {"target": "x"}, {"assign": "x"}],
+    [
+        {"bits": 0.0},
+        {"time": -1.0},
+        {"formats": ()},
+        {"formats": ("int99",)},
+        {"target": "x"},
+        {"assign": "x"},
+        {"metric": "x"},
+    ],
 )
 def test_impossible_options_are_refused(options: dict) -> None:
     with pytest.raises(InputError):

@@ -162,9 +162,9 @@ def _ort_web(options: str) -> Backend:
 
 
 def _ort_npu(options: str) -> Backend:
-    from qc.backends.ort.npu.backend import OrtNpu
+    from qc.backends.ort.npu.backend import parse
 
-    return OrtNpu.parse(options)
+    return parse(options)
 
 
 def _tvm_cpu(options: str) -> Backend:

@@ -35,7 +35,8 @@ def build_report(
     Returns:
         ``summary``, ``accuracy``, ``passes``, ``sites`` (of all passes, flat) and ``coverage``; JSON values only.
     """
-    sizes = {p.name: p.stat().st_size for p in sorted(directory.iterdir()) if p.name.startswith("model")}
+    files = [p for p in sorted(directory.iterdir()) if p.name.startswith("model") or p.suffix == ".onnx"]
+    sizes = {p.name: p.stat().st_size for p in files}
     return _finite(
         {
             "summary": {

@@ -136,7 +136,7 @@ def _mask(
         raise Decline("its mask has another number of heads")
     added.shape = shape
     if may_stay_outside(added):
-        put_outside(added)
+        put_outside(added, LOWEST)
     if group == 1 or (shape[1] == 1 and shape[2] == 1):
         return added
     if shape[1] != 1:

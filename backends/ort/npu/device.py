@@ -1,4 +1,4 @@
-"""ONNX Runtime with an NPU behind it, or the NPU's simulator."""
+"""ONNX Runtime with an NPU behind it, with the NPU's simulator, or alone where neither exists."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from qc.ir.errors import UnsupportedError
 from qc.ir.runtime import describe
 
-__all__ = ["PACKAGE", "NpuSession", "context_file", "is_simulator", "write_context"]
+__all__ = ["PACKAGE", "CpuSession", "FixedSession", "NpuSession", "is_simulator", "open_session", "write_context"]
 
 PACKAGE = ("onnxruntime-qnn", "2.7")
 """The package with the plugin for Qualcomm's NPUs, and the lowest version that runs what we emit."""
@@ -24,6 +24,59 @@ PACKAGE = ("onnxruntime-qnn", "2.7")
 _PROVIDER = "QNNExecutionProvider"
 
 _MOST_NAMED = 8
+
+
+class FixedSession(Protocol):
+    """A loaded graph of fixed shapes.
+
+    Attributes:
+        inputs: The shape of each input.
+    """
+
+    inputs: Mapping[str, tuple[int, ...]]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs once on arrays of the fixed shapes."""
+        ...
+
+
+def open_session(file: Path, facts: Mapping[str, Any], threads: int) -> FixedSession:
+    """Loads one of the graphs of an artifact: on the NPU if it is for Qualcomm's, else on the processor.
+
+    Raises:
+        UnsupportedError: If the NPU does not take a node, or there is none.
+    """
+    if facts["unit"] != "qnn":
+        return CpuSession(file, threads)
+    return NpuSession(_context_file(file) if facts["context"] else file, facts["soc"])
+
+
+class CpuSession:
+    """A model on the processor.
+
+    Attributes:
+        inputs: The shape of each input.
+    """
+
+    def __init__(self, file: Path, threads: int) -> None:
+        """Loads a model.
+
+        Args:
+            file: The model.
+            threads: Threads within an operator; 0 for one per core.
+        """
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        self._session = ort.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+        self.inputs = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs once."""
+        return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
 
 
 class NpuSession:
@@ -62,7 +115,7 @@ class NpuSession:
         return dict(zip(self.outputs, self._session.run(None, dict(inputs)), strict=True))
 
 
-def context_file(file: Path) -> Path:
+def _context_file(file: Path) -> Path:
     """The file that loads what a graph was compiled to; the compiled code lies beside it."""
     return file.with_name(f"{file.stem}_ctx.onnx")
 
@@ -75,7 +128,7 @@ def write_context(file: Path, soc: int) -> None:
     Raises:
         UnsupportedError: If there is no NPU, nor its simulator.
     """
-    entries = {"ep.context_enable": "1", "ep.context_embed_mode": "0", "ep.context_file_path": str(context_file(file))}
+    entries = {"ep.context_enable": "1", "ep.context_embed_mode": "0", "ep.context_file_path": str(_context_file(file))}
     _session(file, soc, {"session.disable_cpu_ep_fallback": "1", **entries})
 
 

@@ -11,69 +11,85 @@ from typing import Any
 import onnx_ir as ir
 
 from qc.backends.manifest import dump_json
-from qc.backends.ort.emit import stripped_copy
-from qc.backends.ort.npu.device import write_context
+from qc.backends.ort.emit import WEIGHTS, stripped_copy
+from qc.backends.ort.npu.fixed import FixedShapes
+from qc.backends.ort.npu.outside import padding
 from qc.backends.ort.npu.shapes import Dimensions, graph_sizes
 from qc.backends.ort.npu.split import PAST, cache_grids, inside, outside
+from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model, Port, port_of
 
 __all__ = ["FACTS", "OUTER", "emit"]
 
 FACTS, OUTER = "npu.json", "inputs.onnx"
 
+_LARGEST = (1 << 31) - (64 << 20)
+"""Bytes of weights in one file, which may not reach 2 GiB, with room for the graph."""
+
 
 def emit(
-    model: Model,
-    directory: Path,
-    *,
-    soc: int,
-    length: int,
-    prefill: int,
-    cache: int,
-    context: bool,
-    sizes: Mapping[str, int],
-) -> None:
+    model: Model, directory: Path, shapes: FixedShapes, facts: Mapping[str, Any], *, whole: bool = False
+) -> list[Path]:
     """Writes everything into an existing directory.
 
     Args:
         model: A lowered model; unchanged.
         directory: Where to.
-        soc: The chip.
-        length: Positions of an encoder.
-        prefill: Positions that a decoder takes at once.
-        cache: Positions that its cache holds.
-        context: Whether to write what the graphs are compiled to.
-        sizes: Sizes of further symbolic dimensions.
+        shapes: The target, which says how long texts are.
+        facts: What the runner must know about the unit.
+        whole: Whether each graph holds its weights, instead of one file beside them.
+
+    Returns:
+        The graphs.
     """
     written = stripped_copy(model, directory)
     signature = written.signature
-    dimensions = Dimensions(signature, sizes)
-    graphs = graph_sizes(signature, length=length, prefill=prefill, cache=cache)
+    dimensions = Dimensions(signature, shapes.sizes)
+    graphs = graph_sizes(signature, length=shapes.length, prefill=shapes.prefill, cache=shapes.cache)
+    if whole:
+        _require_small(directory / WEIGHTS)
     for graph in graphs:
         fixed = inside(written, dimensions.sizes(graph))
         fixed.graph.name = graph.file.removesuffix(".onnx")
-        ir.save(fixed, directory / graph.file)
-        if context:
-            write_context(directory / graph.file, soc)
+        _save(fixed, directory / graph.file, whole)
     outer = outside(written)
     if outer is not None:
-        ir.save(outer, directory / OUTER)
-    made = [port_of(v) for v in outer.graph.outputs] if outer is not None else []
-    facts = {
-        "soc": soc,
-        "context": context,
+        _save(outer, directory / OUTER, whole)
+    made = outer.graph.outputs if outer is not None else []
+    ports = [port_of(v) for v in made]
+    found = {
+        "unit": shapes.kind,
+        **facts,
         "inputs": [_port(p) for p in signature.inputs],
         "outputs": [_port(p) for p in signature.outputs],
         "provenance": written.provenance,
         "graphs": [dataclasses.asdict(g) for g in graphs],
-        "axes": {p.name: dimensions.of(p.shape, p.name) for p in (*signature.inputs, *made)},
-        "outside": [p.name for p in made],
+        "axes": {p.name: dimensions.of(p.shape, p.name) for p in (*signature.inputs, *ports)},
+        "outside": {v.name: padding(v) for v in made},
         "past_length": PAST,
         "caches": cache_grids(written),
     }
-    (directory / FACTS).write_text(dump_json(facts), "utf-8", newline="\n")
+    (directory / FACTS).write_text(dump_json(found), "utf-8", newline="\n")
+    if whole:
+        (directory / WEIGHTS).unlink(missing_ok=True)
     for name, source in sorted(model.assets.items()):
         shutil.copyfile(source, directory / name)
+    return [directory / g.file for g in graphs]
+
+
+def _save(model: Model, file: Path, whole: bool) -> None:
+    if whole:
+        ir.external_data.load_to_model(model)
+    ir.save(model, file)
+
+
+def _require_small(weights: Path) -> None:
+    size = weights.stat().st_size if weights.is_file() else 0
+    if size > _LARGEST:
+        raise UnsupportedError(
+            f"Expected less than 2 GiB of weights, which each graph holds itself, found {size} bytes. Choose fewer "
+            "bits."
+        )
 
 
 def _port(port: Port) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.ort.npu.attention import MASKED
-from qc.backends.ort.npu.outside import OUTSIDE, outside_nodes, outside_values
+from qc.backends.ort.npu.outside import OUTSIDE, outside_nodes, outside_values, put_outside
 from qc.ir.errors import InputError
 from qc.ir.quant import read_weight
 from qc.ir.simplify import infer_shapes
 from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result, Site
-from qc.passes.canonicalize._graph import add_constant, drop_unused
+from qc.passes.canonicalize._graph import add_constant, drop_unused, made_by
 from qc.passes.quantize._ranges import Grid
 from qc.passes.quantize._static import pair
 from qc.passes.statistics import Request, Statistic
@@ -65,12 +65,14 @@ class QuantizeValues(Pass):
     Attributes:
         bits: 16 or 8.
         margin: Factor on ranges that were observed.
+        products: Whether only what convolutions with integer weights read and yield is put on grids.
     """
 
     contract: ClassVar[Contract] = Lossy()
 
     bits: int = 16
     margin: float = 1.1
+    products: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (8, 16):
@@ -80,12 +82,12 @@ class QuantizeValues(Pass):
 
     def needs(self, model: ir.Model) -> list[Request]:
         infer_shapes(model)
-        observed = [_observed(group) for group in _Groups(model).groups]
+        observed = [_observed(group) for group in _Groups(model, self.products).groups]
         return [r for value in observed if value is not None for r in _requests(value)]
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
-        groups = _Groups(model)
+        groups = _Groups(model, self.products)
         grids = self._grids(groups, context)
         sites = []
         for group in groups.groups:
@@ -98,7 +100,8 @@ class QuantizeValues(Pass):
                 details = {"bits": grid.bits, "scale": float(grid.scale), "zero_point": int(grid.zero)}
                 _put(model, value, grid, groups.outside)
                 sites.append(Site(str(value.name), Outcome.CHANGED, details=details))
-        self._constants(model, groups.outside, context)
+        if not self.products:
+            self._constants(model, groups.outside, context)
         result = Result.of(model, sites)
         if result.modified:
             drop_unused(model)
@@ -168,7 +171,7 @@ class _Groups:
         groups: Lists of values.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, products: bool) -> None:
         graph = model.graph
         self.outside = outside_nodes(graph)
         marked = set(outside_values(graph))
@@ -178,6 +181,9 @@ class _Groups:
         for value in (*graph.inputs, *made, *marked):
             if value.dtype == ir.DataType.FLOAT and value.name not in graph.initializers and not _only_rounded(value):
                 self._parent[value] = value
+        if products:
+            ends = {v for n in nodes if _is_product(n) for v in (n.inputs[0], n.outputs[0])}
+            self._parent = {v: v for v in self._parent if v in ends}
         for node in nodes:
             if node.domain == "" and node.op_type in _MOVING and node not in self.outside:
                 self._join(node)
@@ -212,6 +218,10 @@ class _Groups:
         while self._parent[value] is not value:
             value = self._parent[value]
         return value
+
+
+def _is_product(node: ir.Node) -> bool:
+    return node.op_type == "Conv" and node.domain == "" and made_by(node.inputs[1], "DequantizeLinear") is not None
 
 
 def _only_rounded(value: ir.Value) -> bool:
@@ -252,7 +262,8 @@ def _put(model: ir.Model, value: ir.Value, grid: Grid, outside: set[ir.Node]) ->
     quantize, decode = pair(model, value, grid, str(value.name))
     codes, decoded = quantize.outputs[0], decode.outputs[0]
     if OUTSIDE in value.metadata_props:
-        codes.metadata_props[OUTSIDE] = value.metadata_props.pop(OUTSIDE)
+        del value.metadata_props[OUTSIDE]
+        put_outside(codes)
     readers = [u for u in value.uses() if u.node is not quantize and u.node not in outside]
     for use in readers:
         use.node.replace_input_with(use.idx, decoded)

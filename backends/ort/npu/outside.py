@@ -1,8 +1,8 @@
 """What an NPU does not compute: masks and positions, which depend on lengths and not on activations.
 
 They come out of a small graph of integers that runs on the processor beside the NPU, before each run, at the true
-length of the text. So the NPU's graph has fixed shapes and no integer arithmetic, and the padding of its inputs is zero
-everywhere: the code 0 of a mask is its lowest value, which hides a position.
+length of the text. So the NPU's graph has fixed shapes and no integer arithmetic. Its inputs are padded with zeros: the
+code 0 of a mask is its lowest value, which hides a position. Only a mask of floats is padded with that value itself.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import onnx_ir as ir
 from qc.ir import dialect
 from qc.ir.quant import read_weight
 
-__all__ = ["OUTSIDE", "may_stay_outside", "outside_nodes", "outside_values", "put_outside"]
+__all__ = ["OUTSIDE", "may_stay_outside", "outside_nodes", "outside_values", "padding", "put_outside"]
 
 OUTSIDE = "qc.outside"
-"""Metadata property of a value that is computed beside the NPU."""
+"""Metadata property of a value that is computed beside the NPU: what is put behind its end to fit a fixed shape."""
 
 _COMPUTING = frozenset(
     {
@@ -34,9 +34,14 @@ _COMPUTING = frozenset(
 _LARGEST = 1 << 22  # elements; a table of rotations for 32768 positions of 128 channels
 
 
-def put_outside(value: ir.Value) -> None:
+def put_outside(value: ir.Value, padding: float = 0.0) -> None:
     """Marks a value, for which `may_stay_outside` is true."""
-    value.metadata_props[OUTSIDE] = "true"
+    value.metadata_props[OUTSIDE] = repr(padding)
+
+
+def padding(value: ir.Value) -> float:
+    """What is put behind the end of a marked value."""
+    return float(value.metadata_props[OUTSIDE])
 
 
 def outside_values(graph: ir.Graph) -> list[ir.Value]:

@@ -1,7 +1,8 @@
-"""Runs graphs of fixed shapes on an NPU as if they had the shapes of the model.
+"""Runs graphs of fixed shapes as if they had the shapes of the model.
 
 Rows of a batch run one after the other. A text is cut into pieces that a graph takes; a piece that is shorter is padded
-behind its end with zeros, in every input. Positions of the cache that hold nothing are zeros too: the mask hides them.
+behind its end, masks with what hides a position, all else with zeros. Positions of the cache that hold nothing are
+zeros too.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import onnx_ir as ir
 
 from qc.backends.decoding import context_limit, greedy, pick, plan
 from qc.backends.inputs import check_inputs, text_inputs
-from qc.backends.ort.npu.device import NpuSession, context_file
+from qc.backends.ort.npu.device import CpuSession, FixedSession, open_session
 from qc.backends.ort.npu.emit import FACTS, OUTER
 from qc.backends.ort.npu.shapes import GraphSizes
 from qc.ir.errors import InputError
 from qc.ir.model import Port, Signature
 
-__all__ = ["NpuRunner", "read_facts"]
+__all__ = ["FixedRunner", "read_facts"]
 
 _ALONG_TEXT = frozenset({"tokens", "positions", "token_types"})
 """Roles of inputs that have one entry for each new token."""
 
 
-class NpuRunner:
+class FixedRunner:
     """A loaded artifact.
 
     Attributes:
@@ -49,14 +50,14 @@ class NpuRunner:
         facts = read_facts(directory)
         self.signature = Signature(tuple(map(_port, facts["inputs"])), tuple(map(_port, facts["outputs"])))
         graphs = [GraphSizes(**g) for g in facts["graphs"]]
-        files = [context_file(directory / g.file) if facts["context"] else directory / g.file for g in graphs]
-        self._graphs = [(g, NpuSession(f, facts["soc"])) for g, f in zip(graphs, files, strict=True)]
+        self._graphs = [(g, open_session(directory / g.file, facts, threads)) for g in graphs]
         self._limit = graphs[0].past or graphs[0].new
         self.provenance: Mapping[str, str] = facts["provenance"]
         self._axes: dict[str, list[str]] = facts["axes"]
+        self._padding: dict[str, float] = facts["outside"]
         self._caches: dict[str, dict[str, Any]] = facts["caches"]
         self._past: str = facts["past_length"]
-        self._outer = _Outer(directory / OUTER, facts["outside"], threads) if facts["outside"] else None
+        self._outer = _Outer(directory / OUTER, threads) if facts["outside"] else None
 
     def prepare(self, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
         """Nothing: every run is for itself."""
@@ -127,11 +128,15 @@ class NpuRunner:
 
     def _encode(self, name: str, array: np.ndarray) -> np.ndarray:
         grid = self._caches[name]
+        if "scale" not in grid:
+            return array.astype(grid["dtype"])
         codes = np.rint(array / np.float32(grid["scale"])) + grid["zero_point"]
         return np.clip(codes, 0, np.iinfo(grid["dtype"]).max).astype(grid["dtype"])
 
     def _decode(self, name: str, codes: np.ndarray) -> np.ndarray:
         grid = self._caches[name]
+        if "scale" not in grid:
+            return codes.astype(np.float32)
         return (codes.astype(np.float32) - grid["zero_point"]) * np.float32(grid["scale"])
 
     def _text(
@@ -153,7 +158,7 @@ class NpuRunner:
             done += count
         return {n: np.concatenate([f[n] for f in found], 1) if len(found) > 1 else a for n, a in found[0].items()}
 
-    def _choose(self, count: int) -> tuple[GraphSizes, NpuSession]:
+    def _choose(self, count: int) -> tuple[GraphSizes, FixedSession]:
         """The smallest graph that takes `count` positions, or the largest of all."""
         fitting = [g for g in self._graphs if g[0].new >= count]
         return min(fitting or self._graphs, key=lambda g: g[0].new if fitting else -g[0].new)
@@ -169,7 +174,7 @@ class NpuRunner:
 
     def _piece(
         self,
-        session: NpuSession,
+        session: FixedSession,
         graph: GraphSizes,
         inputs: dict[str, np.ndarray],
         count: int,
@@ -190,7 +195,8 @@ class NpuRunner:
 
     def _pad(self, name: str, array: np.ndarray, shape: tuple[int, ...], graph: GraphSizes, past: int) -> np.ndarray:
         """Fits an input to its fixed shape; positions of the cache and new ones keep their beginnings."""
-        padded = np.zeros(shape, np.int32 if array.dtype == np.int64 else array.dtype)
+        dtype = np.int32 if array.dtype == np.int64 else array.dtype
+        padded = np.full(shape, self._padding.get(name, 0), dtype)
         places = []
         for meaning, size in zip(self._axes[name], array.shape, strict=True):
             behind = np.arange(size)
@@ -202,19 +208,11 @@ class NpuRunner:
 class _Outer:
     """The graph beside the NPU."""
 
-    def __init__(self, file: Path, outputs: list[str], threads: int) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = threads
-        self._session = ort.InferenceSession(str(file), options, ["CPUExecutionProvider"])
-        self._inputs = {i.name for i in self._session.get_inputs()}
-        self._outputs = outputs
+    def __init__(self, file: Path, threads: int) -> None:
+        self._session = CpuSession(file, threads)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        given = {n: a for n, a in inputs.items() if n in self._inputs}
-        return dict(zip(self._outputs, self._session.run(self._outputs, given), strict=True))
+        return self._session.run({n: a for n, a in inputs.items() if n in self._session.inputs})
 
 
 def _part(array: np.ndarray, axes: Sequence[str], start: int, count: int) -> np.ndarray:

@@ -19,6 +19,9 @@ PAST = "past_length"
 """Name of the input of the outer graph that tells how many positions the cache holds."""
 
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear")
+_LOOKING_UP = ("Gather", "GatherBlockQuantized")
+_HOLDING = (*_ROUNDING, "Cast")
+"""Operators between what a cache holds and what the model yields."""
 
 
 def outside(model: Model) -> Model | None:
@@ -129,7 +132,8 @@ def inside(model: Model, sizes: Mapping[str, int]) -> Model:
     """The graph on the NPU, at fixed shapes; the model is unchanged.
 
     * What is computed beside the NPU is an input, and tokens are int32.
-    * A cache goes in as codes, and the codes of the new positions come out: the caller puts them behind the old ones.
+    * A cache goes in as it is held inside, as codes or floats, and the new positions come out: the caller puts them
+      behind the old ones.
     * Everything that depends on shapes alone is a constant.
 
     Args:
@@ -177,41 +181,38 @@ def _cut(graph: ir.Graph, value: ir.Value) -> None:
     graph.inputs.append(new)
 
 
-def _cache_codes(past: ir.Value, present: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The codes of a cache's input, and those of the new positions behind it.
+def _cache_ends(past: ir.Value, present: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """What a cache holds inside (codes, halves, or the input itself), and the new positions behind it.
 
     Raises:
         UnsupportedError: If the cache is not simply appended to.
     """
     joined = present.producer()
-    while joined is not None and joined.op_type in _ROUNDING:
+    while joined is not None and joined.op_type in _HOLDING:
         joined = joined.inputs[0].producer()
     readers = [u.node for u in past.uses() if u.node.op_type != "Shape"]
-    quantize = readers[0] if [n.op_type for n in readers] == ["QuantizeLinear"] else None
-    decoded = quantize.outputs[0].uses()[0].node.outputs[0] if quantize is not None else None
-    if (
-        quantize is None
-        or joined is None
-        or joined.op_type != "Concat"
-        or joined.inputs[0] is not decoded
-        or len(joined.inputs) != 2
-    ):
+    held, decoded = past, past
+    if [n.op_type for n in readers] == ["QuantizeLinear"]:
+        held = readers[0].outputs[0]
+        decoded = held.uses()[0].node.outputs[0]
+    elif [n.op_type for n in readers] == ["Cast"]:
+        held = decoded = readers[0].outputs[0]
+    if joined is None or joined.op_type != "Concat" or joined.inputs[0] is not decoded or len(joined.inputs) != 2:
         raise UnsupportedError(
             f"Expected a cache that new positions are appended to, found another use of {past.name!r}. Compile for "
             "another target."
         )
-    new = made_by(joined.inputs[1], "DequantizeLinear")
-    assert new is not None
-    return quantize.outputs[0], new.inputs[0]
+    new = made_by(joined.inputs[1], "DequantizeLinear") if decoded is not held else None
+    return held, new.inputs[0] if new is not None else joined.inputs[1]
 
 
 def _cut_cache(graph: ir.Graph, past: ir.Value, present: ir.Value) -> None:
-    """Turns a cache's input into codes, and its output into the codes of the new positions."""
-    codes, new = _cache_codes(past, present)
-    held = ir.Value(name=past.name, type=codes.type, shape=past.shape)
+    """Turns a cache's input into what it holds inside, and its output into the new positions."""
+    inner, new = _cache_ends(past, present)
+    held = ir.Value(name=past.name, type=inner.type, shape=past.shape)
     held.metadata_props.update(past.metadata_props)
     past.name = f"{past.name}.exact"
-    codes.replace_all_uses_with(held)
+    inner.replace_all_uses_with(held)
     past.replace_all_uses_with(held)  # what asks for its shape
     inputs, outputs = graph.inputs, graph.outputs
     place = [v is past for v in inputs].index(True)
@@ -225,7 +226,7 @@ def _cut_cache(graph: ir.Graph, past: ir.Value, present: ir.Value) -> None:
 def _narrow(graph: ir.Graph, value: ir.Value) -> None:
     """Makes an input of token ids int32, which is what NPUs index with."""
     value.type = ir.TensorType(ir.DataType.INT32)  # not in place: copies of a graph share types
-    others = [u for u in value.uses() if not (u.node.op_type == "Gather" and u.idx == 1)]
+    others = [u for u in value.uses() if not (u.node.op_type in _LOOKING_UP and u.idx == 1)]
     if not others:
         return
     cast = ir.node("Cast", [value], {"to": int(ir.DataType.INT64)})
@@ -244,6 +245,7 @@ def _fix(model: Model) -> None:
     from onnxscript.optimizer import fold_constants_ir
 
     logging.getLogger("onnxscript.optimizer._constant_folding").setLevel(logging.ERROR)
+    rows = {n: n.outputs[0].shape[-1] for n in model.graph if n.op_type == "GatherBlockQuantized"}
     for node in model.graph:
         for value in node.outputs:
             value.shape = None
@@ -256,6 +258,8 @@ def _fix(model: Model) -> None:
 
     for _ in range(4):
         infer_shapes(model)
+        for node, width in rows.items():  # which no schema of ONNX tells
+            node.outputs[0].shape = ir.Shape([*node.inputs[1].shape, width])
         modified = fold_constants_ir(
             model, onnx_shape_inference=False, output_size_limit=8192, should_fold=should_fold
         ).modified
@@ -289,18 +293,18 @@ def _fold_look_ups(model: Model) -> bool:
 
 
 def cache_grids(model: Model) -> dict[str, dict[str, object]]:
-    """The grid of each cache by the name of its input, with the name of the output that the new positions come in."""
+    """What each cache holds by the name of its input, with the name of the output that the new positions come in.
+
+    Codes have ``scale`` and ``zero_point``, floats have none.
+    """
     found: dict[str, dict[str, object]] = {}
     named = {v.name: v for v in (*model.graph.inputs, *model.graph.outputs)}
     for past, present in model.signature.caches:
-        codes, _ = _cache_codes(named[past.name], named[present.name])
-        quantize = codes.producer()
-        assert quantize is not None
-        scale, zero = (stored(v) for v in quantize.inputs[1:])
-        found[past.name] = {
-            "present": present.name,
-            "dtype": codes.dtype.numpy().name,
-            "scale": float(scale.numpy()),
-            "zero_point": int(zero.numpy()),
-        }
+        held, _ = _cache_ends(named[past.name], named[present.name])
+        facts: dict[str, object] = {"present": present.name, "dtype": held.dtype.numpy().name}
+        quantize = made_by(held, "QuantizeLinear")
+        if quantize is not None:
+            scale, zero = (stored(v) for v in quantize.inputs[1:])
+            facts |= {"scale": float(scale.numpy()), "zero_point": int(zero.numpy())}
+        found[past.name] = facts
     return found

@@ -27,7 +27,7 @@ from qc.passes.canonicalize._graph import add_constant, drop_unused, replace
 from qc.passes.quantize._ranges import Grid
 from qc.passes.quantize._static import pair
 
-__all__ = ["LowerWeights"]
+__all__ = ["LowerWeights", "decoded_weight"]
 
 _CODES = {4: ir.DataType.INT4, 8: ir.DataType.INT8, 16: ir.DataType.INT16}
 
@@ -84,6 +84,25 @@ def _transposed(graph: ir.Graph, weight: ir.Value, before: ir.Node) -> ir.Value:
     return node.outputs[0]
 
 
+def decoded_weight(
+    model: ir.Model, weight: Weight, context: Context, before: ir.Node, *, shape: tuple[int, ...]
+) -> ir.Value:
+    """A quantized weight as int8 with one scale per output channel, its first axis, behind a decode node.
+
+    Negative scales become negative codes, -128 becomes 127.
+
+    Args:
+        model: The model.
+        weight: The weight.
+        context: Where the codes are written.
+        before: The node that the decode node is put in front of.
+        shape: The shape to store it in, in the same order.
+    """
+    _, codes, scale = _encode(weight)
+    codes = np.clip(codes.reshape(weight.matrix) * np.sign(scale)[:, None], -128, 127)
+    return _behind_decode(model, f"{weight.name}.npu", codes.reshape(shape), np.abs(scale), context, before, 8, axis=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Held:
     """A weight as integer units read it.
@@ -121,17 +140,32 @@ def _decoded(model: ir.Model, weight: Weight, context: Context, before: ir.Node,
         scale = np.abs(scale)
     if transposed:
         codes = codes.T
-    graph, dtype, name = model.graph, _CODES[bits], f"{weight.name}.npu"
+    axis = 1 if transposed else 0
+    out = _behind_decode(model, f"{weight.name}.npu", codes, scale, context, before, bits, axis)
+    return _Held(out, signs, f"int{bits} per {'channel' if scale.ndim else 'tensor'}")
+
+
+def _behind_decode(
+    model: ir.Model,
+    name: str,
+    codes: np.ndarray,
+    scale: np.ndarray,
+    context: Context,
+    before: ir.Node,
+    bits: int,
+    axis: int,
+) -> ir.Value:
+    graph, dtype = model.graph, _CODES[bits]
     inputs = [
         add_constant(graph, f"{name}.codes", context.store.put(f"{name}.codes", codes.astype(dtype.numpy()), dtype)),
         add_constant(graph, f"{name}.scale", ir.tensor(scale)),
         add_constant(graph, f"{name}.zero_point", ir.tensor(np.zeros(scale.shape, dtype.numpy()), dtype=dtype)),
     ]
-    node = ir.node("DequantizeLinear", inputs, {"axis": 1 if transposed else 0} if scale.ndim else {})
+    node = ir.node("DequantizeLinear", inputs, {"axis": axis} if scale.ndim else {})
     out = node.outputs[0]
     out.name, out.dtype, out.shape = f"{name}.decoded", ir.DataType.FLOAT, ir.Shape(codes.shape)
     graph.insert_before(before, node)
-    return _Held(out, signs, f"int{bits} per {'channel' if scale.ndim else 'tensor'}")
+    return out
 
 
 def _look_up(model: ir.Model, node: ir.Node, context: Context) -> list[Site]:

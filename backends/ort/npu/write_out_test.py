@@ -8,6 +8,7 @@ import pytest
 
 from qc.backends.ort.npu.activations import WriteOutActivations
 from qc.backends.ort.npu.attention import LOWEST, WriteOutAttention
+from qc.backends.ort.npu.norms import CenterByHalves, WriteOutNormalizations
 from qc.backends.ort.npu.outside import outside_values
 from qc.backends.ort.npu.rotary import WriteOutRotary
 from qc.ir import dialect
@@ -137,3 +138,36 @@ def test_rotations_are_written_out(interleaved, width):
 def test_swish_becomes_a_sigmoid_and_a_product():
     model = _model("(float[2,8] x) => (float[2,8] y) { y = qc.Swish <alpha = 1.5> (x) }")
     assert _keeps(WriteOutActivations(), model, {"x": _floats(2, 8)}) == {"Mul": 2, "Sigmoid": 1}
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_written_out_on_demand(approximate):
+    model = _model(f'(float[n,8] x) => (float[n,8] y) {{ y = Gelu <approximate = "{approximate}"> (x) }}')
+    assert not WriteOutActivations()(model).modified
+    ops = _keeps(
+        WriteOutActivations(gelu=True), model, {"x": np.linspace(-12, 12, 800, dtype=np.float32).reshape(-1, 8)}
+    )
+    assert not {"Gelu", "Erf"} & set(ops)
+
+
+@pytest.mark.parametrize(
+    "call", ["LayerNormalization (x, g, b)", "LayerNormalization (x, g)", "RMSNormalization (x, g)"]
+)
+def test_normalizations_are_written_out(call):
+    model = _model(f"(float[n,3,8] x, float[8] g, float[8] b) => (float[n,3,8] y) {{ y = {call} }}")
+    ops = _keeps(WriteOutNormalizations(), model, {"x": 3 + _floats(4, 3, 8), "g": _floats(8), "b": _floats(8)})
+    assert set(ops) <= {"Add", "Div", "Mul", "ReduceMean", "Sqrt", "Sub"}
+
+
+def test_a_root_mean_square_is_that_of_a_value_and_its_negative():
+    model = _model("(float[n,3,8] x, float[8] g) => (float[n,3,8] y) { y = RMSNormalization <epsilon = 0.1> (x, g) }")
+    ops = _keeps(CenterByHalves(), model, {"x": 3 + _floats(4, 3, 8), "g": _floats(8)})
+    assert ops["LayerNormalization"] == 1
+
+
+@pytest.mark.parametrize("rewrite", [CenterByHalves(), WriteOutNormalizations()])
+def test_a_normalization_of_several_axes_is_left_alone(rewrite):
+    model = _model("(float[n,3,8] x, float[3,8] g) => (float[n,3,8] y) { y = RMSNormalization <axis = 1> (x, g) }")
+    result = rewrite(model)
+    assert not result.modified
+    assert "last axis" in result.sites[0].reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,14 +14,14 @@ import numpy as np
 from qc.backends.manifest import dump_json
 from qc.backends.tvm.apple import write_framework
 from qc.backends.tvm.isa import Isa
-from qc.backends.tvm.library import feeds_text, sources
-from qc.backends.tvm.lower import lower_to_program
+from qc.backends.tvm.library import Sources, feeds_text, sources
+from qc.backends.tvm.lower import Lowering, lower_to_program
 from qc.backends.tvm.program import Program
 from qc.backends.tvm.toolchain import Platform, compile_c, compile_kernels, run_tool
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model, Port
 
-__all__ = ["FACTS", "emit", "library_directory"]
+__all__ = ["EMULATED", "FACTS", "build_library", "emit", "library_directory", "write_facts", "write_sources"]
 
 FACTS, LIBRARY, WEIGHTS = "model.json", "libmodel.so", "model.weights"
 
@@ -45,30 +45,38 @@ def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: 
         exact: Whether products with quantized weights keep activations in float.
     """
     program, lowering = lower_to_program(model, isa, exact=exact)
+    kernels = {n: k[:2] for n, k in program.kernels.items()}
+    objects = compile_kernels(kernels, isa, platform.triples[isa.arch])
+    write_sources(directory, program, sources(model, lowering))
+    _build(directory, objects, isa, platform)
+    if platform.apple:
+        write_framework(compile_kernels(kernels, isa, platform.apple), directory)
+    write_facts(directory, model, lowering, level=isa.name, march=_MARCH[isa.name])
+
+
+def write_sources(directory: Path, program: Program, made: Sources) -> None:
+    """Writes the C files, and the weights that they are for."""
     too_large = next((b for b in program.blobs if b.bytes > _LARGEST), None)
     if too_large is not None:
         raise UnsupportedError(
             f"Expected weights of at most 2 GiB each, found one of {too_large.bytes} bytes once packed. Quantize it."
         )
-    kernels = {n: k[:2] for n, k in program.kernels.items()}
-    objects = compile_kernels(kernels, isa, platform.triples[isa.arch])
-    made = sources(model, lowering)
     digest = _write_weights(program, directory / WEIGHTS, made.model_id)
     (directory / "model.h").write_text(made.header, "utf-8", newline="\n")
     (directory / "model.c").write_text(made.with_hash(digest), "utf-8", newline="\n")
-    _build(directory, objects, isa, platform)
-    if platform.apple:
-        write_framework(compile_kernels(kernels, isa, platform.apple), directory)
+
+
+def write_facts(directory: Path, model: Model, lowering: Lowering, **more: object) -> None:
+    """Writes what the runner must know, and the files of the model that go along."""
     facts = {
         "inputs": [_port(p) for p in model.signature.inputs],
         "outputs": [_port(p) for p in model.signature.outputs],
         "provenance": model.provenance,
-        "dimensions": list(program.dims),
+        "dimensions": list(lowering.program.dims),
         "caches": [v.name for v in lowering.cached],
         "decoder": feeds_text(model, lowering),
-        "level": isa.name,
-        "march": _MARCH[isa.name],
-        "streamed_bytes": _streamed(program),
+        "streamed_bytes": _streamed(lowering.program),
+        **more,
     }
     (directory / FACTS).write_text(dump_json(facts), "utf-8", newline="\n")
     for name, source in sorted(model.assets.items()):
@@ -82,25 +90,41 @@ def library_directory(directory: Path, platform: Platform) -> Path:
 
 def _build(directory: Path, objects: Mapping[str, bytes], isa: Isa, platform: Platform) -> None:
     """Compiles the C source and links it with the kernels."""
-    work = directory / "objects"
+    tools = (platform.cc[isa.arch], platform.ar[isa.arch], platform.package)
+    build_library(directory, library_directory(directory, platform), objects, tools, [f"-march={_MARCH[isa.name]}"])
+
+
+def build_library(
+    directory: Path, place: Path, objects: Mapping[str, bytes], tools: tuple[str, str, str], flags: Sequence[str],
+    links: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Compiles ``model.c``, and links it to a shared and a static library.
+
+    Args:
+        directory: Where it lies.
+        place: Where the libraries go.
+        objects: Object files of kernels by name.
+        tools: The compiler, the archiver, and what to install where one is missing.
+        flags: Of the compiler.
+        links: Libraries beside those of C.
+    """
+    work, (cc, ar, package) = directory / "objects", tools
     work.mkdir()
+    place.mkdir(exist_ok=True)
     try:
         names = []
         for name, content in objects.items():
             (work / f"{name}.o").write_bytes(content)
             names.append(f"objects/{name}.o")
-        cc, ar = platform.cc[isa.arch], platform.ar[isa.arch]
-        flags = ["-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", f"-march={_MARCH[isa.name]}"]
-        compile_c([cc, *flags], directory, ["model.c", "model.h"], "objects/model.o", platform.package)
+        common = ["-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off"]
+        compile_c([cc, *common, *flags], directory, ["model.c", "model.h"], "objects/model.o", package)
         names.insert(0, "objects/model.o")
         link = ["-shared", "-s", "-Wl,-soname,libmodel.so", "-Wl,-z,noexecstack", "-Wl,-z,defs", "-Wl,--gc-sections"]
         exports = ["-Wl,--version-script=objects/exports"]
         (work / "exports").write_text("{ global: qc_*; local: *; };", "utf-8")
-        place = library_directory(directory, platform)
-        place.mkdir(exist_ok=True)
         shared, static = (str((place / n).relative_to(directory)) for n in (LIBRARY, "libmodel.a"))
-        run_tool([cc, *link, *exports, "-o", shared, *names, "-lm", "-lpthread"], directory, platform.package)
-        run_tool([ar, "rcsD", static, *names], directory, platform.package)
+        run_tool([cc, *link, *exports, "-o", shared, *names, *links, "-lm", "-lpthread"], directory, package)
+        run_tool([ar, "rcsD", static, *names], directory, package)
     finally:
         shutil.rmtree(work)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -17,7 +17,7 @@ from qc.backends.tvm.program import Buffer, Tensor
 from qc.backends.tvm.shapes import Dim
 from qc.ir.model import Model, Port
 
-__all__ = ["Sources", "feeds_text", "sources"]
+__all__ = ["Sources", "Writer", "feeds_text", "in_cache", "sources", "written"]
 
 DEFAULT_CONTEXT = 2048
 """Tokens that an instance holds unless told otherwise: as many as the model was made for, but no more than these."""
@@ -50,7 +50,11 @@ class Sources:
 
 def sources(model: Model, lowering: Lowering) -> Sources:
     """Writes the C files of a lowered program."""
-    writer = _Writer(model, lowering)
+    return written(Writer(model, lowering))
+
+
+def written(writer: Writer) -> Sources:
+    """The C files of a writer, with what identifies the model."""
     text = writer.source()
     model_id = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     return Sources(writer.header(), text.replace("@ID@", f"0x{model_id:016x}u"), model_id)
@@ -76,13 +80,22 @@ def _role(value: ir.Value) -> str:
     return value.metadata_props.get("qc.role", "other").partition(".")[0]
 
 
-class _Writer:
+class Writer:
+    """Writes the C files of a lowered program.
+
+    Attributes:
+        arrays: The caller's arrays as parameters of a run, by name.
+    """
+
+    arrays: Mapping[str, str] = {"inputs": "const void *const *inputs, ", "outputs": "void *const *outputs, "}
+
     def __init__(self, model: Model, lowering: Lowering) -> None:
         self.model, self.lowering, self.program = model, lowering, lowering.program
         self.decoder = feeds_text(model, lowering)
         self.names = list(self.program.dims.values())
 
     def header(self) -> str:
+        """``model.h``."""
         dims = [f"QC_DIM_{n.removeprefix('d_').upper()} = {i}" for i, n in enumerate(self.names)]
         dims.append(f"QC_DIMENSIONS = {len(self.names)}")
         lines = ["/* Sizes that are known when the library runs. */", f"enum {{ {', '.join(dims)} }};"]
@@ -97,7 +110,8 @@ class _Writer:
             decoder = f"enum {{ QC_VOCABULARY = {logits.shape[-1]} }};\n{template('decoder.h')}"
         return text.replace("@DECODER@", decoder)
 
-    def source(self) -> str:
+    def constants(self) -> list[str]:
+        """The sizes of everything."""
         signature = self.model.signature
         logits = signature.output("logits")
         constants = {
@@ -109,12 +123,22 @@ class _Writer:
         }
         lines = [f"enum {{ {', '.join(f'{k} = {v}' for k, v in constants.items())} }};"]
         lines.append(f"#define WEIGHT_BYTES ((uint64_t){self.program.weight_bytes}u)")
-        lines += ["#define MODEL_ID @ID@", "#define WEIGHT_HASH @HASH@", self._cpu()]
+        return [*lines, "#define MODEL_ID @ID@", "#define WEIGHT_HASH @HASH@"]
+
+    def source(self) -> str:
+        """``model.c``."""
+        lines = [*self.constants(), self._cpu()]
         none = "static int tiles_allowed(void) { return 0; }"
         lines.append(template("tiles.c") if self.program.isa.tiles else none)
-        text = template("runtime.c").replace("@CONSTANTS@", "\n".join(lines))
-        text = text.replace("@GENERATED@", "\n\n".join(self._generated()))
-        return text.replace("@DECODER@", template("decoder.c") if self.decoder else "")
+        return self.filled("runtime.c", "caches.c", lines)
+
+    def filled(self, runtime: str, caches: str, constants: Sequence[str]) -> str:
+        """The source: what differs, in what all libraries share."""
+        text = template(runtime).replace("@CONSTANTS@", "\n".join(constants))
+        for name in ("weights", "instances", "run"):
+            text = text.replace(f"@{name.upper()}@", template(f"{name}.c"))
+        text = text.replace("@GENERATED@", "\n\n".join(self.generated()))
+        return text.replace("@DECODER@", template("decoder.c") + template(caches) if self.decoder else "")
 
     def _cpu(self) -> str:
         """The check that the processor has the instructions of the level."""
@@ -134,11 +158,12 @@ class _Writer:
             "#else\nstatic int cpu_fits(void) { return 1; }\n#endif"
         )
 
-    def _generated(self) -> Iterable[str]:
-        yield "\n".join(self._kernels())
+    def generated(self) -> Iterable[str]:
+        """What differs between models."""
+        yield "\n".join(self.kernels())
         yield from self.program.functions.values()
         yield self._lifetimes()
-        yield self._sizes("buffer_sizes", "int64_t *size", self.program.arena)
+        yield self.sizes("buffer_sizes", "int64_t *size", self.program.arena)
         yield self._caches()
         yield self._ports()
         yield self._defaults()
@@ -146,7 +171,8 @@ class _Writer:
         if self.decoder:
             yield self._feeding()
 
-    def _kernels(self) -> Iterable[str]:
+    def kernels(self) -> Iterable[str]:
+        """How each kernel is called."""
         for name, (_, _, pointers, integers) in sorted(self.program.kernels.items()):
             types = ", ".join(["void *"] * pointers + ["int32_t"] * (integers + 2))
             arguments = [f"(void *)(uintptr_t)t->p[{i}]" for i in range(pointers)]
@@ -179,7 +205,8 @@ class _Writer:
         ]
         return "\n".join([*lines, "  (void)dims;"])
 
-    def _sizes(self, name: str, result: str, buffers: Sequence[Buffer]) -> str:
+    def sizes(self, name: str, result: str, buffers: Sequence[Buffer]) -> str:
+        """A function that yields the bytes of buffers."""
         body = "\n".join(f"  size[{i}] = {b.bytes.c};" for i, b in enumerate(buffers))
         skip = "  const int64_t qc_skip = 0; /* memory for all logits */\n  (void)size; (void)qc_skip;"
         return f"static void {name}(const int64_t *dims, {result}) {{\n{self._locals(body)}\n{skip}\n{body}\n}}"
@@ -231,11 +258,11 @@ class _Writer:
     def _ports(self) -> str:
         cached = self.lowering.cached
         inputs = ", ".join(str(int(v in cached)) for v in self.model.graph.inputs) or "0"
-        outputs = ", ".join(str(int(_in_cache(t))) for t in self.lowering.outputs) or "0"
+        outputs = ", ".join(str(int(in_cache(t))) for t in self.lowering.outputs) or "0"
         cases = []
         for i, tensor in enumerate(self.lowering.outputs):
             shape = tensor.shape
-            if _in_cache(tensor):
+            if in_cache(tensor):
                 past = next(v for v, t in cached.items() if t.buffer is tensor.buffer)
                 tokens = next(v for v in self.model.graph.inputs if _role(v) == "tokens")
                 held, new = self.lowering.get(past).shape, self.lowering.get(tokens).shape
@@ -275,11 +302,11 @@ class _Writer:
         extra = []
         if re.search(r"\bqc_room\b", body) or re.search(r"\bqc_batch\b", body):
             extra.append("  const int64_t qc_room = q->room, qc_batch = q->batch;\n  (void)qc_room; (void)qc_batch;")
+        arrays, unused = "".join(self.arrays.values()), " ".join(f"(void){n};" for n in ("q", *self.arrays, "qc_skip"))
         return (
-            "static int run(qc_instance *q, const int64_t *dims, const void *const *inputs, void *const *outputs, "
-            f"int64_t qc_skip) {{\n{self._locals(body)}\n"
+            f"static int run(qc_instance *q, const int64_t *dims, {arrays}int64_t qc_skip) {{\n{self._locals(body)}\n"
             + "\n".join(extra)
-            + f"\n  (void)q; (void)inputs; (void)outputs; (void)qc_skip;\n{body}\n  return QC_OK;\n}}"
+            + f"\n  {unused}\n{body}\n  return QC_OK;\n}}"
         )
 
     def _feeding(self) -> str:
@@ -321,7 +348,8 @@ def _apple_fits(isa: Isa) -> str:
     )
 
 
-def _in_cache(tensor: Tensor) -> bool:
+def in_cache(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a cache that the library keeps."""
     return tensor.buffer is not None and tensor.buffer.kind == "cache"
 
 

@@ -77,6 +77,7 @@ class LocalLibrary:
     def write_cache(self, index: int, content: np.ndarray) -> None:
         """Puts ``[batch, heads, length, channels]`` into a cache."""
         self._cache(index)[: content.shape[0], :, : content.shape[2]] = content
+        self._c.qc_cache_changed(self._instance, index)
 
     def read_cache(self, index: int, content: np.ndarray) -> None:
         """Takes ``[batch, heads, length, channels]`` out of a cache."""
@@ -126,4 +127,5 @@ def _declare(library: ctypes.CDLL) -> None:
     if hasattr(library, "qc_feed"):
         library.qc_feed.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         library.qc_cache.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
+        library.qc_cache_changed.argtypes = [ctypes.c_void_p, ctypes.c_int32]
         library.qc_cache.restype = ctypes.c_void_p

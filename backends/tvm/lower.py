@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.tvm.cpu_program import CpuProgram
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.program import C_TYPES, Buffer, Program, Tensor, dense
 from qc.backends.tvm.shapes import Dim, Size, c_name, dim, product
@@ -45,11 +46,11 @@ def operator(*names: str, domain: str = "") -> Callable[[Handler], Handler]:
     return register
 
 
-def supported() -> frozenset[tuple[str, str]]:
-    """The operators that can be lowered, by domain and name."""
+def supported() -> dict[tuple[str, str], Handler]:
+    """What lowers each operator, by domain and name."""
     for module in _MODULES:
         importlib.import_module(f"qc.backends.tvm.ops.{module}")
-    return frozenset(_HANDLERS)
+    return dict(_HANDLERS)
 
 
 def lower_to_program(model: Model, isa: Isa, *, exact: bool) -> tuple[Program, Lowering]:
@@ -63,7 +64,7 @@ def lower_to_program(model: Model, isa: Isa, *, exact: bool) -> tuple[Program, L
     Raises:
         UnsupportedError: If an operator, a type or a shape has no kernel; names the node.
     """
-    lowering = Lowering(model, isa, exact)
+    lowering = Lowering(model, CpuProgram(isa), exact)
     lowering.run()
     return lowering.program, lowering
 
@@ -82,9 +83,9 @@ class Lowering:
         outputs: Where the outputs of the model lie, in order.
     """
 
-    def __init__(self, model: Model, isa: Isa, exact: bool) -> None:
+    def __init__(self, model: Model, program: Program, exact: bool) -> None:
         self.model, self.exact = model, exact
-        self.program = Program(isa)
+        self.program = program
         self.done: set[ir.Node] = set()
         self._tensors: dict[ir.Value, Tensor] = {}
         self.outputs: list[Tensor] = []
@@ -97,20 +98,25 @@ class Lowering:
     @property
     def isa(self) -> Isa:
         """The level."""
+        assert isinstance(self.program, CpuProgram)
         return self.program.isa
+
+    def handlers(self) -> Mapping[tuple[str, str], Handler]:
+        """What lowers each operator, by domain and name."""
+        return supported()
 
     def run(self) -> None:
         """Lowers every node in order."""
-        handlers = supported()
+        handlers = self.handlers()
         self._check(handlers)
         for node in self.model.graph:
             if node in self.done or is_constant(node):
                 continue
             self.program.label = site_name(node)
-            _HANDLERS[node.domain, node.op_type](self, node)
+            handlers[node.domain, node.op_type](self, node)
         self._finish()
 
-    def _check(self, handlers: frozenset[tuple[str, str]]) -> None:
+    def _check(self, handlers: Mapping[tuple[str, str], Handler]) -> None:
         missing: dict[str, str] = {}
         for node in self.model.graph:
             if (node.domain, node.op_type) not in handlers and not is_constant(node):
@@ -135,7 +141,7 @@ class Lowering:
                     f"{value.name!r}."
                 )
             shape = tuple(self.dimension(d, value) for d in value.shape)
-            buffer = Buffer("input", number, product(shape) * C_TYPES[value.dtype][1])
+            buffer = Buffer("input", number, product(shape) * self.program.bytes_of(value.dtype))
             self._tensors[value] = Tensor(buffer, value.dtype, shape, dense(shape))
 
     def dimension(self, axis: int | ir.SymbolicDim, value: ir.Value) -> Dim:
@@ -213,9 +219,7 @@ class Lowering:
             numbers = np.array([v.constant for v in tensor.values], tensor.dtype.numpy())
             return self.program.array(numbers.reshape([s.constant for s in tensor.shape]), tensor.dtype)
         made = self.program.tensor(tensor.shape, tensor.dtype)
-        kind = C_TYPES[tensor.dtype][0]
-        lines = " ".join(f"p[{i}] = ({kind}){v.c};" for i, v in enumerate(tensor.values))
-        self.program.add(f"{{ {kind} *p = {made.c}; {lines} }}", [], [made])
+        self.program.write(made, tensor.values)
         return made
 
     def set(self, value: ir.Value, tensor: Tensor) -> None:
@@ -226,7 +230,7 @@ class Lowering:
         """A tensor for the output of a node: the caller's array if it is an output of the model."""
         sizes = tuple(map(dim, shape))
         if value in self._outputs and dtype in C_TYPES:
-            buffer = Buffer("output", self._outputs[value], product(sizes) * C_TYPES[dtype][1])
+            buffer = Buffer("output", self._outputs[value], product(sizes) * self.program.bytes_of(dtype))
             tensor = Tensor(buffer, dtype, sizes, dense(sizes))
         else:
             tensor = self.program.tensor(sizes, dtype)
@@ -274,5 +278,5 @@ class Lowering:
                 continue
             if tensor.buffer is None or (tensor.buffer.kind, tensor.buffer.index) != ("output", number):
                 tensor = self.stored(tensor)
-                buffer = Buffer("output", number, tensor.elements * C_TYPES[tensor.dtype][1])
+                buffer = Buffer("output", number, tensor.elements * self.program.bytes_of(tensor.dtype))
                 copy(self, tensor, Tensor(buffer, tensor.dtype, tensor.shape, dense(tensor.shape)))

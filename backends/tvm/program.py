@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.tvm.host import template
-from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.shapes import Dim, Size, dim, product
 from qc.ir.errors import UnsupportedError
 
-__all__ = ["C_TYPES", "Blob", "Buffer", "Program", "Statement", "Tensor", "dense"]
+__all__ = ["C_TYPES", "Blob", "Buffer", "Program", "Statement", "Tensor", "buffers_of", "dense"]
 
 C_TYPES = {
     ir.DataType.FLOAT: ("float", 4),
@@ -35,8 +33,8 @@ class Buffer:
     """Where values lie.
 
     Attributes:
-        kind: ``arena`` (planned memory), ``input``, ``output``, ``cache`` or ``weight``.
-        index: Number within its kind; the offset in bytes of a weight.
+        kind: ``arena`` (planned memory), ``input``, ``output``, ``cache``, ``weight``, or ``status`` (of a GPU).
+        index: Number within its kind; the offset in bytes of a weight that a processor reads.
         bytes: Its size.
     """
 
@@ -47,7 +45,14 @@ class Buffer:
     @property
     def c(self) -> str:
         """Its address in C."""
-        return {"arena": "A", "input": "I", "output": "O", "cache": "K", "weight": "W"}[self.kind] + f"({self.index})"
+        return {
+            "arena": "A",
+            "input": "I",
+            "output": "O",
+            "cache": "K",
+            "weight": "W",
+            "status": "S",
+        }[self.kind] + f"({self.index})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +148,9 @@ class Blob:
 class Program:
     """The statements of a library under construction, with everything that they need.
 
+    What a statement says depends on who computes: see `qc.backends.tvm.cpu_program`, `qc.backends.tvm.gpu.program`.
+
     Attributes:
-        isa: The level that kernels are made for.
         statements: In order.
         arena: Planned buffers.
         caches: Buffers of the cache, kept between runs.
@@ -155,8 +161,7 @@ class Program:
         dims: Names in C of the symbolic dimensions, by their names in the model.
     """
 
-    def __init__(self, isa: Isa) -> None:
-        self.isa = isa
+    def __init__(self) -> None:
         self.statements: list[Statement] = []
         self.arena: list[Buffer] = []
         self.caches: list[Buffer] = []
@@ -169,6 +174,10 @@ class Program:
         self.streamed: list[Buffer] = []
         self.label = ""
 
+    def bytes_of(self, dtype: ir.DataType) -> int:
+        """Bytes of an element in the library's memory."""
+        return C_TYPES[dtype][1]
+
     def tensor(self, shape: Sequence[Size], dtype: ir.DataType = ir.DataType.FLOAT) -> Tensor:
         """A new planned tensor."""
         if dtype not in C_TYPES:
@@ -177,7 +186,7 @@ class Program:
                 "The TVM target computes in float32."
             )
         sizes = tuple(map(dim, shape))
-        buffer = Buffer("arena", len(self.arena), product(sizes) * C_TYPES[dtype][1])
+        buffer = Buffer("arena", len(self.arena), product(sizes) * self.bytes_of(dtype))
         self.arena.append(buffer)
         return Tensor(buffer, dtype, sizes, dense(sizes))
 
@@ -196,8 +205,14 @@ class Program:
             self.blobs.append(Blob(offset, size, make))
             self._end = offset + size
             sizes = tuple(map(dim, shape))
-            self._blobs[key] = Tensor(Buffer("weight", offset, dim(size)), dtype, sizes, dense(sizes))
+            self._blobs[key] = Tensor(
+                Buffer("weight", self.weight_index(offset), dim(size)), dtype, sizes, dense(sizes)
+            )
         return self._blobs[key]
+
+    def weight_index(self, offset: int) -> int:
+        """How the last constant, at this offset of the file, is called in the code."""
+        return offset
 
     def array(self, array: np.ndarray, dtype: ir.DataType | None = None) -> Tensor:
         """A small constant that is known now."""
@@ -211,10 +226,6 @@ class Program:
         """Size of all constants with what aligns them."""
         return self._end
 
-    def use(self, name: str, kind: str = "") -> None:
-        """Takes a C function of ``host/`` in, its ``@`` replaced by `kind`."""
-        self.functions[name + kind] = template(f"{name}.c").replace("@", kind).rstrip()
-
     def kernel(self, stem: str, generator: Any, *arguments: Any, pointers: int, integers: int) -> str:
         """Registers a kernel and returns its name, the same for the same arguments."""
         digest = hashlib.sha256(repr((generator.__qualname__, arguments)).encode()).hexdigest()[:8]
@@ -222,30 +233,11 @@ class Program:
         self.kernels[name] = (generator, arguments, pointers, integers)
         return name
 
-    def call(
-        self,
-        kernel: str,
-        pointers: Sequence[Tensor | str],
-        integers: Sequence[Size],
-        units: Size,
-        *,
-        writes: Sequence[Tensor],
-        grain: int = 1,
-    ) -> None:
-        """Adds a call of a kernel on `units` units, of which a thread gets multiples of `grain`."""
-        _, _, count, sizes = self.kernels[kernel]
-        assert (len(pointers), len(integers)) == (count, sizes), (kernel, len(pointers), len(integers), count, sizes)
-        addresses = ", ".join(p if isinstance(p, str) else p.c for p in pointers)
-        numbers = ", ".join(dim(i).c for i in integers) or "0"
-        text = f"CALL({kernel}, {count}, {sizes}, PTRS({addresses}), INTS({numbers}), {dim(units).c}, {grain});"
-        held = [p for p in pointers if isinstance(p, Tensor)]
-        self.streamed += [b for b in _buffers(held) if b.kind == "weight"]
-        self.add(text, held, writes)
-
     def add(self, text: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         """Adds a statement."""
-        self.statements.append(Statement(text, _buffers(reads), _buffers(writes), self.label))
+        self.statements.append(Statement(text, buffers_of(reads), buffers_of(writes), self.label))
 
 
-def _buffers(tensors: Sequence[Tensor]) -> tuple[Buffer, ...]:
+def buffers_of(tensors: Sequence[Tensor]) -> tuple[Buffer, ...]:
+    """Where tensors lie."""
     return tuple(t.buffer for t in tensors if t.buffer is not None)

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["Dim", "Size", "c_name", "dim", "divide", "largest", "product", "smallest"]
+__all__ = ["Dim", "Size", "c_name", "dim", "divide", "largest", "product", "smallest", "stride_of"]
 
 Monomial = tuple[str, ...]
 
@@ -123,6 +123,14 @@ def smallest(a: Size, b: Size) -> Dim:
     if a.constant is not None and b.constant is not None:
         return dim(min(a.constant, b.constant))
     return a if a == b else dim(f"qc_min({a.c}, {b.c})")
+
+
+def stride_of(size: Size, stride: Size) -> Dim:
+    """The stride of an axis along which an operand repeats if its size is 1, which may be known only in a run."""
+    size, stride = dim(size), dim(stride)
+    if size.constant is not None:
+        return dim(0) if size.constant == 1 else stride
+    return dim(f"qc_step({size.c}, {stride.c})")
 
 
 def c_name(text: str) -> str:

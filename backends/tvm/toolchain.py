@@ -17,7 +17,18 @@ from typing import Any
 from qc.backends.tvm.isa import Isa
 from qc.ir.errors import InternalError, UnsupportedError
 
-__all__ = ["PAIR", "Platform", "check_versions", "compile_c", "compile_kernels", "run_tool"]
+__all__ = [
+    "PAIR",
+    "Platform",
+    "cache_directory",
+    "check_versions",
+    "compile_c",
+    "compile_kernels",
+    "digest_of",
+    "require_header",
+    "run_tool",
+    "write_whole",
+]
 
 PAIR = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 """The versions that work together. The wheel of the first allows 0.1.15 of the second, with which it crashes."""
@@ -79,14 +90,14 @@ def compile_kernels(kernels: Mapping[str, tuple[Any, tuple[Any, ...]]], isa: Isa
         The object file of each.
     """
     check_versions()
-    found, cache = {}, _cache_directory()
+    found, cache = {}, cache_directory()
     for name, (generator, arguments) in sorted(kernels.items()):
         key = (
             f"{_sources()}\n{PAIR}\n{isa}\n{triple}\n{name}\n{generator.__module__}.{generator.__qualname__}{arguments}"
         )
         kept = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.o"
         if not kept.is_file():
-            _write(kept, _compile(generator(isa, name, *arguments), name, isa, triple))
+            write_whole(kept, _compile(generator(isa, name, *arguments), name, isa, triple))
         found[name] = kept.read_bytes()
     return found
 
@@ -150,16 +161,30 @@ def compile_c(compiler: Sequence[str], directory: Path, sources: Sequence[str], 
     content = b"".join((directory / name).read_bytes() for name in sources)
     version = _version(compiler[0]) if shutil.which(compiler[0]) is not None else ""
     key = hashlib.sha256(f"{compiler}{version}".encode() + content).hexdigest()[:32]
-    kept = _cache_directory() / f"{key}.o"
+    kept = cache_directory() / f"{key}.o"
     if not kept.is_file():
         run_tool([*compiler, "-c", sources[0], "-o", target], directory, package)
-        _write(kept, (directory / target).read_bytes())
+        write_whole(kept, (directory / target).read_bytes())
     (directory / target).write_bytes(kept.read_bytes())
 
 
 @functools.cache
 def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout  # noqa: S603
+
+
+def require_header(compiler: str, header: str, package: str) -> None:
+    """Refuses to compile what includes a header that is not installed.
+
+    Raises:
+        UnsupportedError: With what to install.
+    """
+    found = shutil.which(compiler) is not None
+    if found:
+        command = [compiler, "-E", "-include", header, "-x", "c", os.devnull]
+        found = subprocess.run(command, capture_output=True, check=False).returncode == 0  # noqa: S603
+    if not found:
+        raise UnsupportedError(f"Expected {compiler} to find {header}, it does not. Install {package}.")
 
 
 def run_tool(command: Sequence[str], directory: Path, package: str) -> None:
@@ -179,22 +204,28 @@ def run_tool(command: Sequence[str], directory: Path, package: str) -> None:
 @functools.cache
 def _sources() -> str:
     """A digest of everything that a kernel is generated from."""
-    digest = hashlib.sha256()
     root = Path(__file__).parent
-    for file in sorted([*(root / "kernels").glob("*.py"), root / "isa.py", root / "toolchain.py"]):
+    return digest_of([*(root / "kernels").glob("*.py"), root / "isa.py", root / "toolchain.py"])
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """A digest of source files; tests among them do not count."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
         if not file.name.endswith("_test.py"):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Where kernels are kept by content."""
     base = os.environ.get("QC_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     directory = Path(base) / "qc" / "kernels"
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """Writes a file that appears complete: other processes read the cache too."""
     handle, name = tempfile.mkstemp(dir=file.parent)
     with os.fdopen(handle, "wb") as stream:

@@ -36,15 +36,6 @@ int qc_set_length(qc_instance *q, int64_t count) {
   return QC_OK;
 }
 
-float *qc_cache(qc_instance *q, int32_t index, int64_t *shape) {
-  if (q == NULL || shape == NULL || index < 0 || index >= CACHES) return NULL;
-  shape[0] = q->batch;
-  shape[1] = cache_heads[index];
-  shape[2] = q->room;
-  shape[3] = cache_width[index];
-  return q->caches[index];
-}
-
 /* Moves the k largest of n numbers to the front, in no order: Hoare's selection. */
 static void select_largest(float *value, int32_t *index, int32_t n, int32_t k) {
   int32_t low = 0, high = n - 1;

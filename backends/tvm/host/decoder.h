@@ -17,7 +17,9 @@ typedef struct {
 int qc_sample(qc_instance *instance, qc_sampling *sampling, int64_t *token);
 
 /* For tools: the cache number `index`, of [batch, heads, room, channels] floats at the limits, in the order of the
-   ports; its shape is written to shape[4]. */
+   ports; its shape is written to shape[4]. It stays there until the next call; what is written to it counts once
+   qc_cache_changed is called. */
 float *qc_cache(qc_instance *instance, int32_t index, int64_t *shape);
+int qc_cache_changed(qc_instance *instance, int32_t index);
 /* Says that the caches hold `count` tokens. */
 int qc_set_length(qc_instance *instance, int64_t count);

@@ -96,10 +96,12 @@ int main(void) {
 #ifdef DECODER
       case 'k':
       case 'w': {
-        float *cache = qc_cache(instance, (int32_t)number(), shape);
+        const int32_t index = (int32_t)number();
+        float *cache = qc_cache(instance, index, shape);
         const size_t size = 4 * (size_t)(shape[0] * shape[1] * shape[2] * shape[3]);
         if (command == 'w') {
           take(cache, size);
+          qc_cache_changed(instance, index);
           break;
         }
         give(shape, 32);

@@ -18,7 +18,8 @@ enum {
   QC_E_MEMORY = 4,   /* not enough memory */
   QC_E_LIMIT = 5,    /* larger than the limits that the instance was created with */
   QC_E_INDEX = 6,    /* a token, position or index outside of its table */
-  QC_E_CPU = 7       /* this processor lacks instructions that the library was compiled for */
+  QC_E_CPU = 7,      /* this processor lacks instructions that the library was compiled for */
+  QC_E_DEVICE = 8    /* no device was found, or its driver failed */
 };
 const char *qc_error(int code);
 

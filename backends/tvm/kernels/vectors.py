@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qc.backends.tvm.isa import Isa
 
-__all__ = ["Kernel", "Vectors"]
+__all__ = ["ERF", "ERF_BELOW", "Kernel", "Vectors"]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,11 +22,11 @@ Expr = Any
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 """Polynomial of ``exp`` on [-ln 2 / 2, ln 2 / 2], of the Cephes library: relative error 2e-7."""
 
-_ERF = (
+ERF = (
     -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05, -7.34990630326855e-04,
     -2.95459980854025e-03, -1.60960333262415e-02,
 )  # fmt: skip
-_ERF_BELOW = (
+ERF_BELOW = (
     -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02,
 )  # fmt: skip
 """``erf(x) = x p(x^2) / q(x^2)`` on [-4, 4], of the Eigen library; beyond, erf is 1 to seven digits."""
@@ -177,7 +177,7 @@ class Vectors:
         """The error function, relative error 5e-7."""
         x = self.keep(self.minimum(self.maximum(x, self.spread(-4.0)), self.spread(4.0)))
         z = self.keep(x * x)
-        return self.keep(x * self.polynomial(z, _ERF) / self.polynomial(z, _ERF_BELOW))
+        return self.keep(x * self.polynomial(z, ERF) / self.polynomial(z, ERF_BELOW))
 
     def dot(self, total: Expr, weights: Expr, activations: Expr) -> Expr:
         """Adds four byte products to each lane of `total`, exactly.

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.tvm.lower import Lowering, operator
-from qc.backends.tvm.ops.loops import broadcast, copy, fill
+from qc.backends.tvm.ops.loops import broadcast, copy, fill, loop
 from qc.backends.tvm.program import C_TYPES, Tensor, dense
-from qc.backends.tvm.shapes import Dim, Size, dim, divide, product, smallest
+from qc.backends.tvm.shapes import Dim, Size, dim, divide, product, smallest, stride_of
 
 __all__ = [
     "concat",
@@ -82,14 +82,12 @@ def range_(at: Lowering, node: ir.Node) -> None:
     start, limit, delta = (at.get(v) for v in node.inputs if v is not None)
     if any(t.values is None for t in (start, limit, delta)):
         raise at.refuse(node, "its limits are computed")
-    (first,), (end,), (step,) = start.values, limit.values, delta.values  # type: ignore[misc]
-    if step.constant is None or step.constant < 1:
+    (first,), (end,), (every,) = start.values, limit.values, delta.values  # type: ignore[misc]
+    if every.constant is None or every.constant < 1:
         raise at.refuse(node, "its step is not positive and constant")
-    count = divide(end - first + (step.constant - 1), step)
+    count = divide(end - first + (every.constant - 1), every)
     y = at.result(node.outputs[0], (count,), start.dtype)
-    kind = C_TYPES[y.dtype][0]
-    body = f"p[i] = ({kind})({first.c} + i * {step.c});"
-    at.program.add(f"{{ {kind} *p = {y.c}; for (int64_t i = 0; i < {count.c}; i++) {body} }}", [], [y])
+    at.program.count(y, first, every)
 
 
 @operator("ConstantOfShape")
@@ -248,10 +246,8 @@ def expand(at: Lowering, node: ir.Node) -> None:
     for have, stride, want in zip(x.shape, x.strides, wanted[missing:], strict=True):
         if have == want:
             strides.append(stride)
-        elif have.constant == 1:
-            strides.append(dim(0))
         else:
-            strides.append(dim(f"({have.c} == 1 ? 0 : {stride.c})"))
+            strides.append(stride_of(have, stride))
     at.set(node.outputs[0], x.view(wanted, strides))
 
 
@@ -368,9 +364,10 @@ def pad(at: Lowering, node: ir.Node) -> None:
         raise at.refuse(node, "it cuts")
     number = at.input(node, 2)
     y = at.result(node.outputs[0], [n + (before.get(i, 0) + after.get(i, 0)) for i, n in enumerate(x.shape)], x.dtype)
-    kind = C_TYPES[y.dtype][0]
-    value = "0" if number is None else f"*({kind} *)({at.stored(number).c})"
-    fill(at, y, value)
+    if number is None:
+        fill(at, y, "0")
+    else:
+        loop(at, "{a}", [number], y)
     start = dim(0)
     for i, stride in enumerate(y.strides):
         start = start + stride * before.get(i, 0)
@@ -388,15 +385,7 @@ def gather_nd(at: Lowering, node: ir.Node) -> None:
         raise at.refuse(node, "it has batch axes, or an unknown number of indices")
     x, indices = at.contiguous(x), at.contiguous(indices)
     y = at.result(node.outputs[0], (*indices.shape[:-1], *x.shape[depth:]), x.dtype)
-    at.program.use("gather_nd")
-    sizes = ", ".join(s.c for s in x.shape[:depth])
-    count, width = product(indices.shape[:-1]), product(x.shape[depth:])
-    at.program.add(
-        f"TRY(gather_nd({x.c}, {indices.c}, {y.c}, {count.c}, {depth}, DIMS({sizes}), "
-        f"{width.c} * {x.dtype.bitwidth // 8}));",
-        [x, indices],
-        [y],
-    )
+    at.program.gather_nd(x, indices, y, x.shape[:depth], product(x.shape[depth:]))
 
 
 @operator("GatherElements")

@@ -30,7 +30,18 @@ from qc.backends.tvm.shapes import Dim, Size, dim, divide, product
 from qc.ir import dialect
 from qc.ir.quant import Weight, read_weight
 
-__all__ = ["Tail", "float_weight", "gather", "linear", "matmul", "product_of", "quantized_weight"]
+__all__ = [
+    "Tail",
+    "float_weight",
+    "gather",
+    "gather_values",
+    "last_rows",
+    "linear",
+    "matmul",
+    "product_of",
+    "quantized_weight",
+    "tail_of",
+]
 
 _STORED = {ir.DataType.FLOAT: "f32", ir.DataType.BFLOAT16: "bf16", ir.DataType.FLOAT16: "f16"}
 
@@ -44,7 +55,7 @@ class Tail:
     activation: str
 
 
-def _tail(at: Lowering, node: ir.Node, shape: tuple[Dim, ...]) -> Tail:
+def tail_of(at: Lowering, node: ir.Node, shape: tuple[Dim, ...]) -> Tail:
     """Takes a residual and an activation that alone read the product into it."""
     value, residual, activation = node.outputs[0], None, "none"
     user = at.sole_user(value)
@@ -80,12 +91,12 @@ def linear(at: Lowering, node: ir.Node) -> None:
     bias = at.input(node, 2)
     rows = weight.shape[0]
     shape = (*x.shape[:-1], dim(rows))
-    tail = _tail(at, node, shape)
+    tail = tail_of(at, node, shape)
     y = at.result(tail.value, shape)
     if as_bytes and source is not None:
         _bytes(at, source, weight, bias, tail, y)
         return
-    x, y = _last_rows(at, tail, x, y)
+    x, y = last_rows(at, tail, x, y)
     if weight.format is None or why_decoded(weight.format):
         _float(at, x, weight, bias, tail, y)
     else:
@@ -93,7 +104,7 @@ def linear(at: Lowering, node: ir.Node) -> None:
         _quantized(at, x, weight, bias, tail, y, exact=exact)
 
 
-def _last_rows(at: Lowering, tail: Tail, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def last_rows(at: Lowering, tail: Tail, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Leaves out the logits that a caller does not ask for: ``qc_skip`` tokens of the one text that is fed."""
     role = tail.value.metadata_props.get("qc.role", "")
     if role != "logits" or tail.residual is not None or len(x.shape) != 3 or not at.cached:
@@ -284,13 +295,19 @@ def gather(at: Lowering, node: ir.Node) -> None:
     """Rows of a table, or of any axis."""
     axis = int(at.attribute(node, "axis", 0))  # type: ignore[call-overload]
     weight = read_weight(node.inputs[0])
-    indices = at.input(node, 1)
-    assert indices is not None
     if weight is not None and weight.format is not None and axis == 0 and not why_decoded(weight.format):
+        indices = at.input(node, 1)
+        assert indices is not None
         _gather_quantized(at, node, weight, at.contiguous(indices))
         return
-    table = at.input(node, 0)
+    gather_values(at, node)
+
+
+def gather_values(at: Lowering, node: ir.Node) -> None:
+    """Rows of a table of numbers, perhaps of numbers that are known beforehand."""
+    axis, table, indices = int(at.attribute(node, "axis", 0)), at.input(node, 0), at.input(node, 1)  # type: ignore[call-overload]
     assert table is not None
+    assert indices is not None
     axis %= len(table.shape)
     if table.values is not None and indices.values is not None:
         picked = [table.values[int(i.constant)] for i in indices.values if i.constant is not None]  # type: ignore[arg-type]
@@ -301,15 +318,8 @@ def gather(at: Lowering, node: ir.Node) -> None:
         return
     table, indices = at.contiguous(table), at.contiguous(indices)
     y = at.result(node.outputs[0], (*table.shape[:axis], *indices.shape, *table.shape[axis + 1 :]), table.dtype)
-    size = table.dtype.bitwidth // 8
-    kind = "64" if indices.dtype == ir.DataType.INT64 else "32"
-    at.program.use("gather", kind)
-    at.program.add(
-        f"TRY(gather{kind}({table.c}, {indices.c}, {y.c}, {product(table.shape[:axis]).c}, {table.shape[axis].c}, "
-        f"{indices.elements.c}, {product(table.shape[axis + 1 :]).c} * {size}));",
-        [table, indices],
-        [y],
-    )
+    outer, inner = product(table.shape[:axis]), product(table.shape[axis + 1 :])
+    at.program.gather(table, indices, y, outer, table.shape[axis], inner)
 
 
 def _select(at: Lowering, node: ir.Node, table: Tensor, axis: int, index: int) -> None:

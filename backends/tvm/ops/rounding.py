@@ -26,6 +26,7 @@ __all__ = [
     "grid_of",
     "is_emulated",
     "quantize",
+    "round_in_float",
     "rounded_input",
 ]
 
@@ -185,12 +186,16 @@ def dynamic_quantize(at: Lowering, node: ir.Node) -> None:
 
 
 def _round(at: Lowering, node: ir.Node, source: ir.Node | None) -> None:
+    if source is None or is_emulated(node, exact=at.exact):
+        round_in_float(at, node, source)
+
+
+def round_in_float(at: Lowering, node: ir.Node, source: ir.Node | None) -> None:
+    """The values of a grid that are nearest to those of an activation."""
     value = node.outputs[0]
     grid = grid_of(source) if source is not None else None
     if source is None or grid is None:
         raise at.refuse(node, "its grid is computed, or it decodes what was not rounded here")
-    if not is_emulated(node, exact=at.exact):
-        return
     x = at.input(source, 0)
     assert x is not None
     y = at.result(value, x.shape)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.tvm.c_loops import REDUCTIONS
 from qc.backends.tvm.kernels.rows import normalize, softmax
 from qc.backends.tvm.lower import Lowering, operator
-from qc.backends.tvm.program import C_TYPES, Tensor
+from qc.backends.tvm.program import C_TYPES
 from qc.backends.tvm.shapes import dim, product
 
 __all__ = ["arg_max", "cum_sum", "global_average_pool", "normalization", "reduce", "softmax_", "top_k"]
@@ -54,18 +55,7 @@ def softmax_(at: Lowering, node: ir.Node) -> None:
         at.set(node.outputs[0], y.view([y.shape[i] for i in back], [y.strides[i] for i in back]))
 
 
-_REDUCE = {
-    "ReduceSum": ("0", "t += {x}", "t"),
-    "ReduceMean": ("0", "t += {x}", "t / (float)count"),
-    "ReduceMax": ("{first}", "if ({x} > t) t = {x}", "t"),
-    "ReduceMin": ("{first}", "if ({x} < t) t = {x}", "t"),
-    "ReduceProd": ("1", "t *= {x}", "t"),
-    "ReduceL2": ("0", "t += {x} * {x}", "sqrtf(t)"),
-    "ReduceSumSquare": ("0", "t += {x} * {x}", "t"),
-}
-
-
-@operator(*_REDUCE)
+@operator(*REDUCTIONS)
 def reduce(at: Lowering, node: ir.Node) -> None:
     """One number of some axes."""
     x, axes = at.input(node, 0), at.input(node, 1)
@@ -87,24 +77,8 @@ def reduce(at: Lowering, node: ir.Node) -> None:
     shape = [dim(1) if i in gone else x.shape[i] for i in range(rank)] if with_ones else [x.shape[i] for i in keep]
     y = at.result(node.outputs[0], shape, x.dtype)
     order = keep + gone
-    _reduce(at, node.op_type, x.view([x.shape[i] for i in order], [x.strides[i] for i in order]), len(keep), y)
-
-
-def _reduce(at: Lowering, kind: str, x: Tensor, kept: int, y: Tensor) -> None:
-    start, step, end = _REDUCE[kind]
-    ctype, rank = C_TYPES[x.dtype][0], len(x.shape)
-    name = f"{kind}_{ctype}_{kept}_{rank}"
-    lines = [f"static void {name}(const {ctype} *x, {ctype} *y, const int64_t *n, const int64_t *s) {{"]
-    terms = " + ".join(f"i{a} * s[{a}]" for a in range(kept)) or "0"
-    lines += [f"  for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(kept)]
-    lines += [f"  {{ const {ctype} *r = x + {terms}; {ctype} t = {start.format(first='*r')}; int64_t count = 1;"]
-    lines += [f"    count *= n[{a}];" for a in range(kept, rank)]
-    lines += [f"    for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(kept, rank)]
-    inner = " + ".join(f"i{a} * s[{a}]" for a in range(kept, rank)) or "0"
-    lines += [f"      {{ {step.format(x=f'r[{inner}]')}; }}", f"    (void)count; *y++ = {end}; }}", "}"]
-    at.program.functions[name] = "\n".join(lines)
-    sizes, strides = (", ".join(v.c for v in values) or "1" for values in (x.shape, x.strides))
-    at.program.add(f"{name}({x.c}, {y.c}, DIMS({sizes}), DIMS({strides}));", [x], [y])
+    turned = x.view([x.shape[i] for i in order], [x.strides[i] for i in order])
+    at.program.reduce(node.op_type, turned, len(keep), y)
 
 
 @operator("GlobalAveragePool")
@@ -113,7 +87,7 @@ def global_average_pool(at: Lowering, node: ir.Node) -> None:
     x = at.input(node, 0)
     assert x is not None
     y = at.result(node.outputs[0], (*x.shape[:2], *[1] * (len(x.shape) - 2)))
-    _reduce(at, "ReduceMean", x, 2, y)
+    at.program.reduce("ReduceMean", at.stored(x), 2, y)
 
 
 @operator("ArgMax")

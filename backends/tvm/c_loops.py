@@ -1,0 +1,73 @@
+"""C functions that go through elements: what no kernel does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+__all__ = ["REDUCTIONS", "copy_function", "loop_function", "reduce_function"]
+
+REDUCTIONS = {
+    "ReduceSum": ("0", "t += {x}", "t"),
+    "ReduceMean": ("0", "t += {x}", "t / (float)count"),
+    "ReduceMax": ("{first}", "if ({x} > t) t = {x}", "t"),
+    "ReduceMin": ("{first}", "if ({x} < t) t = {x}", "t"),
+    "ReduceProd": ("1", "t *= {x}", "t"),
+    "ReduceL2": ("0", "t += {x} * {x}", "sqrtf(t)"),
+    "ReduceSumSquare": ("0", "t += {x} * {x}", "t"),
+}
+"""How a total starts, takes an element in, and becomes the result."""
+
+
+def loop_function(expression: str, kinds: Sequence[str], out: str, rank: int) -> tuple[str, str]:
+    """Name and text of ``y = expression(a, b, ...)``, each operand with a stride per axis, y without gaps."""
+    names = "abcd"[: len(kinds)]
+    digest = hashlib.sha256(repr((expression, kinds, out, rank)).encode()).hexdigest()[:8]
+    name = f"loop_{digest}"
+    last = rank - 1
+    parameters = "".join(f"const {k} *{n}, " for k, n in zip(kinds, names, strict=True))
+    lines = [f"static void {name}({parameters}{out} *y, const int64_t *n, const int64_t *s) {{"]
+    lines += [f"{'  ' * (a + 1)}for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(last)]
+    pad = "  " * rank
+    lines.append(pad + "{")
+    for j, (kind, n) in enumerate(zip(kinds, names, strict=True)):
+        terms = "".join(f" + i{axis} * s[{j * rank + axis}]" for axis in range(last))
+        lines.append(f"{pad}  const {kind} *p{n} = {n}{terms}; const int64_t s{n} = s[{j * rank + last}];")
+
+    def body(index: Callable[[str], str]) -> str:
+        return expression.format(**{n: f"p{n}[{index(n)}]" for n in names})
+
+    ones = " && ".join(f"s{n} == 1" for n in names)
+    lines += [
+        f"{pad}  if ({ones or '1'}) for (int64_t i = 0; i < n[{last}]; i++) y[i] = ({out})({body(lambda n: 'i')});",
+        f"{pad}  else for (int64_t i = 0; i < n[{last}]; i++) y[i] = ({out})({body(lambda n: f'i * s{n}')});",
+        f"{pad}  y += n[{last}];",
+        pad + "}",
+        "}",
+    ]
+    return name, "\n".join(lines)
+
+
+def copy_function(kind: str, rank: int) -> tuple[str, str]:
+    """Name and text of a copy between tensors that both have a stride per axis."""
+    name = f"copy_{kind}_{rank}"
+    lines = [f"static void {name}(const {kind} *x, {kind} *y, const int64_t *n, const int64_t *s, const int64_t *t) {{"]
+    lines += [f"  for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(rank)]
+    source, target = (" + ".join(f"i{a} * {v}[{a}]" for a in range(rank)) for v in "st")
+    lines += [f"    y[{target}] = x[{source}];", "}"]
+    return name, "\n".join(lines)
+
+
+def reduce_function(kind: str, ctype: str, kept: int, rank: int) -> tuple[str, str]:
+    """Name and text of a reduction of the axes behind the first `kept`."""
+    start, step, end = REDUCTIONS[kind]
+    name = f"{kind}_{ctype}_{kept}_{rank}"
+    lines = [f"static void {name}(const {ctype} *x, {ctype} *y, const int64_t *n, const int64_t *s) {{"]
+    terms = " + ".join(f"i{a} * s[{a}]" for a in range(kept)) or "0"
+    lines += [f"  for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(kept)]
+    lines += [f"  {{ const {ctype} *r = x + {terms}; {ctype} t = {start.format(first='*r')}; int64_t count = 1;"]
+    lines += [f"    count *= n[{a}];" for a in range(kept, rank)]
+    lines += [f"    for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(kept, rank)]
+    inner = " + ".join(f"i{a} * s[{a}]" for a in range(kept, rank)) or "0"
+    lines += [f"      {{ {step.format(x=f'r[{inner}]')}; }}", f"    (void)count; *y++ = {end}; }}", "}"]
+    return name, "\n".join(lines)

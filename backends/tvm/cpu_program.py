@@ -1,0 +1,157 @@
+"""A model as C statements and calls of kernels for processors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.backends.tvm.c_loops import copy_function, loop_function, reduce_function
+from qc.backends.tvm.host import template
+from qc.backends.tvm.isa import Isa
+from qc.backends.tvm.kernels.attention import Heads, attend_few, attend_many, rotate
+from qc.backends.tvm.program import C_TYPES, Program, Tensor, buffers_of
+from qc.backends.tvm.shapes import Dim, Size, dim, product
+
+__all__ = ["CpuProgram"]
+
+_FEW = 3
+"""Up to so many queries stream through the keys; more are worth transposing them."""
+
+
+class CpuProgram(Program):
+    """A program whose statements are C.
+
+    Attributes:
+        isa: The level that kernels are made for.
+    """
+
+    def __init__(self, isa: Isa) -> None:
+        super().__init__()
+        self.isa = isa
+
+    def use(self, name: str, kind: str = "") -> None:
+        """Takes a C function of ``host/`` in, its ``@`` replaced by `kind`."""
+        self.functions[name + kind] = template(f"{name}.c").replace("@", kind).rstrip()
+
+    def call(
+        self,
+        kernel: str,
+        pointers: Sequence[Tensor | str],
+        integers: Sequence[Size],
+        units: Size,
+        *,
+        writes: Sequence[Tensor],
+        grain: int = 1,
+    ) -> None:
+        """Adds a call of a kernel on `units` units, of which a thread gets multiples of `grain`."""
+        _, _, count, sizes = self.kernels[kernel]
+        assert (len(pointers), len(integers)) == (count, sizes), (kernel, len(pointers), len(integers), count, sizes)
+        addresses = ", ".join(p if isinstance(p, str) else p.c for p in pointers)
+        numbers = ", ".join(dim(i).c for i in integers) or "0"
+        text = f"CALL({kernel}, {count}, {sizes}, PTRS({addresses}), INTS({numbers}), {dim(units).c}, {grain});"
+        held = [p for p in pointers if isinstance(p, Tensor)]
+        self.streamed += [b for b in buffers_of(held) if b.kind == "weight"]
+        self.add(text, held, writes)
+
+    def map(
+        self,
+        expression: str,
+        inputs: Sequence[Tensor],
+        strides: Sequence[Sequence[Dim]],
+        y: Tensor,
+        shape: Sequence[Dim],
+    ) -> None:
+        """``y = expression(a, b, ...)`` on `shape`: inputs with these strides, y without gaps."""
+        name, text = loop_function(expression, [C_TYPES[x.dtype][0] for x in inputs], C_TYPES[y.dtype][0], len(shape))
+        self.functions[name] = text
+        pointers = ", ".join([*(x.c for x in inputs), y.c])
+        jumps = ", ".join(s.c for held in strides for s in held) or "0"
+        self.add(f"{name}({pointers}, DIMS({_listed(shape)}), DIMS({jumps}));", inputs, [y])
+
+    def scatter(self, x: Tensor, strides: Sequence[Dim], y: Tensor) -> None:
+        """Copies x, with these strides, to y, which has gaps."""
+        name, text = copy_function(C_TYPES[x.dtype][0], len(y.shape))
+        self.functions[name] = text
+        places = f"DIMS({_listed(y.shape)}), DIMS({_listed(strides)}), DIMS({_listed(y.strides)})"
+        self.add(f"{name}({x.c}, {y.c}, {places});", [x], [y])
+
+    def reduce(self, kind: str, x: Tensor, kept: int, y: Tensor) -> None:
+        """One number of the axes behind the first `kept`."""
+        name, text = reduce_function(kind, C_TYPES[x.dtype][0], kept, len(x.shape))
+        self.functions[name] = text
+        self.add(f"{name}({x.c}, {y.c}, DIMS({_listed(x.shape)}), DIMS({_listed(x.strides)}));", [x], [y])
+
+    def gather(self, table: Tensor, indices: Tensor, y: Tensor, outer: Dim, n: Dim, inner: Dim) -> None:
+        """``y[o, j, i] = table[o, indices[j], i]``."""
+        kind = "64" if indices.dtype == ir.DataType.INT64 else "32"
+        self.use("gather", kind)
+        size = f"{inner.c} * {self.bytes_of(table.dtype)}"
+        places = f"{outer.c}, {n.c}, {indices.elements.c}, {size}"
+        self.add(f"TRY(gather{kind}({table.c}, {indices.c}, {y.c}, {places}));", [table, indices], [y])
+
+    def gather_nd(self, x: Tensor, indices: Tensor, y: Tensor, sizes: Sequence[Dim], width: Dim) -> None:
+        """Slices of `width` elements, by tuples of indices into axes of these sizes."""
+        self.use("gather_nd")
+        count, size = product(indices.shape[:-1]), f"{width.c} * {self.bytes_of(x.dtype)}"
+        places = f"{count.c}, {len(sizes)}, DIMS({_listed(sizes)}), {size}"
+        self.add(f"TRY(gather_nd({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
+
+    def count(self, y: Tensor, first: Dim, every: Dim) -> None:
+        """``y[i] = first + i * every``."""
+        kind = C_TYPES[y.dtype][0]
+        body = f"p[i] = ({kind})({first.c} + i * {every.c});"
+        self.add(f"{{ {kind} *p = {y.c}; for (int64_t i = 0; i < {y.elements.c}; i++) {body} }}", [], [y])
+
+    def write(self, y: Tensor, values: Sequence[Dim]) -> None:
+        """Writes numbers that the dimensions determine."""
+        kind = C_TYPES[y.dtype][0]
+        lines = " ".join(f"p[{i}] = ({kind}){v.c};" for i, v in enumerate(values))
+        self.add(f"{{ {kind} *p = {y.c}; {lines} }}", [], [y])
+
+    def rotate(
+        self, x: Tensor, y: Tensor, tables: list[Tensor], positions: Tensor, width: int, rotated: int,
+        interleaved: bool, *, before: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Rotates heads into `y`; into a cache behind what it holds if `before` tells how much that is."""
+        if rotated:
+            self.use("check_range")
+            rows = tables[0].shape[0]
+            self.add(f"TRY(check_range({positions.c}, {positions.elements.c}, {rows.c}));", [positions], [])
+        batch, heads, s, _ = x.shape
+        kernel = self.kernel("rotate", rotate, width, rotated, interleaved, before is not None, pointers=5, integers=9)
+        target = y.view(y.shape, y.strides)
+        integers: list[Size] = [heads, s, positions.strides[0]]
+        integers += [x.strides[0], x.strides[1], x.strides[2], y.strides[0], y.strides[1], y.strides[2]]
+        self.call(kernel, [x, target, *tables, positions], integers, batch * s, writes=[y])
+
+    def attend(
+        self, shape: Heads, q: Tensor, k: Tensor, v: Tensor, y4: Tensor, y: Tensor, before: Tensor | None,
+        keys: Dim, bias: tuple[Tensor, list[Dim]] | None, kv: int,
+    ) -> None:  # fmt: skip
+        """Calls the kernel that fits the number of queries."""
+        batch, _, s, _ = q.shape
+        units = batch * kv
+        past = before if before is not None else self.array(np.zeros(1, np.int32))
+        strides = [t for x in (q, k, v, y4) for t in (x.strides[0], x.strides[1], x.strides[2])]
+        extra, more = ([], []) if bias is None else ([bias[0]], bias[1])
+        lanes = self.isa.lanes
+        few_fits = shape.width % lanes == 0 and shape.value_width % lanes == 0
+        room = dim(f"qc_up({keys.c}, {2 * lanes})")
+        per_key, _ = shape.scratch(self.isa, True, 0)
+        work = self.tensor((units * room * max(per_key, shape.share),))
+        pointers, integers = 6 + len(extra), 16 + len(more)
+        many = self.kernel("attend_many", attend_many, shape, pointers=pointers, integers=integers)
+        names = [many]
+        if few_fits:
+            names.insert(0, self.kernel("attend_few", attend_few, shape, pointers=pointers, integers=integers))
+        addresses = ", ".join(t.c for t in (q, k, v, y4, work, past, *extra))
+        numbers = ", ".join(dim(i).c for i in (kv, s, keys, room, *strides, *more))
+        lines = [f"CALL({n}, {pointers}, {integers}, PTRS({addresses}), INTS({numbers}), {units.c}, 1);" for n in names]
+        text = lines[0] if len(lines) == 1 else f"if ({s.c} <= {_FEW}) {{ {lines[0]} }} else {{ {lines[1]} }}"
+        self.add(text, [q, k, v, past, work, *extra], [y, work])
+
+
+def _listed(sizes: Sequence[Dim]) -> str:
+    return ", ".join(s.c for s in sizes) or "1"

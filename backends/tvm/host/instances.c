@@ -1,0 +1,62 @@
+static void *aligned(size_t size, size_t *total) {
+  void *made = NULL;
+  size = (size + LINE - 1) / LINE * LINE + 2 * LINE;
+  if (posix_memalign(&made, LINE, size) != 0) return NULL;
+  memset(made, 0, size);
+  *total += size;
+  return made;
+}
+
+/* Limits and sizes of buffers of a new instance, and how much room its caches need. */
+static int size_instance(qc_instance *q, const qc_model *model, const int64_t *limits, int64_t *room) {
+  q->model = model;
+  q->memory = sizeof *q;
+  for (int i = 0; i < QC_DIMENSIONS; i++) {
+    if (limits[i] < 0 || limits[i] > INT32_MAX) return QC_E_ARGUMENT;
+    q->limits[i] = limits[i];
+  }
+  TRY(cache_sizes(q, limits, room));
+  buffer_sizes(limits, q->planned);
+  for (int i = 0; i < BUFFERS; i++) {
+    if (q->planned[i] > INT32_MAX) return QC_E_LIMIT;
+    q->planned[i] = qc_up(qc_max(q->planned[i], 0), LINE);
+  }
+  for (int i = 0; i < CACHES; i++)
+    if (room[i] > INT32_MAX) return QC_E_LIMIT;
+  return QC_OK;
+}
+
+/* Memory for a text: logits, a mask, and positions. */
+static int begin_text(qc_instance *q) {
+  if (VOCABULARY == 0) return QC_OK;
+  q->logits = aligned(sizeof(float) * VOCABULARY * 3, &q->memory);
+  q->ones = aligned(sizeof(int64_t) * (size_t)q->room, &q->memory);
+  q->running = aligned(sizeof(int64_t) * (size_t)q->room, &q->memory);
+  if (q->logits == NULL || q->ones == NULL || q->running == NULL) return QC_E_MEMORY;
+  for (int64_t i = 0; i < q->room; i++) {
+    q->ones[i] = 1;
+    q->running[i] = i;
+  }
+  return QC_OK;
+}
+
+int qc_reset(qc_instance *q) {
+  if (q == NULL) return QC_E_ARGUMENT;
+  q->past = 0;
+  return QC_OK;
+}
+
+size_t qc_memory(const qc_instance *q) { return q == NULL ? 0 : q->memory; }
+
+static int check_sizes(const qc_instance *q, const int64_t *dims) {
+  int64_t sizes[BUFFERS + 1];
+  for (int i = 0; i < QC_DIMENSIONS; i++) {
+    if (dims[i] < 0) return QC_E_ARGUMENT;
+    if (dims[i] > q->limits[i]) return QC_E_LIMIT;
+  }
+  TRY(check_dims(q, dims));
+  buffer_sizes(dims, sizes);
+  for (int i = 0; i < BUFFERS; i++)
+    if (sizes[i] > q->planned[i]) return QC_E_LIMIT;
+  return QC_OK;
+}

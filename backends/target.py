@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -185,6 +186,14 @@ def _tvm_ios(options: str) -> Backend:
     return TvmIos.parse(options)
 
 
+def _tvm_gpu(name: str, options: str) -> Backend:
+    from qc.backends.tvm.gpu.backend import TvmGpu
+    from qc.backends.tvm.gpu.languages import LANGUAGES
+
+    _without_options(f"tvm-{name}", options)
+    return TvmGpu(LANGUAGES[name])
+
+
 _TARGETS: dict[str, Callable[[str], Backend]] = {
     "ort-cpu": _ort_cpu,
     "ort-mobile": _ort_mobile,
@@ -193,6 +202,7 @@ _TARGETS: dict[str, Callable[[str], Backend]] = {
     "tvm-android": _tvm_android,
     "tvm-cpu": _tvm_cpu,
     "tvm-ios": _tvm_ios,
+    **{f"tvm-{name}": functools.partial(_tvm_gpu, name) for name in ("cuda", "metal", "opencl", "webgpu")},
 }
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qc.backends.decoding import context_limit, greedy, plan
 from qc.backends.inputs import check_inputs
-from qc.backends.tvm.emit import FACTS, LIBRARY, WEIGHTS, library_directory
+from qc.backends.tvm.emit import EMULATED, FACTS, LIBRARY, WEIGHTS, library_directory
 from qc.backends.tvm.isa import best_for_host, level
 from qc.backends.tvm.local import LocalLibrary, Sampling
 from qc.backends.tvm.remote import RemoteLibrary
@@ -21,9 +21,9 @@ from qc.backends.tvm.toolchain import Platform
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import Port, Signature
 
-__all__ = ["TvmRunner", "open_runner", "read_facts"]
+__all__ = ["TvmRunner", "open_gpu_runner", "open_runner", "read_facts"]
 
-_E_LIMIT, _E_CPU = 5, 7
+_E_LIMIT, _E_CPU, _E_DEVICE = 5, 7, 8
 
 
 def open_runner(directory: Path, *, threads: int = 0, platform: Platform | None = None) -> TvmRunner:
@@ -49,6 +49,18 @@ def open_runner(directory: Path, *, threads: int = 0, platform: Platform | None 
     return TvmRunner(directory, facts, library, threads)
 
 
+def open_gpu_runner(directory: Path) -> TvmRunner:
+    """Loads the directory of a GPU target: its own library, or the one that runs in its place.
+
+    Raises:
+        InputError: If the files are damaged.
+        UnsupportedError: If there is no device.
+    """
+    facts = read_facts(directory)
+    place = directory if (directory / LIBRARY).is_file() else directory / EMULATED
+    return TvmRunner(directory, facts, LocalLibrary(place / LIBRARY, len(facts["dimensions"])), 1)
+
+
 class TvmRunner:
     """A loaded library with one instance, which is made anew when an input exceeds its limits.
 
@@ -72,6 +84,11 @@ class TvmRunner:
             raise UnsupportedError(
                 f"This processor lacks instructions of the level {facts['level']} that {directory} was compiled for. "
                 "Compile for another level, as in --target tvm-cpu:avx2."
+            )
+        if code == _E_DEVICE:
+            raise UnsupportedError(
+                f"Expected a device with a driver for {directory}, found none that works: {library.error(code)}. "
+                "Where there is no GPU, install pocl-opencl-icd, which computes OpenCL on the processor."
             )
         if code:
             raise InputError(f"Cannot use {directory / WEIGHTS}: {library.error(code)}. Copy the artifact again.")

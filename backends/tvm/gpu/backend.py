@@ -1,0 +1,91 @@
+"""The targets of GPUs: kernels in their languages, and a C library that launches them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from qc.backends.target import Coverage, PreparedRunner, Runner, Target
+from qc.backends.tvm.gpu.languages import Language
+from qc.ir.model import Model
+from qc.ir.quant import read_weight
+from qc.passes.pipeline import Step
+
+__all__ = ["TvmGpu"]
+
+_FORMATS = (
+    *(
+        f"{sign}int{bits}{group}"
+        for bits in (2, 3, 4, 8)
+        for sign in ("", "u")
+        for group in ("", ":g32", ":g64", ":g128")
+    ),
+    *("nf4:g32", "nf4:g64", "mxfp4", "nvfp4", "ternary"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TvmGpu:
+    """Compiles a model to kernels in a language of GPUs.
+
+    Attributes:
+        language: Of the kernels.
+    """
+
+    language: Language
+
+    @property
+    def target(self) -> Target:
+        """What it can run."""
+        return Target(
+            f"tvm-{self.language.name}", self.language.about, ("qc-compiler", "0.1"), _FORMATS, stage="compiled"
+        )
+
+    def lowering(self) -> Sequence[Step]:
+        """The passes that bring a canonical, perhaps quantized model to what the kernels compute."""
+        from qc.backends.tvm.backend import TvmCpu
+
+        return TvmCpu().lowering()
+
+    def coverage(self, model: Model) -> Coverage:
+        """Every node runs on a kernel, or the model is refused; but some formats of weights become float weights."""
+        from qc.backends.tvm.gpu.weights import why_decoded
+
+        counts: Counter[tuple[str, str]] = Counter()
+        for node in model.graph:
+            weight = read_weight(node.outputs[0])
+            reason = why_decoded(weight.format) if weight is not None and weight.format is not None else ""
+            name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+            counts[name, f"stored in float: {reason}" if reason else ""] += 1
+        nodes = [
+            {"op": op, "count": count, "on_target": not reason, "reason": reason}
+            for (op, reason), count in sorted(counts.items())
+        ]
+        on = sum(count for (_, reason), count in counts.items() if not reason)
+        return Coverage(on, counts.total() - on, nodes)
+
+    def emit(self, model: Model, directory: Path) -> None:
+        """Writes kernels, launch table, weights and library."""
+        from qc.backends.tvm.gpu.emit import emit_for_gpu
+
+        emit_for_gpu(model, directory, self.language)
+
+    def streamed_bytes(self, directory: Path) -> int:
+        """Bytes of weights that are read to yield one token."""
+        from qc.backends.tvm.runner import read_facts
+
+        return int(read_facts(directory)["streamed_bytes"])
+
+    def open(self, directory: Path, *, threads: int = 0, spinning: bool = True) -> Runner:
+        """Loads an emitted directory on the first GPU, or else on any device."""
+        from qc.backends.tvm.runner import open_gpu_runner
+
+        return open_gpu_runner(directory)
+
+    def open_in_parts(self, directory: Path, work: Path) -> PreparedRunner:
+        """Loads an emitted directory; the device holds its weights."""
+        from qc.backends.tvm.runner import open_gpu_runner
+
+        return open_gpu_runner(directory)

@@ -1,0 +1,44 @@
+"""The languages of GPUs that TVM generates: one record each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+__all__ = ["CUDA", "LANGUAGES", "METAL", "OPENCL", "WEBGPU", "Language"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """A language of GPU kernels.
+
+    Attributes:
+        name: What TVM calls it.
+        about: Of the target, in a line.
+        suffix: Of a file with a kernel.
+        options: Of TVM's target.
+        host: The C file that speaks to the driver; empty where none is generated.
+        link: What the library of that host is linked with.
+        header: What that file includes.
+        package: What to install where its headers or libraries are missing.
+    """
+
+    name: str
+    about: str
+    suffix: str
+    options: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    host: str = ""
+    link: tuple[str, ...] = ()
+    header: str = ""
+    package: str = ""
+
+
+OPENCL = Language(
+    "opencl", "OpenCL kernels and a C library that launches them", "cl", {"max_num_threads": 256},
+    "opencl.c", ("-lOpenCL",), "CL/cl.h", "ocl-icd-opencl-dev and opencl-headers",
+)  # fmt: skip
+CUDA = Language("cuda", "CUDA kernels and a launch table", "cu")
+METAL = Language("metal", "Metal kernels and a launch table", "metal", {"max_num_threads": 256})
+WEBGPU = Language("webgpu", "WebGPU kernels and a launch table", "wgsl", {"max_num_threads": 256})
+
+LANGUAGES = {language.name: language for language in (OPENCL, CUDA, METAL, WEBGPU)}

@@ -47,6 +47,7 @@ KITS: Mapping[str, Kit] = {
     "android-tvm": Kit("android", ["android", "android_tvm"], kotlin.library_texts),
     "c": Kit("c", ["c"], c_language.texts),
     "ios-ort": Kit("ios", ["ios", "ios_ort"], swift.runtime_texts),
+    "ios-tvm": Kit("ios", ["ios", "ios_tvm"], swift.library_texts),
     "python": Kit("python", ["python"], python_language.texts),
     "web": Kit("web", ["web"], javascript.texts),
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.resources
 import json
+import re
 from pathlib import Path
 
 import onnx_ir as ir
@@ -51,14 +53,31 @@ def model(request: pytest.FixtureRequest, build) -> Model:
 
 
 @pytest.mark.parametrize(
-    ("kit", "language", "suffixes"), [("android-ort", "kotlin", (".kt", ".kts")), ("ios-ort", "swift", (".swift",))]
+    ("kit", "language", "suffixes", "header"),
+    [
+        ("android-ort", "kotlin", (".kt", ".kts"), ""),
+        ("ios-ort", "swift", (".swift",), ""),
+        ("ios-tvm", "swift", (".swift",), "qc_run"),
+        ("ios-tvm", "swift", (".swift",), "qc_feed"),
+    ],
 )
-def test_parsers_accept_the_code_for_phones(model, kit, language, suffixes, tmp_path):
+def test_parsers_accept_the_code_for_phones(model, kit, language, suffixes, header, tmp_path):
+    (tmp_path / "model.h").write_text(header)
     write_kits([kit], model, TARGET, tmp_path)
     files = [f for f in tmp_path.rglob("*") if f.suffix in suffixes]
     assert len(files) > 4
     for file in files:
         assert "call" in _parsed(language, file)
+
+
+def test_swift_calls_what_the_library_declares(build, tmp_path):
+    (tmp_path / "model.h").write_text("qc_feed")
+    write_kits(["ios-tvm"], build("appending"), TARGET, tmp_path)
+    called = set(re.findall(r"\bqc_\w+", (tmp_path / "ios/Sources/QcModel/Model.swift").read_text()))
+    headers = importlib.resources.files("qc.backends.tvm") / "host"
+    declared = "".join((headers / name).read_text("utf-8") for name in ("model.h", "decoder.h"))
+    assert {"qc_feed", "qc_sample", "qc_reset"} <= called
+    assert called <= set(re.findall(r"\bqc_\w+", declared))
 
 
 def test_the_parser_would_notice_a_mistake(build, tmp_path):

@@ -17,7 +17,8 @@ __all__ = ["FRAMEWORK", "TRIPLE", "archive", "for_simulator", "write_framework"]
 TRIPLE = "arm64-apple-ios16.0"
 """LLVM's name of the system that kernels are compiled for."""
 
-FRAMEWORK = "QCKernels.xcframework"
+FRAMEWORK = "ios/QCKernels.xcframework"
+"""Inside of the Swift package, which may refer to nothing outside of itself."""
 
 _MAGIC, _BUILD_VERSION, _SYMTAB = 0xFEEDFACF, 0x32, 0x2
 _DEVICE, _SIMULATOR = 2, 7

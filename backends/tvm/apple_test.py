@@ -25,6 +25,8 @@ pytest.importorskip("tvm", reason="kernels are compiled by TVM")
 FUNCTIONS = {"_memcpy", "_memset", "_expf", "_erff", "_tanhf", "_powf", "_logf", "_sqrtf", "_bzero"}
 """Of libc and libm, and nothing else."""
 
+SYSCTL = "int sysctlbyname(const char *, void *, unsigned long *, void *, unsigned long);\n"
+
 needs_cross = pytest.mark.skipif(
     not all(shutil.which(t) for t in (IOS.cc["aarch64"], IOS.emulator[0])), reason=f"needs {IOS.package}"
 )
@@ -83,11 +85,34 @@ def test_a_library_is_read_by_llvm_and_needs_libc_only(artifact: tuple[Path, Mod
 def test_the_source_compiles_where_apple_is(artifact: tuple[Path, Model, np.ndarray], tmp_path: Path) -> None:
     """With one header of Apple's written here: what says which instructions a processor has."""
     (tmp_path / "sys").mkdir()
-    header = "int sysctlbyname(const char *, void *, unsigned long *, void *, unsigned long);\n"
-    (tmp_path / "sys/sysctl.h").write_text(header)
+    (tmp_path / "sys/sysctl.h").write_text(SYSCTL)
     command = [IOS.cc["aarch64"], "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-U__linux__", "-D__APPLE__"]
     read(*command, "-I", tmp_path, "-c", artifact[0] / "model.c", "-o", tmp_path / "model.o")
     assert "sysctlbyname" in read("nm", "-u", tmp_path / "model.o")
+
+
+@needs_cross
+def test_swift_sees_the_functions_that_it_calls(artifact: tuple[Path, Model, np.ndarray], tmp_path: Path) -> None:
+    """The module's source compiles, and its header declares for C what the Swift code reads of it."""
+    package = artifact[0] / "ios"
+    module = package / "Sources/CQcModel"
+    header = re.search(r'header "(.*)"', (module / "include/module.modulemap").read_text())
+    assert header is not None
+    called = set(re.findall(r"\b(?:qc|QC)_\w+", (package / "Sources/QcModel/Model.swift").read_text()))
+    assert {"qc_open", "qc_create", "qc_run", "QC_OK", "qc_options"} <= called
+    uses = "".join(f"  (void)sizeof({name});\n" for name in sorted(called))
+    (tmp_path / "use.c").write_text(f'#include "{header[1]}"\nvoid use(void) {{\n{uses}}}\n')
+    command = [IOS.cc["aarch64"], "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-pointer-arith"]
+    read(*command, "-I", module / "include", "-c", tmp_path / "use.c", "-o", tmp_path / "use.o")
+    (tmp_path / "sys").mkdir()
+    (tmp_path / "sys/sysctl.h").write_text(SYSCTL)
+    apple = ["-Wno-unknown-pragmas", "-U__linux__", "-D__APPLE__", "-I", tmp_path]
+    read(*command, *apple, "-c", module / "qc_model.c", "-o", tmp_path / "model.o")
+    defined = set(read("nm", "--defined-only", tmp_path / "model.o").split())
+    assert {name for name in called if name.startswith("qc_")} - {"qc_options"} <= defined
+    manifest = (package / "Package.swift").read_text()
+    assert 'path: "QCKernels.xcframework"' in manifest
+    assert (package / "QCKernels.xcframework" / "Info.plist").is_file()
 
 
 @needs_cross

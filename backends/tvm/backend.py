@@ -190,4 +190,4 @@ class TvmIos(TvmAndroid):
     name: ClassVar[str] = "tvm-ios"
     about: ClassVar[str] = "C sources and kernels for iOS; run as arm64 Linux in an emulator"
     platform: ClassVar[Platform] = IOS
-    kits: ClassVar[tuple[str, ...]] = ()
+    kits: ClassVar[tuple[str, ...]] = ("ios-tvm",)

@@ -3,17 +3,16 @@ import PackageDescription
 
 let package = Package(
     name: "QcModel",
-    platforms: [.iOS(.v16), .macOS(.v13)],
+    platforms: [@@swift_platforms@@],
     products: [.library(name: "QcModel", targets: ["QcModel"])],
     dependencies: [
-@@swift_dependencies@@
-        .package(url: "https://github.com/huggingface/swift-transformers", from: "1.0.0")
+@@swift_dependencies@@        .package(url: "https://github.com/huggingface/swift-transformers", from: "1.0.0")
     ],
     targets: [
-        .target(
+@@swift_targets@@        .target(
             name: "QcModel",
             dependencies: [
-@@swift_products@@
+                @@swift_product@@,
                 .product(name: "Tokenizers", package: "swift-transformers")
             ]
         )

@@ -54,6 +54,37 @@ struct Pieces {
     }
 }
 
+/// The tokenizer, or an error if the model travels without.
+func need(_ text: Text?) throws -> Text {
+    guard let text else {
+        throw ArtifactError(file: "tokenizer.json", reason: "the model was compiled without one: it takes token ids")
+    }
+    return text
+}
+
+/// The text of the tokens that `produce` calls its last argument with, until that returns false; piece by piece.
+func stream(
+    _ text: Text?, _ produce: @escaping (Text, (Int) -> Bool) throws -> Void
+) -> AsyncThrowingStream<String, Error> {
+    AsyncThrowingStream { continuation in
+        let work = Task.detached {
+            do {
+                let text = try need(text)
+                var pieces = Pieces(text)
+                try produce(text) { token in
+                    if let piece = pieces.add(token) { continuation.yield(piece) }
+                    return !Task.isCancelled
+                }
+                continuation.yield(pieces.rest())
+                continuation.finish()
+            } catch {
+                continuation.finish(throwing: error)
+            }
+        }
+        continuation.onTermination = { _ in work.cancel() }
+    }
+}
+
 /// The vector of a sentence from `count` vectors of tokens, one after the other.
 func pooled(_ hidden: [Float], _ count: Int) -> [Float] {
     let width = hidden.count / count

@@ -48,29 +48,15 @@ public final class Model {
 
     /// The continuation of a text, piece by piece.
     public func generate(_ prompt: String, maxTokens: Int = 64) -> AsyncThrowingStream<String, Error> {
-        AsyncThrowingStream { continuation in
-            let work = Task.detached { [self] in
-                do {
-                    let text = try needText()
-                    var pieces = Pieces(text)
-                    try generate(tokens: text.prompt(prompt), maxTokens: maxTokens) { token in
-                        if let piece = pieces.add(token) { continuation.yield(piece) }
-                        return !Task.isCancelled
-                    }
-                    continuation.yield(pieces.rest())
-                    continuation.finish()
-                } catch {
-                    continuation.finish(throwing: error)
-                }
-            }
-            continuation.onTermination = { _ in work.cancel() }
+        stream(text) { text, onToken in
+            try self.generate(tokens: text.prompt(prompt), maxTokens: maxTokens, onToken: onToken)
         }
     }
 
     /// The vector of a sentence; see `similarity`.
     public func embed(_ sentence: String) throws -> [Float] {
         precondition(Interface.task == "embed", "this model cannot embed; it can \(Interface.task)")
-        let tokens = try needText().sentence(sentence)
+        let tokens = try need(text).sentence(sentence)
         let outputs = try run(textInputs(tokens, 0))
         if let whole = Interface.outputs.first(where: { $0.role == "embedding" }), let found = outputs[whole.name] {
             return try floats(found)
@@ -79,13 +65,6 @@ public final class Model {
             return []
         }
         return pooled(try floats(found), tokens.count)
-    }
-
-    private func needText() throws -> Text {
-        guard let text else {
-            throw ArtifactError(file: "tokenizer.json", reason: "the model was compiled without one: it takes token ids")
-        }
-        return text
     }
 
     private func textInputs(_ tokens: [Int], _ past: Int) throws -> [String: ORTValue] {

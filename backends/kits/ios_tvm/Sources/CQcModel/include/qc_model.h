@@ -1,0 +1,2 @@
+/* The functions of the model, for Swift. */
+#include "../../../../model.h"

@@ -21,7 +21,7 @@ from qc.backends.tvm.toolchain import Platform, compile_c, compile_kernels, run_
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model, Port
 
-__all__ = ["EMULATED", "FACTS", "build_library", "emit", "library_directory", "write_facts", "write_sources"]
+__all__ = ["EMULATED", "FACTS", "build_library", "emit", "library_directory", "write_c", "write_facts", "write_weights"]
 
 FACTS, LIBRARY, WEIGHTS = "model.json", "libmodel.so", "model.weights"
 
@@ -47,21 +47,26 @@ def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: 
     program, lowering = lower_to_program(model, isa, exact=exact)
     kernels = {n: k[:2] for n, k in program.kernels.items()}
     objects = compile_kernels(kernels, isa, platform.triples[isa.arch])
-    write_sources(directory, program, sources(model, lowering))
+    made = sources(model, lowering)
+    write_c(directory, made, write_weights(directory, program, made.model_id))
     _build(directory, objects, isa, platform)
     if platform.apple:
         write_framework(compile_kernels(kernels, isa, platform.apple), directory)
     write_facts(directory, model, lowering, level=isa.name, march=_MARCH[isa.name])
 
 
-def write_sources(directory: Path, program: Program, made: Sources) -> None:
-    """Writes the C files, and the weights that they are for."""
+def write_weights(directory: Path, program: Program, model_id: int) -> int:
+    """Writes the weights of a model, and returns their hash."""
     too_large = next((b for b in program.blobs if b.bytes > _LARGEST), None)
     if too_large is not None:
         raise UnsupportedError(
             f"Expected weights of at most 2 GiB each, found one of {too_large.bytes} bytes once packed. Quantize it."
         )
-    digest = _write_weights(program, directory / WEIGHTS, made.model_id)
+    return _write_weights(program, directory / WEIGHTS, model_id)
+
+
+def write_c(directory: Path, made: Sources, digest: int) -> None:
+    """Writes the C files for weights of that hash."""
     (directory / "model.h").write_text(made.header, "utf-8", newline="\n")
     (directory / "model.c").write_text(made.with_hash(digest), "utf-8", newline="\n")
 

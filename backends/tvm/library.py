@@ -53,10 +53,11 @@ def sources(model: Model, lowering: Lowering) -> Sources:
     return written(Writer(model, lowering))
 
 
-def written(writer: Writer) -> Sources:
-    """The C files of a writer, with what identifies the model."""
+def written(writer: Writer, model_id: int | None = None) -> Sources:
+    """The C files of a writer, with what identifies the model: a number that is given, or made of them."""
     text = writer.source()
-    model_id = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    if model_id is None:
+        model_id = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     return Sources(writer.header(), text.replace("@ID@", f"0x{model_id:016x}u"), model_id)
 
 

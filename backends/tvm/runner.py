@@ -57,8 +57,14 @@ def open_gpu_runner(directory: Path) -> TvmRunner:
         UnsupportedError: If there is no device.
     """
     facts = read_facts(directory)
-    place = directory if (directory / LIBRARY).is_file() else directory / EMULATED
-    return TvmRunner(directory, facts, LocalLibrary(place / LIBRARY, len(facts["dimensions"])), 1)
+    count = len(facts["dimensions"])
+    if (directory / LIBRARY).is_file():
+        try:
+            return TvmRunner(directory, facts, LocalLibrary(directory / LIBRARY, count), 1)
+        except UnsupportedError:
+            if not (directory / EMULATED).is_dir():
+                raise
+    return TvmRunner(directory, facts, LocalLibrary(directory / EMULATED / LIBRARY, count), 1)
 
 
 class TvmRunner:

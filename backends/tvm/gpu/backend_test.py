@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from qc.backends.target import backend_for, target_names
 from qc.backends.tvm.gpu.build import build_kernels
 from qc.backends.tvm.gpu.kernels import attend, normalize
 from qc.backends.tvm.gpu.languages import LANGUAGES
+from qc.backends.tvm.gpu.nvidia import ARCHITECTURES, COMPILER
 from qc.backends.tvm.gpu.products import word_product
 from qc.backends.tvm.gpu.weights import Words
 from qc.backends.tvm.kernels.attention import Heads
@@ -20,6 +23,9 @@ from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model
 from qc.ir.runtime import Session
 from qc.ir.text import parse
+
+EM_CUDA = 190
+"""The machine of an ELF file for NVIDIA's devices."""
 
 Run = Callable[[Model, Path, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -136,18 +142,37 @@ def test_every_language_has_the_kernels_of_a_decoder(language: str) -> None:
         assert set(built.parameters[: built.buffers]) == set(built.declared[: built.buffers_declared]), name
 
 
-def test_languages_without_a_host_run_as_opencl(
+def test_other_languages_run_as_opencl_where_their_device_is_missing(
     linear: Callable[[str], tuple[Model, np.ndarray]], on_device: Run, tmp_path: Path
 ) -> None:
+    """Where it is there, a library for CUDA sums in another order."""
     model, x = linear("quantize-weights{format=uint4,group=32}")
     expected = on_device(model, tmp_path, {"x": x})["y"]
     for name in sorted(set(LANGUAGES) - {"opencl"}):
         backend, place = backend_for(f"tvm-{name}"), tmp_path / name
         place.mkdir()
         backend.emit(model, place)
-        np.testing.assert_array_equal(backend.open(place).run({"x": x})["y"], expected)
+        np.testing.assert_allclose(backend.open(place).run({"x": x})["y"], expected, rtol=2e-5, atol=2e-5)
         assert {p.suffix for p in (place / "kernels").iterdir()} == {f".{LANGUAGES[name].suffix}"}
         assert backend.coverage(model).off_target == 0
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")
+def test_cuda_compiles_for_each_architecture(
+    linear: Callable[[str], tuple[Model, np.ndarray]], on_device: Run, tmp_path: Path
+) -> None:
+    model, _ = linear("quantize-weights{format=uint4,group=32}")
+    backend_for("tvm-cuda").emit(model, tmp_path)
+    entries = [k["entry"] for k in json.loads((tmp_path / "launches.json").read_text())["kernels"].values()]
+    for arch in ARCHITECTURES:
+        code = (tmp_path / f"kernels.{arch}.cubin").read_bytes()
+        assert code[:4] == b"\x7fELF"
+        assert int.from_bytes(code[18:20], "little") == EM_CUDA
+        assert all(f".text.{entry}".encode() in code for entry in entries)
+    text = (tmp_path / "kernels.ptx").read_text()
+    assert all(f".visible .entry {entry}(" in text for entry in entries)
+    command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-c", "model.c", "-o", "model.o"]
+    subprocess.run(command, cwd=tmp_path, check=True)
 
 
 def test_an_operator_without_a_kernel_is_named(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from qc.backends.manifest import dump_json
-from qc.backends.tvm.emit import EMULATED, build_library, write_facts, write_sources
+from qc.backends.tvm.emit import EMULATED, build_library, write_c, write_facts, write_weights
 from qc.backends.tvm.gpu.build import build_kernels
-from qc.backends.tvm.gpu.languages import OPENCL, Language
+from qc.backends.tvm.gpu.languages import CUDA, OPENCL, Language
 from qc.backends.tvm.gpu.library import GpuWriter, launch_table
+from qc.backends.tvm.gpu.nvidia import COMPILER, compile_image
 from qc.backends.tvm.gpu.ops import lower_for_gpu
 from qc.backends.tvm.library import written
 from qc.backends.tvm.toolchain import require_header
@@ -22,11 +24,11 @@ LAUNCHES = "launches.json"
 def emit_for_gpu(model: Model, directory: Path, language: Language) -> None:
     """Writes everything into an existing directory.
 
-    The C library is that of the language; where the language has none, it is the one of OpenCL, aside, and what runs
-    here in its place.
+    The C library is that of the language. Where it is another one than OpenCL, that of OpenCL stands aside, which runs
+    in its place where the device is missing. A library for CUDA needs kernels that are compiled already, so there is
+    one if the compiler is here.
     """
-    runs = language if language.host else OPENCL
-    require_header("cc", runs.header, f"gcc, {runs.package}")
+    require_header("cc", OPENCL.header, f"gcc, {OPENCL.package}")
     program, lowering = lower_for_gpu(model)
     kernels = {name: k[:2] for name, k in program.kernels.items()}
     built = build_kernels(kernels, language)
@@ -35,12 +37,22 @@ def emit_for_gpu(model: Model, directory: Path, language: Language) -> None:
         (directory / f"kernels/{name}.{language.suffix}").write_text(kernel.source, "utf-8", newline="\n")
     table = launch_table(program, lowering, model, built, language)
     (directory / LAUNCHES).write_text(dump_json(table), "utf-8", newline="\n")
-    writer = GpuWriter(model, lowering, built if runs is language else build_kernels(kernels, runs), runs)
-    write_sources(directory, program, written(writer))
-    place = directory if runs is language else directory / EMULATED
-    tools = ("cc", "ar", f"gcc, {runs.package}")
-    build_library(directory, place, {}, tools, [], runs.link)
-    if runs is not language:
-        for name in ("model.c", "model.h"):
-            (directory / name).rename(place / name)
+    if language is OPENCL:
+        writers = {directory: GpuWriter(model, lowering, built, OPENCL)}
+    else:
+        writers = {directory / EMULATED: GpuWriter(model, lowering, build_kernels(kernels, OPENCL), OPENCL)}
+    if language is CUDA and shutil.which(COMPILER) is not None:
+        image = compile_image(sorted((directory / "kernels").iterdir()), directory)
+        writers[directory] = GpuWriter(model, lowering, built, CUDA, image)
+    made, digest, model_id = {}, 0, None
+    for place, writer in writers.items():
+        made[place] = written(writer, model_id)
+        if model_id is None:
+            model_id = made[place].model_id
+            digest = write_weights(directory, program, model_id)
+    for place, writer in writers.items():
+        place.mkdir(exist_ok=True)
+        write_c(place, made[place], digest)
+        tools = ("cc", "ar", f"gcc, {OPENCL.package}")
+        build_library(place, place, {}, tools, [], writer.language.link)
     write_facts(directory, model, lowering, level=language.name)

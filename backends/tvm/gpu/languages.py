@@ -37,7 +37,9 @@ OPENCL = Language(
     "opencl", "OpenCL kernels and a C library that launches them", "cl", {"max_num_threads": 256},
     "opencl.c", ("-lOpenCL",), "CL/cl.h", "ocl-icd-opencl-dev and opencl-headers",
 )  # fmt: skip
-CUDA = Language("cuda", "CUDA kernels and a launch table", "cu")
+CUDA = Language(
+    "cuda", "CUDA kernels and, with nvcc, a C library that launches them", "cu", host="cuda.c", link=("-ldl",)
+)
 METAL = Language("metal", "Metal kernels and a launch table", "metal", {"max_num_threads": 256})
 WEBGPU = Language("webgpu", "WebGPU kernels and a launch table", "wgsl", {"max_num_threads": 256})
 

@@ -21,23 +21,43 @@ from qc.ir.model import Model
 
 __all__ = ["GpuWriter", "launch_table"]
 
+_BYTES = 32
 _KINDS = {ir.DataType.FLOAT: "f", ir.DataType.INT64: "l", ir.DataType.INT32: "i", ir.DataType.INT8: "s"}
 
 
 class GpuWriter(Writer):
-    """Writes the C files of launches."""
+    """Writes the C files of launches.
+
+    Attributes:
+        language: Of the kernels.
+    """
 
     program: GpuProgram
     arrays: Mapping[str, str] = {}
 
-    def __init__(self, model: Model, lowering: Lowering, built: Mapping[str, Built], language: Language) -> None:
+    def __init__(
+        self, model: Model, lowering: Lowering, built: Mapping[str, Built], language: Language, image: bytes = b""
+    ) -> None:
+        """Prepares to write.
+
+        Args:
+            model: The model.
+            lowering: Its launches.
+            built: The kernels.
+            language: Theirs.
+            image: All of them, compiled; else the library compiles their sources.
+        """
         super().__init__(model, lowering)
-        self._built, self._language = built, language
+        self._built, self.language, self._image = built, language, image
 
     def source(self) -> str:
         """``model.c``."""
         lines = [*self.constants(), f"enum {{ KERNELS = {len(self._built)}, WEIGHTS = {len(self.program.blobs)} }};"]
-        return self.filled("gpu.c", "gpu_caches.c", lines).replace("@DEVICE@", template(self._language.host))
+        if self._image:
+            rows = (self._image[i : i + _BYTES] for i in range(0, len(self._image), _BYTES))
+            numbers = "\n".join("  " + "".join(f"{b}," for b in row) for row in rows)
+            lines.append(f"static const unsigned char kernel_image[] __attribute__((aligned(16))) = {{\n{numbers}\n}};")
+        return self.filled("gpu.c", "gpu_caches.c", lines).replace("@DEVICE@", template(self.language.host))
 
     def kernels(self) -> Iterable[str]:
         """Sources, grids and facts of the kernels; weights; sizes and types of inputs and outputs."""
@@ -51,12 +71,14 @@ class GpuWriter(Writer):
             held = "".join(f"  const int64_t {p} = given[{integers.index(p)}];\n" for p in used)
             sizes = "".join(f"  blocks[{i}] = {g};\n" for i, g in enumerate(kernel.grid))
             yield f"static void grid_{name}(const int32_t *given, int64_t *blocks) {{\n  (void)given;\n{held}{sizes}}}"
-            yield f"static const char source_{name}[] =\n{_literal(kernel.source)};"
+            if not self._image:
+                yield f"static const char source_{name}[] =\n{_literal(kernel.source)};"
             arguments = [buffers.index(p) for p in kernel.parameters[: kernel.buffers]]
             arguments += [integers.index(p) for p in kernel.parameters[kernel.buffers :]]
             block = ", ".join(map(str, kernel.block))
+            source = "NULL" if self._image else f"source_{name}"
             rows.append(
-                f'  {{"{kernel.entry}", source_{name}, {kernel.buffers}, {len(arguments) - kernel.buffers}, '
+                f'  {{"{kernel.entry}", {source}, {kernel.buffers}, {len(arguments) - kernel.buffers}, '
                 f"{{{', '.join(map(str, arguments))}}}, {{{block}}}, grid_{name}}},"
             )
         yield "static const kernel_facts kernels[] = {\n" + "\n".join(rows) + "\n};"

@@ -175,6 +175,13 @@ def test_decoding_by_hand() -> None:
         ("int8", (4096, 4096), 8 + 32 / 4096),
         ("int4:g32", (1, 33), (136 + 64) / 33),  # 33 codes take 17 bytes, the second group has a scale of its own
         ("uint2:g2", (1, 5), (16 + 96 + 8) / 5),
+        ("int4:g32:f16", (64, 4096), 4.5),  # Q4_0 of llama.cpp: 18 bytes for 32; the next ones likewise
+        ("zint4:g32:f16", (64, 4096), 5.0),
+        ("int8:g32:f16", (64, 4096), 8.5),
+        ("int3:g16:s6x16", (64, 4096), 110 * 8 / 256),
+        ("int6:g16:s8x16", (64, 4096), 210 * 8 / 256),
+        ("iq4nl:g32:f16", (64, 4096), 4.5),
+        ("iq4nl:g32:s6x8", (64, 4096), 136 * 8 / 256),
     ],
 )
 def test_every_stored_bit_is_counted(spelling: str, shape: tuple[int, int], expected: float) -> None:

@@ -18,7 +18,7 @@ from qc.passes.allocate._costs import TARGETS, relative_time
 from qc.passes.allocate._program import Option, choose
 from qc.passes.allocate._trial import Trial
 from qc.passes.base import Context, Outcome, Pass, Result, Site, check_patterns
-from qc.passes.quantize._fisher import fisher
+from qc.passes.quantize._fisher import FISHER_BYTES, FISHER_TOKENS, fisher
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, squared_errors
 from qc.passes.quantize.weights import SHORTEST_GROUP, fitted
@@ -32,8 +32,6 @@ _TRIED, _JUDGED = 512, 1024
 
 _WINDOW = 256
 """Positions that a batch counts as which has no tokens."""
-
-_FISHER_TOKENS = 16384
 
 _FEEDBACK = 0.4
 """What is left of the error of a product if codes are chosen with feedback. In terms of what outputs lose it is 0.29
@@ -122,7 +120,11 @@ class Allocate(Pass):
 
     @property
     def calibration_tokens(self) -> int:
-        return _FISHER_TOKENS if self.metric == "fisher" else super().calibration_tokens
+        return FISHER_TOKENS if self.metric == "fisher" else super().calibration_tokens
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        return FISHER_BYTES if self.metric == "fisher" else 0
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context

@@ -27,7 +27,13 @@ from qc.ir.store import Store
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["fisher"]
+__all__ = ["FISHER_BYTES", "FISHER_TOKENS", "fisher"]
+
+FISHER_TOKENS = 16384
+"""Each window of text is one sample, so it takes a few dozen."""
+
+FISHER_BYTES = 16
+"""Memory for each weight: the weight in float, its gradient, the square of that, and the sum of squares."""
 
 _MOST = 1 << 27
 """Elements whose gradients are held at a time: further ones take a run over the data of their own."""

@@ -10,9 +10,10 @@ from qc.passes.quantize._kmeans_exact import optimal_bounds
 __all__ = ["kmeans_rows", "kmeans_vectors", "split"]
 
 _STEPS = 40
-_EXACT = 128
+_EXACT = 64
 """Elements up to which a group gets its optimum: where weights differ by much, Lloyd's alternation from quantiles
-leaves 4 to 50 % more error in groups of 128, at 1 to 4 bits."""
+leaves 5 to 90 % more error, at 1 to 4 bits. In groups of 128 the optimum takes three times as long as what is done in
+longer ones, and is 0.01 to 0.4 % better."""
 
 _POINTS = 64
 """Points that longer groups are condensed to for the start. From their optimum the alternation comes within half a
@@ -92,7 +93,7 @@ class _Sorted:
 def kmeans_rows(w: np.ndarray, bits: int, weights: np.ndarray | None = None) -> np.ndarray:
     """A rising table of ``2^bits`` values for each row, of least weighted squared error.
 
-    That is the optimum in rows of up to 128 elements, a local one in longer rows: Lloyd's alternation, from the optimum
+    That is the optimum in rows of up to 64 elements, a local one in longer rows: Lloyd's alternation, from the optimum
     of 64 points that stand for the row, or, for many values, from quantiles of the third root of the density (Panter
     and Dite 1951).
 

@@ -17,7 +17,7 @@ from qc.ir.runtime import Session
 from qc.ir.store import release
 from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site, check_patterns
 from qc.passes.quantize._columns import takes
-from qc.passes.quantize._fisher import fisher
+from qc.passes.quantize._fisher import FISHER_BYTES, FISHER_TOKENS, fisher
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, sqnr_db
 from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db
@@ -148,8 +148,13 @@ class QuantizeWeights(BlockPass):
 
     @property
     def calibration_tokens(self) -> int:
-        plenty = self.assign == "gptq" or self.metric == "fisher"
-        return _GRAM_TOKENS if plenty else super().calibration_tokens
+        if self.metric == "fisher":
+            return FISHER_TOKENS
+        return _GRAM_TOKENS if self.assign == "gptq" else super().calibration_tokens
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        return FISHER_BYTES if self.metric == "fisher" else 0
 
     @property
     def _statistic(self) -> Statistic | None:

@@ -97,7 +97,8 @@ def test_the_wheel_holds_every_module_and_recipe_and_no_test(source: Path, tmp_p
     with zipfile.ZipFile(build(source, "wheel", tmp_path)) as wheel:
         files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     recipes = {f"qc/recipes/{file.name}" for file in (ROOT / "qc" / "recipes").glob("*.yaml")}
-    host = {f"qc/backends/tvm/host/{file.name}" for file in (ROOT / "backends/tvm/host").glob("*.[ch]")}
+    sources = [*(ROOT / "backends/tvm/host").glob("*.[ch]"), *(ROOT / "backends/tvm/host").glob("*.mjs")]
+    host = {f"qc/backends/tvm/host/{file.name}" for file in sources}
     kits = {
         f"qc/{file.relative_to(ROOT).as_posix()}"
         for file in (ROOT / "backends/kits").rglob("*")

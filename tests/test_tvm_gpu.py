@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import json
 import re
+import shutil
 import subprocess
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +20,7 @@ from qc.backends.inputs import text_inputs
 from qc.backends.target import Runner
 from qc.backends.tvm.backend import TvmCpu
 from qc.backends.tvm.gpu.backend import TvmGpu
-from qc.backends.tvm.gpu.languages import OPENCL
+from qc.backends.tvm.gpu.languages import OPENCL, WEBGPU
 from qc.frontend import load
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import Model
@@ -82,3 +89,78 @@ def test_an_encoder_computes_the_same_on_a_device(encoder: Model, tmp_path: Path
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4)
     command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-c", "model.c", "-o", "model.o"]
     subprocess.run(command, cwd=tmp_path, check=True)
+
+
+class _Server(http.server.SimpleHTTPRequestHandler):
+    """Serves an artifact, what is to be run, and takes the answer."""
+
+    extensions_map: ClassVar = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
+
+    def __init__(self, *arguments: object, page: Path, runs: Sequence[object], answers: list, directory: Path) -> None:
+        self.page, self.runs, self.answers = page, runs, answers
+        super().__init__(*arguments, directory=str(directory))  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:
+        held = {"/page.html": self.page.read_bytes, "/runs": lambda: json.dumps(self.runs).encode()}.get(self.path)
+        if held is None:
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html" if self.path.endswith("html") else "application/json")
+        self.end_headers()
+        self.wfile.write(held())
+
+    def do_POST(self) -> None:
+        self.answers.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing."""
+
+
+def in_browser(directory: Path, page: Path, runs: Sequence[object], work: Path) -> list[dict[str, list[float]]]:
+    """What a page computes with the module of an artifact, on the software adapter of Chromium."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium, which .ci/tools installs")
+    answers: list[dict] = []
+    handler = functools.partial(_Server, page=page, runs=runs, answers=answers, directory=directory)
+    adapter = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--use-vulkan=swiftshader"]
+    command = [chromium, "--headless=new", "--no-sandbox", *adapter, "--enable-features=Vulkan"]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/page.html"
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        browser = subprocess.Popen([*command, f"--user-data-dir={work}", address], **quiet)  # type: ignore[call-overload]
+        try:
+            for _ in range(1200):
+                if answers:
+                    break
+                threading.Event().wait(0.1)
+        finally:
+            browser.terminate()
+            browser.wait()
+            server.shutdown()
+    assert answers, "the page did not answer"
+    if "no WebGPU device" in answers[0].get("error", ""):
+        pytest.skip("this Chromium has no software adapter")
+    assert "error" not in answers[0], answers[0]
+    return answers[0]["outputs"]
+
+
+def test_a_decoder_says_the_same_in_a_browser(tmp_path: Path, root: Path) -> None:
+    steps = [Step(p, optional=True) for p in canonicalize_passes()]
+    model, _ = PassManager([*steps, *parse_pipeline(INT4)], verify=False).run(load("builtin:tiny-llama"))
+    here = emitted(TvmGpu(WEBGPU), model, tmp_path / "artifact")
+    first = list(here.generate(PROMPT, 2))
+    runs = [
+        {"dimensions": {"batch": 1, "past": past, "seq": len(new), "total": past + len(new)},
+         "inputs": {"input_ids": new, "attention_mask": [1] * (past + len(new))}}
+        for past, new in ((0, PROMPT), (len(PROMPT), first[:1]))
+    ]  # fmt: skip
+    found = in_browser(tmp_path / "artifact", root / "tests/web/gpu.html", runs, tmp_path / "browser")
+    logits = [np.array(f["logits"], np.float32).reshape(1, -1, 4096) for f in found]
+    expected = here.run(text_inputs(here.signature, np.array([PROMPT])))["logits"]
+    np.testing.assert_allclose(logits[0], expected, rtol=1e-4, atol=1e-3)
+    assert [int(f[0, -1].argmax()) for f in logits] == first

@@ -12,6 +12,7 @@ from qc.backends.tvm.gpu.languages import CUDA, OPENCL, Language
 from qc.backends.tvm.gpu.library import GpuWriter, launch_table
 from qc.backends.tvm.gpu.nvidia import COMPILER, compile_image
 from qc.backends.tvm.gpu.ops import lower_for_gpu
+from qc.backends.tvm.host import template
 from qc.backends.tvm.library import written
 from qc.backends.tvm.toolchain import require_header
 from qc.ir.model import Model
@@ -55,4 +56,6 @@ def emit_for_gpu(model: Model, directory: Path, language: Language) -> None:
         write_c(place, made[place], digest)
         tools = ("cc", "ar", f"gcc, {OPENCL.package}")
         build_library(place, place, {}, tools, [], writer.language.link)
+    if language.module:
+        (directory / language.module).write_text(template(language.module), "utf-8", newline="\n")
     write_facts(directory, model, lowering, level=language.name)

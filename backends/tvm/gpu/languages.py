@@ -17,6 +17,7 @@ class Language:
         about: Of the target, in a line.
         suffix: Of a file with a kernel.
         options: Of TVM's target.
+        module: The module of JavaScript that launches them; empty where it is none.
         host: The C file that speaks to the driver; empty where none is generated.
         link: What the library of that host is linked with.
         header: What that file includes.
@@ -27,6 +28,7 @@ class Language:
     about: str
     suffix: str
     options: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    module: str = ""
     host: str = ""
     link: tuple[str, ...] = ()
     header: str = ""
@@ -34,13 +36,16 @@ class Language:
 
 
 OPENCL = Language(
-    "opencl", "OpenCL kernels and a C library that launches them", "cl", {"max_num_threads": 256},
+    "opencl", "OpenCL kernels and a C library that launches them", "cl", {"max_num_threads": 256}, "",
     "opencl.c", ("-lOpenCL",), "CL/cl.h", "ocl-icd-opencl-dev and opencl-headers",
 )  # fmt: skip
 CUDA = Language(
     "cuda", "CUDA kernels and, with nvcc, a C library that launches them", "cu", host="cuda.c", link=("-ldl",)
 )
 METAL = Language("metal", "Metal kernels and a launch table", "metal", {"max_num_threads": 256})
-WEBGPU = Language("webgpu", "WebGPU kernels and a launch table", "wgsl", {"max_num_threads": 256})
+WEBGPU = Language(
+    "webgpu", "WebGPU kernels and a module for browsers that launches them", "wgsl", {"max_num_threads": 256},
+    module="model.mjs",
+)  # fmt: skip
 
 LANGUAGES = {language.name: language for language in (OPENCL, CUDA, METAL, WEBGPU)}

@@ -15,7 +15,7 @@ from qc.backends.tvm.gpu.program import GpuProgram
 from qc.backends.tvm.host import template
 from qc.backends.tvm.library import Writer, in_cache
 from qc.backends.tvm.lower import Lowering
-from qc.backends.tvm.program import Buffer
+from qc.backends.tvm.program import Buffer, Tensor
 from qc.backends.tvm.shapes import dim
 from qc.ir.model import Model
 
@@ -115,13 +115,18 @@ def launch_table(
             }
             for name, kernel in built.items()
         },
-        "inputs": [{"name": v.name, "bytes": t.buffer.bytes.c} for v, t in sizes.items() if t.buffer is not None],
-        "outputs": [{"name": v.name, "bytes": (t.elements * 4).c} for v, t in zip(*outputs, strict=True)],
+        "inputs": [_port(v, t, v in lowering.cached) for v, t in sizes.items()],
+        "outputs": [_port(v, t, in_cache(t)) for v, t in zip(*outputs, strict=True)],
         "arena": [b.bytes.c for b in program.arena],
         "caches": [b.bytes.c for b in program.caches],
         "weights": [{"offset": b.offset, "bytes": b.bytes} for b in program.blobs],
         "launches": [_named(entry, built[entry["kernel"]]) for entry in program.table()],
     }
+
+
+def _port(value: ir.Value, tensor: Tensor, cache: bool) -> dict[str, Any]:
+    """An input or output; one that is a cache stays on the device."""
+    return {"name": value.name, "type": tensor.dtype.name, "bytes": (tensor.elements * 4).c, "cache": cache}
 
 
 def _named(entry: Mapping[str, Any], kernel: Built) -> dict[str, Any]:

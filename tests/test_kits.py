@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -74,6 +75,12 @@ def test_the_c_kit_generates_what_the_runner_generates_and_refuses_changed_files
     assert done.returncode == 0, done.stderr
     expected = backend_for("tvm-cpu:float").open(artifact, threads=1).generate(PROMPT, 16)
     assert [int(line) for line in done.stdout.split()] == list(expected)
+
+    header = (artifact / "model.h").read_text()
+    (artifact / "model.h").write_text(re.sub(r"0x(\w{16})u", lambda m: f"0x{int(m[1], 16) ^ 1:016x}u", header))
+    other = _built(artifact, tmp_path / "other")
+    (artifact / "model.h").write_text(header)
+    _refuses(other, artifact, "libmodel.a: of another model than model.h")
 
     tokenizer = (artifact / "tokenizer.json").read_bytes()
     (artifact / "tokenizer.json").unlink()

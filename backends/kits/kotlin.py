@@ -106,10 +106,23 @@ python tools/ci_build/github/android/build_aar_package.py --include_ops_by_confi
 """
 
 
+_NATIVE = """\
+    defaultConfig { ndk { abiFilters += "arm64-v8a" } }
+    externalNativeBuild { cmake { path = file("src/main/cpp/CMakeLists.txt") } }
+"""
+
+_DEPENDENCY = """\
+    implementation("com.microsoft.onnxruntime:onnxruntime-android:{}.0") // or your reduced build of it
+"""
+
+
 def runtime_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """For an app with ONNX Runtime."""
     return KOTLIN.texts(facts) | {
         "kotlin_use": _USES[facts.task],
+        "android_model": "model.ort",
+        "gradle_native": "",
+        "gradle_dependency": _DEPENDENCY.format(facts.runtime[1]),
         "android_files": "",
         "android_refuses": f"a runtime older than\n{facts.runtime[1]}, ",
         "android_notes": _RUNTIME_NOTES,
@@ -128,6 +141,9 @@ def library_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
         "input_count": str(len(facts.signature.inputs)),
         "output_count": str(len(facts.signature.outputs)),
         "march": f"-march={level}",
+        "android_model": "model.weights",
+        "gradle_native": _NATIVE,
+        "gradle_dependency": "",
         "android_files": _LIBRARY_FILES,
         "android_refuses": "",
         "android_notes": _LIBRARY_NOTES,

@@ -74,6 +74,8 @@ def _convert(directory: Path) -> None:
     """Writes ``model.ort`` and ``required_operators.config`` beside ``model.onnx``."""
     from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
+    from qc.backends.ort.repeatable import make_repeatable
+
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)  # the tool announces every file
     try:
@@ -84,6 +86,7 @@ def _convert(directory: Path) -> None:
             )
     finally:
         logging.disable(disabled)
+    make_repeatable(directory / MODEL)
     written = directory / f"model.{CONFIG}"
     lines = [line for line in written.read_text("utf-8").splitlines() if not line.startswith("#")]
     (directory / CONFIG).write_text("\n".join(lines) + "\n", "utf-8", newline="\n")  # without paths of this machine

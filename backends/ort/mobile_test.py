@@ -41,6 +41,17 @@ def test_what_is_opened_is_the_form_that_an_app_ships(emitted):
     OrtMobile().open(emitted, threads=1)
 
 
+def test_every_file_has_the_same_bytes_each_time(build, tmp_path):
+    lowered = _lowered(build("appending"), "quantize-weights{format=int4,group=32}")
+    found = []
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+        OrtMobile().emit(lowered, tmp_path / name)
+        found.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.is_file()})
+    assert {"model.onnx", "model.ort", CONFIG} <= set(found[0])
+    assert found[0] == found[1] == found[2]
+
+
 def test_the_list_of_operators_is_that_of_the_optimized_graph(emitted):
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(emitted / "optimized.onnx")

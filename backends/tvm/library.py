@@ -34,7 +34,7 @@ class Sources:
     """The generated C files.
 
     Attributes:
-        header: ``model.h``.
+        header: ``model.h``; it knows `model_id` too.
         source: ``model.c``, without the hash of the weights, which is known later: `with_hash`.
         model_id: What tells that a weights file belongs to this library.
     """
@@ -58,7 +58,8 @@ def written(writer: Writer, model_id: int | None = None) -> Sources:
     text = writer.source()
     if model_id is None:
         model_id = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-    return Sources(writer.header(), text.replace("@ID@", f"0x{model_id:016x}u"), model_id)
+    spelled = f"0x{model_id:016x}u"
+    return Sources(writer.header().replace("@ID@", spelled), text.replace("@ID@", spelled), model_id)
 
 
 def feeds_text(model: Model, lowering: Lowering) -> bool:

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "model.h"
 #include "qc_files.h"
 
 /* SHA-256, FIPS 180-4. */
@@ -108,6 +109,10 @@ static int check(const char *directory, const qc_file *file, char *message, size
 }
 
 int qc_check(const char *directory, char *message, size_t size) {
+  if (qc_model_id() != QC_MODEL_ID) {
+    snprintf(message, size, "libmodel.a: of another model than model.h; take both from one artifact, and build again");
+    return 1;
+  }
   for (size_t i = 0; i < sizeof QC_FILES / sizeof *QC_FILES; i++) {
     if (check(directory, &QC_FILES[i], message, size)) return 1;
   }

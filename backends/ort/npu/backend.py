@@ -28,6 +28,7 @@ class OrtNpu(FixedShapes):
     Attributes:
         soc: The chip, a key of `SOCS`.
         bits: Of the grids of activations.
+        narrow: Decibels that keys and values keep on grids of 8 bits, or they have `bits`; 0: they have.
         context: Whether the artifact also holds what the graphs are compiled to.
     """
 
@@ -39,8 +40,11 @@ class OrtNpu(FixedShapes):
         "context": {"context": True},
     }
 
+    numbers: ClassVar[tuple[str, ...]] = (*FixedShapes.numbers, "narrow")
+
     soc: str = "8gen2"
     bits: int = 16
+    narrow: int = 30
     context: bool = False
 
     @property
@@ -69,7 +73,7 @@ class OrtNpu(FixedShapes):
             WriteOutActivations(),
             LowerWeights(),
             InlineDialect(),
-            QuantizeValues(bits=self.bits),
+            QuantizeValues(bits=self.bits, narrow=self.narrow),
         )
         return [Step(p, optional=True) for p in passes]
 

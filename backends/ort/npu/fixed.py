@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FixedShapes"]
 
-_NUMBERS = ("length", "prefill", "cache")
-
 
 @dataclasses.dataclass(frozen=True)
 class FixedShapes:
@@ -26,6 +24,7 @@ class FixedShapes:
     Attributes:
         kind: What stands behind the colon of the target.
         words: Options that are one word, with the fields that they set.
+        numbers: Options that are a number; the names of their fields.
         length: Tokens that an encoder takes.
         prefill: Tokens that a decoder takes at once.
         cache: Tokens that its cache holds, and with it the longest text.
@@ -34,6 +33,7 @@ class FixedShapes:
 
     kind: ClassVar[str]
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    numbers: ClassVar[tuple[str, ...]] = ("length", "prefill", "cache")
 
     length: int = 128
     prefill: int = 64
@@ -54,9 +54,9 @@ class FixedShapes:
             if word in cls.words:
                 chosen |= cls.words[word]
             elif number.isascii() and number.isdigit() and int(number) > 0:
-                (chosen if name in _NUMBERS else sizes)[name] = int(number)
+                (chosen if name in cls.numbers else sizes)[name] = int(number)
             else:
-                known = ", ".join((*cls.words, *(f"{n}=N" for n in _NUMBERS)))
+                known = ", ".join((*cls.words, *(f"{n}=N" for n in cls.numbers)))
                 raise InputError(
                     f"Expected an option of ort-npu:{cls.kind} among {known} and NAME=N for another open size; found "
                     f"{word!r}."

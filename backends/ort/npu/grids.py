@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from qc.backends.ort.npu.attention import MASKED
+from qc.backends.ort.npu.narrow import decibels, may_be_narrow
 from qc.backends.ort.npu.outside import OUTSIDE, outside_nodes, outside_values, put_outside
 from qc.ir.errors import InputError
 from qc.ir.quant import read_weight
@@ -65,6 +66,8 @@ class QuantizeValues(Pass):
     Attributes:
         bits: 16 or 8.
         margin: Factor on ranges that were observed.
+        narrow: Keys, values and their caches have 8 bits where they keep that many decibels; 0: they do not. Their grid
+            is changed behind the arithmetic that makes them.
         products: Whether only what convolutions with integer weights read and yield is put on grids.
     """
 
@@ -72,6 +75,7 @@ class QuantizeValues(Pass):
 
     bits: int = 16
     margin: float = 1.1
+    narrow: float = 0.0
     products: bool = False
 
     def __post_init__(self) -> None:
@@ -79,11 +83,18 @@ class QuantizeValues(Pass):
             raise InputError(f"Expected 8 or 16 bits of quantize-values, found {self.bits}.")
         if not 1 <= self.margin <= 4:
             raise InputError(f"Expected a margin of quantize-values between 1 and 4, found {self.margin}.")
+        if self.narrow < 0:
+            raise InputError(f"Expected decibels of quantize-values that are not negative, found {self.narrow}.")
 
     def needs(self, model: ir.Model) -> list[Request]:
         infer_shapes(model)
-        observed = [_observed(group) for group in _Groups(model, self.products).groups]
-        return [r for value in observed if value is not None for r in _requests(value)]
+        found = []
+        for group in _Groups(model, self.products).groups:
+            value = _observed(group)
+            if value is not None:
+                found += _requests(value)
+                found += [Request(Statistic.HISTOGRAM, value)] if self._may_be_narrow(group) else []
+        return found
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = Context() if context is None else context
@@ -92,13 +103,15 @@ class QuantizeValues(Pass):
         sites = []
         for group in groups.groups:
             grid = grids.get(id(group))
+            narrow = grid if grid is None else self._narrowed(group, grid, context)
             for value in group:
-                if grid is None:
+                if grid is None or narrow is None:
                     reason = "it was not observed on calibration data, or is not finite: it stays in half precision"
                     sites.append(Site(str(value.name), Outcome.SKIPPED, reason))
                     continue
-                details = {"bits": grid.bits, "scale": float(grid.scale), "zero_point": int(grid.zero)}
-                _put(model, value, grid, groups.outside)
+                details = {"bits": narrow.bits, "scale": float(narrow.scale), "zero_point": int(narrow.zero)}
+                between = [grid] if narrow is not grid and _is_computed(value) else []
+                _put(model, value, [*between, narrow], groups.outside)
                 sites.append(Site(str(value.name), Outcome.CHANGED, details=details))
         if not self.products:
             self._constants(model, groups.outside, context)
@@ -129,6 +142,21 @@ class QuantizeValues(Pass):
             for node, (bottom, upper) in zip(sums, scores, strict=True):
                 ranges[id(groups.of(node.outputs[0]))] = (bottom - depth, upper + top)
         return {key: Grid.of(*_wide(ends), self.bits, symmetric=False) for key, ends in ranges.items()}
+
+    def _may_be_narrow(self, group: list[ir.Value]) -> bool:
+        return self.narrow > 0 and self.bits == 16 and may_be_narrow(group, _MOVING)
+
+    def _narrowed(self, group: list[ir.Value], grid: Grid, context: Context) -> Grid:
+        """A grid of 8 bits on the same range where that loses little, else `grid`."""
+        value = _observed(group)
+        if not self._may_be_narrow(group) or value is None:
+            return grid
+        seen = context.statistics.get(Request(Statistic.HISTOGRAM, value))
+        if seen is None:
+            return grid
+        ends = (np.array([0, 2**grid.bits - 1]) - grid.zero) * grid.scale
+        held = Grid.of(*_wide((float(ends[0]), float(ends[1]))), 8, symmetric=False)
+        return held if decibels(seen, held) >= self.narrow else grid
 
     def _range(self, value: ir.Value, context: Context) -> tuple[float, float] | None:
         seen = [context.statistics.get(r) for r in _requests(value)]
@@ -257,21 +285,31 @@ def _set_lowest(mask: ir.Value, lowest: float) -> None:
     constant.const_value = ir.tensor(np.array(lowest, np.float32), name=constant.name)
 
 
-def _put(model: ir.Model, value: ir.Value, grid: Grid, outside: set[ir.Node]) -> None:
-    """Moves the readers of `value`, but those beside the NPU, to its decoded codes."""
-    quantize, decode = pair(model, value, grid, str(value.name))
+def _is_computed(value: ir.Value) -> bool:
+    """Whether arithmetic makes a value, rather than the caller or a move."""
+    node = value.producer()
+    return node is not None and (node.domain != "" or node.op_type not in _MOVING)
+
+
+def _put(model: ir.Model, value: ir.Value, grids: Sequence[Grid], outside: set[ir.Node]) -> None:
+    """Moves the readers of `value`, but those beside the NPU, to its decoded codes: on one grid, or on two in turn."""
+    nodes = pair(model, value, grids[-1], str(value.name))
+    quantize, decode = nodes
+    if len(grids) > 1:
+        nodes = [*pair(model, value, grids[0], f"{value.name}.wide"), *nodes]
+        quantize.replace_input_with(0, nodes[1].outputs[0])
     codes, decoded = quantize.outputs[0], decode.outputs[0]
     if OUTSIDE in value.metadata_props:
         del value.metadata_props[OUTSIDE]
         put_outside(codes)
-    readers = [u for u in value.uses() if u.node is not quantize and u.node not in outside]
+    readers = [u for u in value.uses() if u.node not in nodes and u.node not in outside]
     for use in readers:
         use.node.replace_input_with(use.idx, decoded)
     producer = value.producer()
     if producer is None:
-        model.graph.insert_before(model.graph[0], [quantize, decode])
+        model.graph.insert_before(model.graph[0], nodes)
     else:
-        model.graph.insert_after(producer, [quantize, decode])
+        model.graph.insert_after(producer, nodes)
     if value.is_graph_output():
         outputs = model.graph.outputs
         name = value.name

@@ -92,7 +92,28 @@ def test_what_was_not_observed_stays_as_it_is_and_says_so():
     assert "half precision" in result.sites[0].reason
 
 
-@pytest.mark.parametrize("options", [{"bits": 12}, {"margin": 0.5}])
+@pytest.mark.parametrize(("decibels", "bits"), [(0, 16), (20, 8), (60, 16)])
+def test_keys_and_values_are_narrow_where_they_lose_little(decibels, bits):
+    text = """(float[b,2,n,8] q, float[b,2,n,8] k) => (float[b,2,n,8] y) {
+        s = Tanh(k)
+        t = Transpose <perm = [0, 1, 3, 2]> (s)
+        p = MatMul(q, t)
+        r = Softmax(p)
+        y = MatMul(r, s) }"""
+    batch = {name: _RNG.standard_normal((2, 2, 6, 8), np.float32) for name in "qk"}
+    before = Session(_model(text)).run(batch)["y"]
+    rewrite = QuantizeValues(narrow=decibels)
+    model, (report,) = PassManager([rewrite], stage="lowering").run(_model(text), calibration=[batch])
+    found = {s.name: s.details["bits"] for s in report.sites}
+    assert found == {"q": 16, "k": 16, "s": bits, "t": bits, "p": 16, "r": 16, "y.exact": 16}
+    rounded = [n.op_type for n in model.graph].count("QuantizeLinear")
+    assert rounded == (7 if bits == 16 else 8), "arithmetic yields 16 bits, and the grid is changed behind it"
+    error = np.abs(Session(model).run(batch)["y"] - before).max()
+    assert (error > 1e-3) == (bits == 8)
+    assert error < 2e-2
+
+
+@pytest.mark.parametrize("options", [{"bits": 12}, {"margin": 0.5}, {"narrow": -1}])
 def test_wrong_options_are_refused(options):
     with pytest.raises(InputError, match="Expected"):
         QuantizeValues(**options)

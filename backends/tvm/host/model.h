@@ -27,6 +27,10 @@ const char *qc_error(int code);
 
 @PORTS@
 
+/* Which model this header is of. The library says which one it is of: the same, if both come from one artifact. */
+#define QC_MODEL_ID ((uint64_t)@ID@)
+uint64_t qc_model_id(void);
+
 typedef struct qc_model qc_model;       /* the weights: read only, shared by instances */
 typedef struct qc_instance qc_instance; /* working memory and caches: one thread at a time */
 

@@ -81,6 +81,8 @@ int qc_open_memory(const void *bytes, size_t size, qc_model **model) {
   return QC_OK;
 }
 
+uint64_t qc_model_id(void) { return MODEL_ID; }
+
 int qc_open(const char *weights_file, qc_model **model) {
   struct stat facts;
   if (weights_file == NULL || model == NULL) return QC_E_ARGUMENT;

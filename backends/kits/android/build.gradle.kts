@@ -7,7 +7,7 @@ plugins {
 // The files that an app needs go into its assets, below model/.
 val modelAssets = layout.buildDirectory.dir("generated/assets")
 val copyModel by tasks.registering(Copy::class) {
-    from("..") { include("manifest.json", "model.ort", "tokenizer.json") }
+    from("..") { include("manifest.json", "@@android_model@@", "tokenizer.json") }
     into(modelAssets.map { it.dir("model") })
 }
 
@@ -15,8 +15,8 @@ android {
     namespace = "qc.model"
     compileSdk = 35
     defaultConfig { minSdk = 24 }
-    sourceSets["main"].assets.srcDir(modelAssets)
-    androidResources { noCompress += listOf("ort") }
+@@gradle_native@@    sourceSets["main"].assets.srcDir(modelAssets)
+    androidResources { noCompress += listOf("ort", "weights") }
     compileOptions {
         sourceCompatibility = JavaVersion.VERSION_17
         targetCompatibility = JavaVersion.VERSION_17
@@ -26,7 +26,6 @@ android {
 tasks.named("preBuild") { dependsOn(copyModel) }
 
 dependencies {
-    implementation("com.microsoft.onnxruntime:onnxruntime-android:@@minimum@@.0") // or your reduced build of it
-    implementation("ai.djl.huggingface:tokenizers:0.33.0")
+@@gradle_dependency@@    implementation("ai.djl.huggingface:tokenizers:0.33.0")
     runtimeOnly("ai.djl.android:tokenizer-native:0.33.0")
 }

@@ -195,6 +195,13 @@ def test_a_time_budget_is_kept() -> None:
     assert formats(fast) != formats(free)
 
 
+def test_a_target_with_kernels_of_3_bits_may_choose_them() -> None:
+    choices = ("uint2:g64:f16", "uint3:g64:f16", "uint4:g64:f16")
+    assert relative_time(Format.parse(choices[1]), WIDTH, "ort-cpu") is None
+    _, (plan,) = run(network(), Allocate(bits=3.4, time=0.87, formats=choices, target="tvm-cpu", plans=1))
+    assert choices[1] in formats(plan).values()
+
+
 def test_an_excluded_weight_has_no_plan() -> None:
     model, (plan,) = run(network(), Allocate(bits=5.0, exclude=("layer1",)))
     assert "layer1" not in formats(plan)

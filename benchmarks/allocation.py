@@ -60,6 +60,7 @@ def main() -> int:
     parser.add_argument("--calib", type=Path)
     parser.add_argument("--uniform", nargs="+", default=UNIFORM, metavar="FORMAT")
     parser.add_argument("--bits", type=float, nargs="*", default=[3.5, 4.0])
+    parser.add_argument("--metric", choices=("moment", "fisher"), default="moment", help="what plans count errors by")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -68,7 +69,7 @@ def main() -> int:
 
     def row(name: str, codes: str, *before: Pass, **choices: object) -> float:
         last = QuantizeWeights(assign=codes, sweeps=2 if codes == "gptq" else 0, **choices)  # type: ignore[arg-type]
-        data = read_data(model, options.calib, tokens=last.calibration_tokens)
+        data = read_data(model, options.calib, tokens=max(p.calibration_tokens for p in (*before, last)))
         found = measure(model, reference, data, [*before, last], options.threads)
         rows.append({"weights": name, "codes": codes, **found})
         if not options.json:
@@ -81,9 +82,9 @@ def main() -> int:
     for codes in ("search", "gptq"):
         for uniform in options.uniform:
             bits = row(uniform, codes, format=uniform)
-            row("allocated", codes, Allocate(bits=bits, assign=codes))
+            row("allocated", codes, Allocate(bits=bits, assign=codes, metric=options.metric))
         for bits in options.bits:
-            row("allocated", codes, Allocate(bits=bits, assign=codes))
+            row("allocated", codes, Allocate(bits=bits, assign=codes, metric=options.metric))
     if options.json:
         print(json.dumps(rows, indent=1))
     return 0

@@ -92,14 +92,32 @@ def test_reassembly_alone_brings_outliers_within_reach_of_four_bits(source: Sour
     assert reassembled < 0.35
 
 
+@pytest.mark.slow
+def test_reassembly_takes_from_static_eight_bits_what_smoothing_leaves(source: Source) -> None:
+    original, reference, _ = source
+    data = read_data(original, None, tokens=8192)
+    static = "quantize-weights{format=int8,group=0,embedding=float,head=float},quantize-activations{mode=static}"
+    reassembly = "reassemble{granularity=tensor,weights=int8,exclude=[lm_head,q_proj,gate_proj]}"
+    smoothed, reassembled = (
+        measured((original, reference, data), f"smooth,{more}{static}", 20)["kl"] for more in ("", f"{reassembly},")
+    )
+    print(f"KL: smoothed {smoothed:.4f}, reassembled {reassembled:.4f}")
+    assert reassembled < 0.9 * smoothed
+
+
 def rounded(source: Source, pipeline: str, factor: float) -> float:
     """By how much the perplexity is above that of the float model, with planted outliers."""
+    found = measured(source, pipeline, factor)
+    return found["ppl"] / found["ppl_reference"] - 1
+
+
+def measured(source: Source, pipeline: str, factor: float) -> dict[str, float]:
+    """How far the model is from the float one after a pipeline, with planted outliers."""
     original, reference, data = source
     model = original.clone()
     plant_outliers(model, factor, 8, np.random.default_rng(0))
     model, _ = PassManager(parse_pipeline(pipeline), verify=False).run(model, calibration=data.calibration)
-    found = evaluate(ModelRunner(model), reference, text_tokens=data.tokens, windows=WINDOWS)
-    return found["ppl"] / found["ppl_reference"] - 1
+    return evaluate(ModelRunner(model), reference, text_tokens=data.tokens, windows=WINDOWS)
 
 
 @pytest.mark.slow

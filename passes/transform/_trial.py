@@ -81,17 +81,18 @@ class Quantizers:
             raise InputError(f"Expected the granularity of {name} to be {known}, found {granularity!r}.")
         return cls(Format.parse(weights), bits, granularity, threads)
 
-    def activation(self, product: Product, power: np.ndarray) -> np.ndarray:
+    def activation(self, product: Product, power: np.ndarray, most: float = 1.0) -> np.ndarray:
         """Rounds the input of a product as `quantize-activations` will, ``[S, K]``.
 
-        A static range is drawn in or out as far as it lessens ``sum_k power_k |x_k - x'_k|^2``, with ``power [K]`` the
-        squared weights that read a channel, and the codes of copies are split.
+        A static range is drawn in, or out up to `most` times, as far as it lessens ``sum_k power_k |x_k - x'_k|^2``,
+        with ``power [K]`` the squared weights that read a channel, and the codes of copies are split.
         """
         x, offsets = product.x, product.offsets
         if self.granularity == "token":
             return self._rounded(x, x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True))
         low, high = product.low.min(keepdims=True), product.high.max(keepdims=True)
-        tried = (self._rounded(x, low * share, high * share, offsets) for share in _REACH)
+        shares = (share for share in _REACH if share <= most)
+        tried = (self._rounded(x, low * share, high * share, offsets) for share in shares)
         return min(tried, key=lambda found: float(np.square(x - found).sum(axis=0, dtype=np.float64) @ power))
 
     def _rounded(
@@ -121,15 +122,18 @@ class Trial:
         columns: `STATISTICS` of the half to choose on.
     """
 
-    def __init__(self, products: Sequence[Use], samples: Sequence[np.ndarray], quantizers: Quantizers) -> None:
+    def __init__(
+        self, products: Sequence[Use], samples: Sequence[np.ndarray], quantizers: Quantizers, *, beyond: bool = False
+    ) -> None:
         """Reads a sample of each weight.
 
         Args:
             products: Weights of linear layers.
             samples: Rows of the input of each.
             quantizers: What rounds them.
+            beyond: Whether static ranges may lie beyond what the first half shows.
         """
-        self._quantizers = quantizers
+        self._quantizers, self._most = quantizers, max(_REACH) if beyond else 1.0
         halves = [(x[: -(-len(x) // 2)], x[len(x) // 2 :]) for x in samples]
         self.columns: dict[Statistic, list[np.ndarray]] = {
             Statistic.SAMPLES: [x for x, _ in halves],
@@ -155,7 +159,7 @@ class Trial:
             changed, expected = change(use, product), self._outputs[use]
             weights = self._quantizers.weight(changed.rows, np.square(changed.x).mean(axis=0, dtype=np.float64))
             power = np.square(weights, dtype=np.float64).sum(axis=0)
-            found = self._quantizers.activation(changed, power) @ weights.T
+            found = self._quantizers.activation(changed, power, self._most) @ weights.T
             errors, sizes = (np.square(y, dtype=np.float64).sum(axis=1) for y in (found - expected, expected))
             total += float((errors / np.maximum(sizes + sizes.mean(), _TINY)).mean())
         return total

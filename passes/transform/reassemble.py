@@ -46,9 +46,9 @@ class Reassemble(BlockPass):
     ``|x_i - x_j|^2 |W_i - W_j|^2 / 4``, the sum over all layers that read them.
 
     ``theta`` is searched for each channel group: the one of the least error of the outputs of its layers on samples of
-    their input, with weights and activations rounded as the passes behind this one will do it. Copies and ranges come
-    from one half of the samples, errors from the other. No threshold at all is among the candidates, so by this measure
-    no group becomes worse. Where the width grows, the error must shrink by a larger factor.
+    their input, with weights and activations rounded as the passes behind this one will do it. Copies come from half of
+    the samples, errors from the other half. No threshold at all is among the candidates, so by this measure no group
+    becomes worse. Where the width grows, the error must shrink by a larger factor.
 
     Where the channels are rows of a projection, or the linear side of a gate, these take up the parts, no operator is
     added, and the width grows, since a mean of products is no product. Behind a norm, channels are gathered at run

@@ -52,7 +52,7 @@ class Smooth(BlockPass):
 
     ``alpha`` may be searched for each group, among 0, 0.05, ..., 1 and leaving it as it is: the one of the least error
     of the outputs of its layers on samples of their input, with weights and activations rounded as the passes behind
-    this one will do it. Factors and ranges come from one half of the samples, errors from the other.
+    this one will do it. Factors come from one half of the samples, errors from the other.
 
     Where no weight can take up the factors, such as behind an activation function that is not homogeneous, or a norm
     whose output is also added to something, they can be multiplied with at run time (`runtime`). A static quantizer
@@ -106,7 +106,7 @@ class Smooth(BlockPass):
             weight = inputs.largest([_column_maxima(use.value) for use in inputs.products])
             if self.alpha != "search":
                 return _factors(activation, weight, float(self.alpha)), {"alpha": self.alpha}
-            trial = Trial(inputs.products, columns[Statistic.SAMPLES], quantizers)
+            trial = Trial(inputs.products, columns[Statistic.SAMPLES], quantizers, beyond=True)
             return _search(inputs, trial, activation, weight)
 
         return scale_inputs(model, context, self.exclude, self._statistics, choose, obstacle=self._obstacle)

@@ -36,7 +36,6 @@ typedef struct {
   int id;
   driver call;
 } device;
-typedef const device *program; /* the module holds all kernels */
 typedef void *kernel;
 typedef struct {
   const device *device;
@@ -59,7 +58,6 @@ static int device_begin(device *d) {
   CU_TRY(d->call.cuDeviceGet(&d->id, 0));
   CU_TRY(d->call.cuDevicePrimaryCtxRetain(&d->context, d->id));
   CU_TRY(d->call.cuCtxSetCurrent(d->context));
-  CU_TRY(d->call.cuModuleLoadData(&d->module, kernel_image));
   return QC_OK;
 }
 
@@ -72,20 +70,15 @@ static void device_end(device *d) {
   if (d->library != NULL) dlclose(d->library);
 }
 
-static int program_make(const device *d, const kernel_facts *facts, program *made) {
-  (void)facts;
-  *made = d;
+static int program_make(device *d, const kernel_facts *facts) {
+  (void)facts; /* the image holds all kernels */
+  CU_TRY(d->call.cuModuleLoadData(&d->module, kernel_image));
   return QC_OK;
 }
 
-static void program_free(const device *d, program p) {
-  (void)d;
-  (void)p;
-}
-
-static int kernel_make(program p, const kernel_facts *facts, kernel *made) {
-  CU_TRY(p->call.cuCtxSetCurrent(p->context));
-  CU_TRY(p->call.cuModuleGetFunction(made, p->module, facts->name));
+static int kernel_make(const device *d, const kernel_facts *facts, kernel *made) {
+  CU_TRY(d->call.cuCtxSetCurrent(d->context));
+  CU_TRY(d->call.cuModuleGetFunction(made, d->module, facts->name));
   return QC_OK;
 }
 

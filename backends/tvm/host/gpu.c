@@ -28,7 +28,6 @@ struct qc_model {
   size_t size;
   int mapped;
   device device;
-  program programs[KERNELS + 1];
   buffer weights[WEIGHTS + 1];
 };
 
@@ -71,7 +70,7 @@ static int launch(qc_instance *q, int number, const buffer *buffers, const int32
 
 static int model_begin(qc_model *model) {
   TRY(device_begin(&model->device));
-  for (int i = 0; i < KERNELS; i++) TRY(program_make(&model->device, &kernels[i], &model->programs[i]));
+  TRY(program_make(&model->device, kernels));
   for (int i = 0; i < WEIGHTS; i++) {
     const unsigned char *from = model->bytes + HEADER + weight_offset[i];
     TRY(buffer_make(&model->device, (size_t)weight_size[i], from, &model->weights[i]));
@@ -81,7 +80,6 @@ static int model_begin(qc_model *model) {
 
 static void model_end(qc_model *model) {
   for (int i = 0; i < WEIGHTS; i++) buffer_free(&model->device, model->weights[i]);
-  for (int i = 0; i < KERNELS; i++) program_free(&model->device, model->programs[i]);
   device_end(&model->device);
 }
 
@@ -124,7 +122,7 @@ static int make_instance(qc_instance *q, const qc_model *model, const int64_t *l
   int64_t room[CACHES + 1], slots[BUFFERS + 1], inputs[INPUTS + 1];
   TRY(size_instance(q, model, limits, room));
   TRY(queue_make(&model->device, &q->queue));
-  for (int i = 0; i < KERNELS; i++) TRY(kernel_make(model->programs[i], &kernels[i], &q->kernels[i]));
+  for (int i = 0; i < KERNELS; i++) TRY(kernel_make(&model->device, &kernels[i], &q->kernels[i]));
   const int count = plan(q->slot, q->planned, slots);
   for (int i = 0; i < count; i++) TRY(own_buffer(q, slots[i], &q->arena[i]));
   for (int i = 0; i < CACHES; i++) TRY(own_buffer(q, room[i], &q->caches[i]));

@@ -6,12 +6,12 @@
 #define CL_TRY(call) do { if ((call) != CL_SUCCESS) return QC_E_DEVICE; } while (0)
 
 typedef cl_mem buffer;
-typedef cl_program program;
 typedef cl_kernel kernel;
 typedef cl_command_queue queue;
 typedef struct {
   cl_device_id id;
   cl_context context;
+  cl_program program;
 } device;
 
 /* The first GPU of all platforms, or else their first device of any kind. */
@@ -33,26 +33,24 @@ static int device_begin(device *d) {
 }
 
 static void device_end(device *d) {
+  if (d->program != NULL) clReleaseProgram(d->program);
   if (d->context != NULL) clReleaseContext(d->context);
 }
 
-static int program_make(const device *d, const kernel_facts *facts, program *made) {
+/* All kernels as one program: compilers take long to begin. */
+static int program_make(device *d, const kernel_facts *facts) {
   cl_int code = CL_SUCCESS;
-  const char *source = facts->source;
-  *made = clCreateProgramWithSource(d->context, 1, &source, NULL, &code);
+  const char *sources[KERNELS + 1];
+  for (int i = 0; i < KERNELS; i++) sources[i] = facts[i].source;
+  d->program = clCreateProgramWithSource(d->context, KERNELS, sources, NULL, &code);
   CL_TRY(code);
-  CL_TRY(clBuildProgram(*made, 1, &d->id, "", NULL, NULL));
+  CL_TRY(clBuildProgram(d->program, 1, &d->id, "", NULL, NULL));
   return QC_OK;
 }
 
-static void program_free(const device *d, program p) {
-  (void)d;
-  if (p != NULL) clReleaseProgram(p);
-}
-
-static int kernel_make(program p, const kernel_facts *facts, kernel *made) {
+static int kernel_make(const device *d, const kernel_facts *facts, kernel *made) {
   cl_int code = CL_SUCCESS;
-  *made = clCreateKernel(p, facts->name, &code);
+  *made = clCreateKernel(d->program, facts->name, &code);
   return code == CL_SUCCESS ? QC_OK : QC_E_DEVICE;
 }
 

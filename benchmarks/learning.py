@@ -56,6 +56,7 @@ _PLAIN = f"{_WEIGHTS}}}ACTIVATIONS"
 _FEEDBACK = f"{_WEIGHTS},assign=gptq,sweeps=4}}ACTIVATIONS"
 _ROTATE = "rotate{online-hidden=true,online-heads=true}"
 _REASSEMBLE = "reassemble{bits=BITS,weights=FORMAT,exclude=[HEAD],optional=true}"
+_LOW_RANK = "tune{learn=[low-rank],optimizer=adam,steps=60,batch=4}"
 _BLOCKS = "tune{learn=[weights,range],optimizer=adam,steps=100,batch=4,rate=0.02}"
 
 METHODS = {
@@ -65,7 +66,8 @@ METHODS = {
     "quarot": f"{_ROTATE},{_FEEDBACK}",
     "autoround": f"{_PLAIN},tune{{steps=100,batch=4}}",
     "omniquant": f"smooth,{_PLAIN},tune{{learn=[range],optimizer=adam,steps=60,batch=4}}",
-    "qllm": f"{_REASSEMBLE},{_PLAIN},tune{{learn=[low-rank],optimizer=adam,steps=60,batch=4}}",
+    "qllm": f"{_REASSEMBLE},{_PLAIN},{_LOW_RANK}",
+    "smooth, qllm": f"smooth,{_REASSEMBLE},{_PLAIN},{_LOW_RANK}",
     "block-ap": f"{_PLAIN},{_BLOCKS}",
     "efficientqat": f"{_PLAIN},{_BLOCKS},tune-network{{learn=[scale]}}",
     "learned": f"{_FEEDBACK},tune-network",

@@ -94,13 +94,13 @@ class LearnedWeight:
         beyond = ((codes >= self._top) & (latent > units)) | ((codes <= 0) & (latent < units))
         off = latent - units
         off = torch.where(off.abs() > 0.5, _MEANT * off.sign(), off.clamp(-_EDGE, _EDGE))
-        self._latent = torch.where(beyond, latent, units + off)
-        self._units = units
         self._moves = bool({"rounding", "weights", "low-rank", "range"} & set(learn))
+        # Codes that stay are kept in fewer bytes: there may be a whole network of them.
+        self._latent = torch.where(beyond, latent, units + off) if self._moves else units.to(torch.int16)
         self._bounded = "weights" not in learn
         self.parameters: dict[str, torch.Tensor] = {}
         if "rounding" in learn or "weights" in learn:
-            self._add("offset", torch.zeros_like(latent))
+            self._add("offset", torch.zeros_like(self._latent))
         if "low-rank" in learn:
             generator = torch.Generator().manual_seed(seed)
             down = torch.randn(rank, self._columns, generator=generator).to(device) / self._columns**0.5
@@ -154,7 +154,7 @@ class LearnedWeight:
     def _quantized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale, zero = self._range()
         if not self._moves:
-            return self._units + self._zero, scale, zero
+            return self._latent + self._zero, scale, zero
         x = self._latent if scale is self._scale else self._latent * (self._scale / scale)
         for offset in self._offsets():
             x = x + offset

@@ -15,7 +15,7 @@ from qc.passes.tune._learner import Learner, require_torch
 
 __all__ = ["TuneNetwork"]
 
-_MOVED, _FROZEN = 56, 32
+_MOVED, _FROZEN = 52, 26
 """Bytes for each weight: as float, in units of its scale, as code, decoded, the gradient of that, and steps between;
 and if it moves, what is learned about it, the best of that so far, its gradient, and both moments."""
 
@@ -84,7 +84,11 @@ class TuneNetwork(Learner):
             return Result.of(model, sites)
         batches = context.calibration
         if reference is None or not batches:
-            reason = "there is nothing to learn from" if reference is not None else "nothing was quantized in this run"
+            reason = (
+                "there is no calibration data to learn from"
+                if reference is not None
+                else "nothing was quantized in this run"
+            )
             return Result.of(model, [*sites, *(Site(layer.name, Outcome.SKIPPED, reason) for layer in layers)])
         from qc.passes.tune._loss import NetworkLoss
 

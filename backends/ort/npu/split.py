@@ -259,7 +259,8 @@ def _fix(model: Model) -> None:
     for _ in range(4):
         infer_shapes(model)
         for node, width in rows.items():  # which no schema of ONNX tells
-            node.outputs[0].shape = ir.Shape([*node.inputs[1].shape, width])
+            index = stored(node.inputs[1]) or node.inputs[1]
+            node.outputs[0].shape = ir.Shape([*index.shape, width])
         modified = fold_constants_ir(
             model, onnx_shape_inference=False, output_size_limit=8192, should_fold=should_fold
         ).modified

@@ -104,7 +104,7 @@ def _weight(at: GpuLowering, weight: Weight) -> list[Tensor]:
     words = words_of(weight.format)
 
     def make(name: str) -> np.ndarray:
-        packed = words.pack(weight.quantized())[name]
+        packed = words.pack(weight.quantized(), name)
         weight.release()
         return packed
 

@@ -75,20 +75,16 @@ class Words:
             number = x.Cast("float32", held) - x.Cast("float32", zero)
         return number * get("scale", row, group)
 
-    def pack(self, tensor: QuantizedTensor) -> dict[str, np.ndarray]:
-        """The parameters of a weight."""
-        values, rows = tensor.format.values, tensor.codes.shape[0]
-        groups = self.groups(tensor.codes.shape[1])
-        scale = tensor.format.scale.decode(tensor.params)
-        low = values.low if isinstance(values, Affine) and values.symmetric else 0
-        found = {
-            "w": self._packed((tensor.codes.astype(np.int16) - low).astype(np.uint8)),
-            "scale": np.array(np.broadcast_to(scale, (rows, groups)), np.float32),
-        }
-        if self.zero is None:
-            zeros = np.broadcast_to(tensor.params["zero_point"], (rows, groups))
-            found["zeros"] = self._packed(zeros.astype(np.uint8))
-        return found
+    def pack(self, tensor: QuantizedTensor, name: str) -> np.ndarray:
+        """One parameter of a weight."""
+        values, (rows, columns) = tensor.format.values, tensor.codes.shape
+        if name == "w":
+            low = values.low if isinstance(values, Affine) and values.symmetric else 0
+            return self._packed((tensor.codes.astype(np.int16) - low).astype(np.uint8))
+        shape = (rows, self.groups(columns))
+        if name == "scale":
+            return np.array(np.broadcast_to(tensor.format.scale.decode(tensor.params), shape), np.float32)
+        return self._packed(np.broadcast_to(tensor.params["zero_point"], shape).astype(np.uint8))
 
     def _packed(self, codes: np.ndarray) -> np.ndarray:
         rows, count = codes.shape

@@ -11,7 +11,7 @@ from qc.backends.decoding import greedy
 from qc.backends.reference import ModelRunner
 from qc.backends.target import backend_for
 from qc.ir.errors import InputError
-from qc.ir.model import Model
+from qc.ir.model import Model, set_role
 from qc.ir.verify import STAGES, check_structure, compare
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
@@ -123,3 +123,30 @@ def test_weights_and_rows_are_cast_once_and_integers_not(build):
     casts = [n.inputs[0] for n in nodes if n.op_type == "Cast" and n.outputs[0].dtype == ir.DataType.FLOAT16]
     assert len(casts) == len(set(casts))
     assert [v.dtype for v in lowered.graph.outputs] == [ir.DataType.FLOAT] * 3
+
+
+def test_rows_that_constant_positions_look_up_have_a_fixed_shape():
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    encoder (int64[batch,seq] i, float[64,32] table, float[32,32] w) => (float[batch,seq,32] y)
+    <int64 zero = {0}, int64 one = {1}, int64[1] axes = {0}> {
+        n = Shape <start = 1, end = 2> (i)
+        length = Squeeze (n, axes)
+        places = Range (zero, length, one)
+        r = Gather (table, places)
+        e = Gather (table, i)
+        x = Add (e, r)
+        y = MatMul (x, w) }"""
+    model = Model.of(ir.from_onnx_text(text))
+    rng = np.random.default_rng(0)
+    for value in list(model.graph.inputs)[1:]:
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(rng.standard_normal(list(value.shape), np.float32), name=value.name)
+        model.graph.register_initializer(value)
+    set_role(model.graph.inputs[0], "tokens")
+    model, _ = PassManager([*canonicalize_passes(), *parse_pipeline("quantize-weights{format=int8,group=32}")]).run(
+        model
+    )
+    backend = backend_for(f"ort-npu:coreml{_OPTIONS}")
+    model, _ = PassManager(backend.lowering(), stage="lowering").run(model)
+    found = backend.coverage(Model.of(model))
+    assert not [n for n in found.nodes if "not fixed" in str(n["reason"])]

@@ -149,10 +149,17 @@ def _type(node: ir.Node, rule: Rule, known: _Known) -> str:
 
 def _shape(node: ir.Node, rule: Rule, known: _Known) -> str:
     for value in (*node.inputs, *node.outputs):
-        if value is not None and (value.shape is None or not all(isinstance(d, int) for d in value.shape)):
+        shape = _shape_of(value) if value is not None else ()
+        if shape is None or not all(isinstance(d, int) for d in shape):
             return f"the shape of {value.name!r} is not fixed"
-    rank, (low, high) = node.inputs[0].shape.rank(), rule.ranks
+    rank, (low, high) = len(_shape_of(node.inputs[0])), rule.ranks
     return "" if low <= rank <= high else f"its input has {rank} axes, not {low} to {high}"
+
+
+def _shape_of(value: ir.Value) -> Sequence[object] | None:
+    """The shape of a value; of a constant, that of its numbers, which may be known better."""
+    held = stored(value) or value
+    return None if held.shape is None else tuple(held.shape)
 
 
 def _constants(node: ir.Node, rule: Rule, known: _Known) -> str:
@@ -171,7 +178,7 @@ def _attributes(node: ir.Node, rule: Rule, known: _Known) -> str:
 def _batches(node: ir.Node, rule: Rule, known: _Known) -> str:
     if not rule.batches:
         return ""
-    a, b = (list(v.shape) for v in node.inputs[:2])
+    a, b = (list(_shape_of(v)) for v in node.inputs[:2])
     return "" if a[:-2] == b[:-2] else f"its operands have different batches, {a} and {b}"
 
 

@@ -70,6 +70,7 @@ METHODS = {
     "smooth, qllm": f"smooth,{_REASSEMBLE},{_PLAIN},{_LOW_RANK}",
     "block-ap": f"{_PLAIN},{_BLOCKS}",
     "efficientqat": f"{_PLAIN},{_BLOCKS},tune-network{{learn=[scale]}}",
+    "block-ap, learned": f"{_PLAIN},{_BLOCKS},tune-network",
     "learned": f"{_FEEDBACK},tune-network",
     "quarot, learned": f"{_ROTATE},{_FEEDBACK},tune-network",
 }

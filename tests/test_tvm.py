@@ -212,6 +212,13 @@ def test_an_operator_without_a_kernel_is_named(tmp_path: Path) -> None:
         TvmCpu().emit(model, tmp_path)
 
 
+def test_a_model_whose_sizes_are_all_fixed_runs(tmp_path: Path) -> None:
+    model = parse("f (float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
+    TvmCpu().emit(model, tmp_path)
+    x = np.random.default_rng(0).standard_normal((2, 3), np.float32)
+    np.testing.assert_array_equal(open_runner(tmp_path, threads=1).run({"x": x})["y"], np.maximum(x, 0))
+
+
 @pytest.mark.parametrize("options", ["sse9", "avx2,avx512vnni"])
 def test_an_unknown_level_is_refused(options: str) -> None:
     with pytest.raises(InputError, match="instruction-set level"):

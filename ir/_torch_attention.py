@@ -88,11 +88,11 @@ def _attention(
     precision = call.attr("softmax_precision")
     wide = scores if precision is None else scores.to(call.context.torch_dtype(ir.DataType(precision)))
     blind = torch.isneginf(bias).all(-1, keepdim=True)
-    if blind.any():
+    if blind.device.type == "cpu" and not blind.any():  # other devices would have to be waited for
+        weights = torch.softmax(wide, -1).to(query.dtype)
+    else:
         # A blind row is replaced before the softmax too: a NaN there would reach the gradients.
         weights = torch.softmax(wide.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0).to(query.dtype)
-    else:
-        weights = torch.softmax(wide, -1).to(query.dtype)
     captured = weights if mode == 3 else captured
     output = weights @ values
     if flat:

@@ -290,7 +290,7 @@ class Writer:
                 if len(size.terms) == 1 and size.constant is None:
                     limits[size.c] = _default(role, axis, context, bool(self.lowering.cached))
         numbers = ", ".join(str(limits[n]) for n in self.names) or "0"
-        return f"const int64_t qc_default_limits[QC_DIMENSIONS ? QC_DIMENSIONS : 1] = {{{numbers}}};"
+        return f"const int64_t qc_default_limits[QC_DIMENSIONS > 0 ? QC_DIMENSIONS : 1] = {{{numbers}}};"
 
     def _run(self) -> str:
         lines = []

@@ -13,7 +13,7 @@ from qc.ir.text import parse
 from qc.passes.base import Outcome
 from qc.passes.manager import PassManager, PassReport
 from qc.passes.pipeline import parse_pipeline
-from qc.passes.transform._trial import Quantizers
+from qc.passes.transform._trial import Product, Quantizers
 
 CHAIN = "g (float[n,16] x) => (float[n,3] y) { h = qc.Linear (x, w1)  y = qc.Linear (h, w2) }"
 BIASED = "g (float[n,16] x) => (float[n,3] y) { h = qc.Linear:bias (x, w1, b1)  y = qc.Linear (h, w2) }"
@@ -145,7 +145,7 @@ def test_the_searched_alpha_rounds_no_worse_than_any_other(x: np.ndarray) -> Non
         rounding, h = Quantizers(Format.parse("int4"), 4, "tensor"), channels(model, x)
         weight = rounding.weight(array(model, "w2"), np.square(h).mean(axis=0))
         power = np.square(weight, dtype=np.float64).sum(axis=0)
-        rounded = rounding.activation(h, h.min(axis=0), h.max(axis=0), power) @ weight.T
+        rounded = rounding.activation(Product(h, h.min(axis=0), h.max(axis=0), weight), power) @ weight.T
         return float(np.square(rounded - x @ array(build(CHAIN), "w2").T).sum())
 
     search = "alpha=search,bits=4,weights=int4,granularity=tensor"

@@ -53,7 +53,7 @@ int qc_open_memory(const void *bytes, size_t size, qc_model **model);
 void qc_close(qc_model *model);
 
 /* limits: the largest value of each dimension, or NULL for qc_default_limits. options: NULL for one thread. */
-extern const int64_t qc_default_limits[QC_DIMENSIONS ? QC_DIMENSIONS : 1];
+extern const int64_t qc_default_limits[QC_DIMENSIONS > 0 ? QC_DIMENSIONS : 1];
 int qc_create(const qc_model *model, const int64_t *limits, const qc_options *options, qc_instance **instance);
 /* Forgets what the caches hold. */
 int qc_reset(qc_instance *instance);

@@ -30,7 +30,7 @@ pytestmark = [
     ),
 ]
 
-ENCODER = "quantize-weights{format=int8,group=0,embedding=int8:g128}"
+ENCODER = "quantize-weights{format=int8,group=32,embedding=int8:g32}"
 SENTENCE = np.array([[101, 7592, 2088, 102, 0, 0]])
 
 

@@ -36,7 +36,7 @@ SENTENCE = np.array([[101, 7592, 2088, 102, 0, 0]])
 
 def runners(model: Model, directory: Path, quantize: str, *, exact: bool) -> tuple[Runner, Runner]:
     """The quantized model here, and in the emulator."""
-    quantized, _ = PassManager(parse_pipeline(quantize), verify=False).run(model)
+    quantized, _ = PassManager(parse_pipeline(quantize), verify=False).run(model.clone())
     made = []
     for backend in (TvmCpu(exact=exact), TvmAndroid(exact=exact)):
         lowered, _ = PassManager(list(backend.lowering()), stage="lowering", verify=False).run(quantized.clone())

@@ -89,7 +89,7 @@ def test_a_decoder_says_the_same_on_a_device(tmp_path: Path, root: Path) -> None
 
 
 def test_an_encoder_computes_the_same_on_a_device(encoder: Model, tmp_path: Path) -> None:
-    quantized, _ = PassManager(parse_pipeline(INT4), verify=False).run(encoder)
+    quantized, _ = PassManager(parse_pipeline(INT4), verify=False).run(encoder.clone())
     device = opened(TvmGpu(OPENCL), quantized, tmp_path)
     inputs = text_inputs(device.signature, np.array([[101, 7592, 2088, 102, 0, 0]]))
     found = device.run(inputs)

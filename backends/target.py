@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import onnx_ir as ir
 
 from qc.ir.errors import InputError
 from qc.ir.model import Model, Signature
@@ -66,6 +68,22 @@ class Coverage:
     off_target: int
     nodes: Sequence[Mapping[str, object]]
     accelerators: Sequence[Mapping[str, object]] = ()
+
+    @classmethod
+    def counted(cls, nodes: Iterable[tuple[ir.Node, str]], on_target: str = "") -> Coverage:
+        """Counts nodes by operator and reason.
+
+        Args:
+            nodes: Each node with the reason why it is off the target; empty if it is on it.
+            on_target: What to say of those.
+        """
+        counts = Counter((f"{n.domain}::{n.op_type}" if n.domain else n.op_type, reason) for n, reason in nodes)
+        kinds = [
+            {"op": op, "count": count, "on_target": not reason, "reason": reason or on_target}
+            for (op, reason), count in sorted(counts.items())
+        ]
+        on = sum(count for (_, reason), count in counts.items() if not reason)
+        return cls(on, counts.total() - on, kinds)
 
 
 class Runner(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -30,17 +29,11 @@ def coverage(model: ir.Model, limits: Sequence[capability.Limit] = capability.LI
         limits: What is slow where the model is to run.
     """
     local = {key[:2] for key in model.functions}
-    counts: Counter[tuple[str, str]] = Counter()
-    for node in model.graph.all_nodes():
-        op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        known = (node.domain, node.op_type) in local
-        counts[op, "" if known else why_off_target(node, model.graph.opset_imports, limits)] += 1
-    nodes = [
-        {"op": op, "count": count, "on_target": not reason, "reason": reason}
-        for (op, reason), count in sorted(counts.items())
-    ]
-    on = sum(count for (_, reason), count in counts.items() if not reason)
-    return Coverage(on, counts.total() - on, nodes)
+    imports = model.graph.opset_imports
+    return Coverage.counted(
+        (node, "" if (node.domain, node.op_type) in local else why_off_target(node, imports, limits))
+        for node in model.graph.all_nodes()
+    )
 
 
 def why_off_target(

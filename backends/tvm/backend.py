@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+
+import onnx_ir as ir
 
 from qc.backends.target import Coverage, PreparedRunner, Runner, Target
 from qc.backends.tvm.apple import TRIPLE
@@ -117,22 +118,15 @@ class TvmCpu:
         from qc.backends.tvm.ops.rounding import is_emulated
         from qc.backends.tvm.pack import why_decoded
 
-        counts: Counter[tuple[str, str]] = Counter()
-        for node in model.graph:
+        def why(node: ir.Node) -> str:
             weight = read_weight(node.outputs[0])
             reason = why_decoded(weight.format) if weight is not None and weight.format is not None else ""
-            reason = f"stored in float: {reason}" if reason else ""
             rounds = weight is None and node.op_type in ("DequantizeLinear", "DynamicQuantize")
             if rounds and rounded_source(node.outputs[0]) is not None and is_emulated(node, exact=self.exact):
-                reason = "rounded in float: no kernel multiplies codes of this grid with this weight"
-            name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-            counts[name, reason] += 1
-        nodes = [
-            {"op": op, "count": count, "on_target": not reason, "reason": reason}
-            for (op, reason), count in sorted(counts.items())
-        ]
-        on = sum(count for (_, reason), count in counts.items() if not reason)
-        return Coverage(on, counts.total() - on, nodes)
+                return "rounded in float: no kernel multiplies codes of this grid with this weight"
+            return f"stored in float: {reason}" if reason else ""
+
+        return Coverage.counted((node, why(node)) for node in model.graph)
 
     def emit(self, model: Model, directory: Path) -> None:
         """Writes the library, its sources, its weights, and the kits of apps."""

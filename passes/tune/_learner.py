@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qc.passes.tune._loop import Trained
     from qc.passes.tune._loss import Learned, Loss
 
-__all__ = ["Layer", "Learner", "require_torch"]
+__all__ = ["Layer", "Learner", "require_torch", "trained_sites"]
 
 _LEARNED = ("rounding", "weights", "low-rank", "range", "scale", "norms", "activations")
 _OPTIMIZERS = ("sign", "adam")
@@ -177,6 +177,13 @@ class Learner(Pass):
             for vector, tensor in vectors.values():
                 _replace_vector(model, vector, tensor.detach().cpu().numpy(), context)
         return found
+
+
+def trained_sites(layers: Sequence[Layer], found: Trained, whole: str, facts: Mapping[str, object]) -> list[Site]:
+    """The sites of layers that were learned together; `whole` names what they are judged in."""
+    better = found.after < found.before
+    outcome, reason = (Outcome.CHANGED, "") if better else (Outcome.MATCHED, f"no step made the {whole} better")
+    return [Site(layer.name, outcome, reason, facts) for layer in layers]
 
 
 def require_torch() -> None:

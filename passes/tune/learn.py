@@ -12,7 +12,7 @@ import onnx_ir as ir
 from qc.ir.errors import InputError
 from qc.ir.quant import Weight
 from qc.passes.base import BlockPass, Context, Contract, Lossy, Outcome, Result, Site
-from qc.passes.tune._learner import Learner, require_torch
+from qc.passes.tune._learner import Learner, require_torch, trained_sites
 
 __all__ = ["Tune"]
 
@@ -100,10 +100,7 @@ class Tune(Learner, BlockPass):
             lambda w, v, device: BlockLoss(block, w, v, self.loss == "both", device),
         )
         facts = {"before_db": _db(found.before), "after_db": _db(found.after)}
-        outcome, reason = Outcome.CHANGED, ""
-        if not found.after < found.before:
-            outcome, reason = Outcome.MATCHED, "no step made the block better"
-        return Result.of(model, [*sites, *(Site(layer.name, outcome, reason, facts) for layer in layers)])
+        return Result.of(model, [*sites, *trained_sites(layers, found, "block", facts)])
 
 
 def _db(loss: float) -> float | None:

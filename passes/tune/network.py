@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qc.ir.quant import Weight, read_weight
 from qc.passes._activations import Shelf
 from qc.passes.base import Context, Contract, Lossy, Outcome, Result, Site
-from qc.passes.tune._learner import Learner, require_torch
+from qc.passes.tune._learner import Learner, require_torch, trained_sites
 
 __all__ = ["TuneNetwork"]
 
@@ -97,8 +97,5 @@ class TuneNetwork(Learner):
             model, context, layers, "", lambda w, v, device: NetworkLoss(model, reference, batches, w, v, shelf, device)
         )
         facts = {"before": found.before, "after": found.after}
-        outcome, reason = Outcome.CHANGED, ""
-        if not found.after < found.before:
-            outcome, reason = Outcome.MATCHED, "no step made the network better"
         note = f"distance from the float outputs on batches not learned from: {found.before:.4g} to {found.after:.4g}"
-        return Result.of(model, [*sites, *(Site(layer.name, outcome, reason, facts) for layer in layers)], [note])
+        return Result.of(model, [*sites, *trained_sites(layers, found, "network", facts)], [note])

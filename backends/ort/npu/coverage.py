@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import onnx_ir as ir
 
 from qc.backends.ort.npu.outside import outside_nodes
@@ -23,17 +21,11 @@ def coverage(model: ir.Model) -> Coverage:
     What runs beside the NPU and on lengths alone is not counted: it is no node of the NPU's graph.
     """
     beside = outside_nodes(model.graph)
-    counts: Counter[tuple[str, str]] = Counter()
-    for node in model.graph:
-        if node in beside or node.op_type in _FOLDED or not any(map(_is_float, (*node.inputs, *node.outputs))):
-            continue
-        counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type, _why_not(node, beside)] += 1
-    nodes = [
-        {"op": op, "count": count, "on_target": not reason, "reason": reason}
-        for (op, reason), count in sorted(counts.items())
-    ]
-    on = sum(count for (_, reason), count in counts.items() if not reason)
-    return Coverage(on, counts.total() - on, nodes)
+    return Coverage.counted(
+        (node, _why_not(node, beside))
+        for node in model.graph
+        if node not in beside and node.op_type not in _FOLDED and any(map(_is_float, (*node.inputs, *node.outputs)))
+    )
 
 
 def _is_float(value: ir.Value | None) -> bool:

@@ -7,7 +7,6 @@ does, the reason is what the form that fits best misses.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
@@ -89,15 +88,11 @@ def placement(graph: ir.Graph, provider: Provider) -> list[tuple[ir.Node, str]]:
 
 def coverage(model: ir.Model, provider: Provider) -> Coverage:
     """Counts the nodes of a graph of fixed shapes by operator and by the reason why they stay on the processor."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for node, reason in placement(model.graph, provider):
-        counts[_name(node), f"runs on the processor: {reason}" if reason else ""] += 1
-    nodes = [
-        {"op": op, "count": count, "on_target": not reason, "reason": reason or f"{provider.title}, by its rules"}
-        for (op, reason), count in sorted(counts.items())
-    ]
-    on = sum(count for (_, reason), count in counts.items() if not reason)
-    return Coverage(on, counts.total() - on, nodes)
+    placed = placement(model.graph, provider)
+    return Coverage.counted(
+        ((node, f"runs on the processor: {reason}" if reason else "") for node, reason in placed),
+        f"{provider.title}, by its rules",
+    )
 
 
 class _Known:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import onnx_ir as ir
 
 from qc.backends.target import Coverage, PreparedRunner, Runner, Target
 from qc.backends.tvm.gpu.languages import Language
@@ -53,18 +54,12 @@ class TvmGpu:
         """Every node runs on a kernel, or the model is refused; but some formats of weights become float weights."""
         from qc.backends.tvm.gpu.weights import why_decoded
 
-        counts: Counter[tuple[str, str]] = Counter()
-        for node in model.graph:
+        def why(node: ir.Node) -> str:
             weight = read_weight(node.outputs[0])
             reason = why_decoded(weight.format) if weight is not None and weight.format is not None else ""
-            name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-            counts[name, f"stored in float: {reason}" if reason else ""] += 1
-        nodes = [
-            {"op": op, "count": count, "on_target": not reason, "reason": reason}
-            for (op, reason), count in sorted(counts.items())
-        ]
-        on = sum(count for (_, reason), count in counts.items() if not reason)
-        return Coverage(on, counts.total() - on, nodes)
+            return f"stored in float: {reason}" if reason else ""
+
+        return Coverage.counted((node, why(node)) for node in model.graph)
 
     def emit(self, model: Model, directory: Path) -> None:
         """Writes kernels, launch table, weights and library."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qc.backends.evaluate import WINDOW
 from qc.backends.inputs import check_inputs
 from qc.backends.tokenizer import Tokenizer
 from qc.ir.errors import InputError
@@ -43,7 +44,7 @@ def read_documents(path: Path, model: Model) -> Documents | None:
     """Reads a file of texts or token ids; None if it is something else, see `read_batches`.
 
     * ``.jsonl``: an object a line with ``text``, or ``messages`` (whose contents are joined by blank lines), or token
-      ids under ``input_ids`` or ``tokens``. Empty ones are left out;
+      ids under ``input_ids`` or ``tokens``. Empty ones are left out, and texts for decoders cut to a window;
     * ``.npy``: integers, one text ``[T]`` or one a row ``[N, T]``, for models that take tokens;
     * any other file is UTF-8 text: one text for decoders, a sentence a line for encoders.
 
@@ -59,7 +60,8 @@ def read_documents(path: Path, model: Model) -> Documents | None:
         return _require_some(path, np.atleast_2d(array).tolist(), continuous=array.ndim == 1)
     tokenizer = _tokenizer(path, model)
     if path.suffix == ".jsonl":
-        return _require_some(path, [_ids(path, *line, tokenizer) for line in _lines(path)])
+        window = WINDOW if model.signature.is_decoder else None
+        return _require_some(path, [_ids(path, *line, tokenizer, window) for line in _lines(path)])
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -152,16 +154,16 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
             yield number, record
 
 
-def _ids(path: Path, number: int, record: Mapping[str, object], tokenizer: Tokenizer) -> list[int]:
+def _ids(path: Path, number: int, record: Mapping[str, object], tokenizer: Tokenizer, window: int | None) -> list[int]:
     ids = next((record[k] for k in _IDS if k in record), None)
     if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
         return ids
     messages = record.get("messages")
-    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        return tokenizer.encode("\n\n".join(m["content"] for m in messages))
     text = record.get("text")
+    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        text = "\n\n".join(m["content"] for m in messages)
     if isinstance(text, str):
-        return tokenizer.encode(text)
+        return tokenizer.encode(text)[:window]
     raise InputError(
         f"Expected text, messages or input_ids in line {number} of {path}, found {', '.join(record) or 'nothing'}."
     )

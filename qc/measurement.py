@@ -34,6 +34,9 @@ _OTHER_SUFFIXES = frozenset(
 )
 """Files that are no plain text."""
 
+_LONGEST = 2048
+"""Token ids of one text: the memory of attention grows with the square of its length."""
+
 _MOST_SENTENCES = 256
 """Sentences that an encoder is calibrated on, and as many that it is measured on: several thousand tokens each."""
 
@@ -145,11 +148,9 @@ def _with_measured(model: Model, data: Data) -> Data:
 
 def _texts(model: Model, path: Path, texts: Sequence[Sequence[int]], most: int, seed: int) -> Data:
     """Texts that have nothing to do with each other, cut to the model's context."""
-    limit = (
-        min(context_limit(model.provenance) or WINDOW, WINDOW)
-        if model.signature.is_decoder
-        else (context_limit(model.provenance))
-    )
+    limit = context_limit(model.provenance)
+    if model.signature.is_decoder:
+        limit = min(limit or _LONGEST, _LONGEST)
     texts = [list(t[:limit]) for t in texts]
     count = min(most, len(texts) // 2)
     if not count:

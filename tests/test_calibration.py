@@ -62,9 +62,12 @@ def test_lines_of_json_hold_texts_messages_or_ids(decoder: Model, tmp_path: Path
 
 
 def test_texts_of_all_lengths_keep_their_length(decoder: Model, tmp_path: Path) -> None:
-    records = [{"input_ids": list(range(1, 2 + i))} for i in range(0, 600, 50)]
+    limit = int(decoder.provenance["max_positions"])
+    records = [{"input_ids": list(range(1, 2 + i))} for i in range(0, 2 * limit, limit // 5)]
     data = read_data(decoder, lines(tmp_path / "c.jsonl", records))
-    assert {len(row) for row in ids(data)} <= {min(1 + i, 256) for i in range(0, 600, 50)}
+    assert {len(row) for row in ids(data)} <= {min(len(r["input_ids"]), limit) for r in records}
+    data = read_data(decoder, lines(tmp_path / "t.jsonl", [{"text": "A cat sat. " * 200}] * 2))
+    assert {len(row) for row in ids(data)} == {256}
 
 
 def test_the_choice_among_more_texts_follows_the_seed(decoder: Model, tmp_path: Path) -> None:

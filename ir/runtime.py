@@ -35,12 +35,14 @@ class Session:
         outputs: Names of the values that `run` returns, in order.
     """
 
-    def __init__(self, model: ir.Model, *, optimize: bool = False, threads: int = 0) -> None:
+    def __init__(self, model: ir.Model, *, optimize: bool = False, fold: bool = False, threads: int = 0) -> None:
         """Loads `model`; its weights must stay where they are while this object lives.
 
         Args:
             model: Any valid model. Weights that lie in memory are written to a temporary file first if large.
             optimize: Whether the runtime may rewrite the graph (then it also copies weights).
+            fold: Whether what depends on weights alone is computed once, and stays in memory in the layout that kernels
+                like. For many runs; sums come in another order.
             threads: Threads within an operator; 0 for one per core.
 
         Raises:
@@ -54,13 +56,15 @@ class Session:
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
         options.enable_cpu_mem_arena = False
-        options.graph_optimization_level = (
-            ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimize else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        )
+        levels = ort.GraphOptimizationLevel
+        basic = levels.ORT_ENABLE_BASIC if fold else levels.ORT_DISABLE_ALL
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else basic
         # Weights come from several directories; a common root lets one model refer to them all without copies.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not optimize:
+        if fold:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")  # else decode nodes are not folded
+        elif not optimize:
             # Kernels that repack their weights copy them, and MatMulNBits then takes scales that a node makes for zero.
             options.add_session_config_entry("session.disable_prepacking", "1")
         message = serialize(model, self._spill)
@@ -127,8 +131,8 @@ def describe(error: Exception) -> str:
 def serialize(model: ir.Model, spill: Store) -> bytes:
     """Serializes the graph with every large weight as a reference into the file that holds it.
 
-    Nodes are written in the order that takes least memory to run; for that, operators of the dialect are replaced by
-    their bodies here.
+    Nodes are written in the order that takes least memory to run, without those that lead nowhere, which the runtime
+    would run too; for that, operators of the dialect are replaced by their bodies here.
 
     Args:
         model: The model; unchanged on return.
@@ -138,6 +142,7 @@ def serialize(model: ir.Model, spill: Store) -> bytes:
 
     written = model.clone()
     common.InlinePass(lambda function: function.domain == dialect.DOMAIN)(written)
+    common.RemoveUnusedNodesPass()(written)
     order_for_memory(written.graph)
     for graph in written.graphs():
         for value in graph.initializers.values():

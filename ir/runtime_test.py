@@ -12,6 +12,7 @@ from qc.ir.model import Model, set_role
 from qc.ir.probe import index_bound, probe_inputs
 from qc.ir.runtime import Session, serialize
 from qc.ir.store import Store
+from qc.ir.text import parse
 
 
 def _embedder(tensor: ir.TensorProtocol) -> Model:
@@ -87,3 +88,18 @@ def test_an_encoder_is_probed_with_padding():
     graph = ir.Graph([mask], [mask], nodes=[], opset_imports={"": 23}, name="g")
     (batch,) = probe_inputs(Model.of(ir.Model(graph, ir_version=10)))
     assert batch["mask"].tolist() == [[1] * 7, [1] * 5 + [0, 0]]
+
+
+def test_folded_weights_give_the_same_and_nodes_that_lead_nowhere_do_not_run(table: np.ndarray) -> None:
+    text = """g (float[n,16] x) => (float[n,50] y) {
+      w = DequantizeLinear <axis = 1, block_size = 8> (codes, scales)
+      unused = Reshape (x, shape)
+      y = qc.Linear (x, w)
+    }"""
+    codes = np.random.default_rng(0).integers(-8, 8, table.shape).astype(np.int8)
+    weights = {"codes": codes, "scales": np.abs(table[:, :2]), "shape": np.array([7, 11, 13])}
+    model = parse(text, weights=weights)
+    found = [Session(model, fold=fold).run({"x": table[:5]})["y"] for fold in (False, True)]
+    expected = table[:5] @ (codes * np.repeat(np.abs(table[:, :2]), 8, axis=1)).T
+    for y in found:
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)

@@ -27,6 +27,9 @@ SYNTHETIC_SIZES = {"batch": 4, "seq": 64, "past": 0}
 _BINS = 1 << 14
 """Bins of a histogram: at least 16 for each step of an 8-bit grid that holds everything."""
 
+_GRAM_ROWS, _TILE = 2048, 512
+"""Rows that are multiplied at once, and columns: adding products up in float64 then costs little beside them."""
+
 _SMALLEST_EXPONENT = -100
 """Of the power of two that a histogram reaches to; a value that is always zero has none."""
 
@@ -76,11 +79,13 @@ def collect(
     requests: Sequence[Request],
     batches: Iterable[Mapping[str, np.ndarray]] | None = None,
     seed: int = 0,
+    *,
+    fold: bool = False,
 ) -> dict[Request, np.ndarray]:
     """Runs `model` on `batches` in the verifying runtime and returns what was asked for.
 
-    Each statistic is computed by nodes that are added to the graph for the while, so activations never leave the
-    runtime. The model is unchanged on return.
+    What operators can compute of a statistic is computed by nodes that are added to the graph for the while. The model
+    is unchanged on return.
 
     Args:
         model: The model as it stands.
@@ -88,6 +93,7 @@ def collect(
         batches: Inputs by name; None makes random tokens, or standard normal images. They say little about the mean of
             an activation but much about which channels are large.
         seed: Seed of what is made.
+        fold: Whether memory holds all weights as floats: see `Session`.
 
     Returns:
         An array for each request; nothing if no inputs could be made that the model runs on.
@@ -102,7 +108,7 @@ def collect(
         graph.extend(probe.nodes)
         graph.outputs.extend(probe.outputs)
     try:
-        session = Session(model)
+        session = Session(model, fold=fold)
     finally:
         graph.outputs.clear()
         graph.outputs.extend(own)
@@ -230,26 +236,43 @@ class _ChannelProbe(_Probe):
 
 
 class _GramProbe(_Probe):
-    """The product of a batch with itself, ``[K, K]``, and its size. Sums over batches are in float64."""
+    """The sum of products of rows with themselves, ``[K, K]``. Few rows wait for others; sums of them are in float64.
+
+    Only tiles on and above the diagonal are computed.
+    """
 
     def __init__(self, value: ir.Value, rank: int, name: str) -> None:
-        flat, size = ir.node("Flatten", [value], {"axis": rank - 1}), ir.node("Size", [value])
-        gram = ir.node("Gemm", [flat.outputs[0]] * 2, {"transA": 1})
-        super().__init__([flat, gram, size], {f"{name}.gram": gram.outputs[0], f"{name}.size": size.outputs[0]})
+        flat = ir.node("Flatten", [value], {"axis": rank - 1})
+        super().__init__([flat], {f"{name}.rows": flat.outputs[0]})
         self._sum: np.ndarray | None = None
-        self._size = 0
+        self._waiting: list[np.ndarray] = []
+        self._rows = 0
 
     def add(self, results: Mapping[str, np.ndarray]) -> None:
-        gram, size = (results[name] for name in self._names)
+        rows = results[self._names[0]]
+        self._waiting.append(rows.astype(np.float32, copy=False))
+        self._rows += len(rows)
+        if sum(map(len, self._waiting)) >= _GRAM_ROWS:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        rows = np.concatenate(self._waiting)
+        self._waiting.clear()
+        size = rows.shape[1]
         if self._sum is None:
-            self._sum = gram.astype(np.float64)
-        else:
-            self._sum += gram
-        self._size += int(size)
+            self._sum = np.zeros((size, size))
+        for start in range(0, size, _TILE):
+            tile = slice(start, start + _TILE)
+            self._sum[tile, start:] += rows[:, tile].T @ rows[:, start:]
 
     def result(self) -> np.ndarray:
+        if self._waiting:
+            self._multiply()
         gram = np.asarray(self._sum)
-        return gram * (len(gram) / max(self._size, 1))
+        for start in range(0, len(gram), _TILE):
+            stop = start + _TILE
+            gram[stop:, start:stop] = gram[start:stop, stop:].T
+        return gram / max(self._rows, 1)
 
 
 class _HistogramProbe(_Probe):

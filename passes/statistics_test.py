@@ -52,6 +52,17 @@ def test_a_vector_has_one_element_per_channel(header: str, statistic: Statistic)
     np.testing.assert_allclose(found[Request(statistic, value)], VECTORS[statistic])
 
 
+def test_second_moments_of_more_channels_and_rows_than_a_tile_are_those_of_all_rows() -> None:
+    model = parse("g (float[b,n,700] x) => (float[b,n,700] y) { z = Identity (x) y = Identity (z) }")
+    request = Request(Statistic.GRAM, next(iter(model.graph)).outputs[0])
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.standard_normal((2, n, 700)).astype(np.float32)} for n in (900, 1, 300)]
+    rows = np.concatenate([b["x"].reshape(-1, 700) for b in batches]).astype(np.float64)
+    found = collect(model, [request], batches)[request]
+    np.testing.assert_allclose(found, rows.T @ rows / len(rows), atol=1e-6)
+    np.testing.assert_array_equal(found, found.T)
+
+
 def test_samples_are_evenly_spaced_over_all_batches_and_no_more_than_asked_for() -> None:
     model = parse("g (float[n,1] x) => (float[n,1] y) { z = Identity (x) y = Identity (z) }")
     request = Request(Statistic.SAMPLES, next(iter(model.graph)).outputs[0])

@@ -36,6 +36,10 @@ __all__ = ["BlockData", "BlockError", "Swept", "sweep", "wants_sweep"]
 _MEASURED = 4
 """Batches on which the float parts run when no pass learns from them: enough to tell the error of a part."""
 
+_FOLDED = 1 << 30
+"""Bytes of the weights of a part up to which they are decoded once for all batches, and not for each again. No other
+limit counts here: sums come in another order, and results must not depend on the memory that is there."""
+
 _WIDEST = 4
 """Outputs of the network count as targets if they are at most so many times as large as what the part reads: logits
 would outweigh everything else."""
@@ -163,7 +167,10 @@ class _Sweep:
         self._float, self._now = Partition(original), Partition(model)
         self.labels = self._float.labels
         learns = any(isinstance(s.action, BlockPass) and s.action.learns for s in steps)
-        shelf = Shelf(context.work, context.activations)
+        self._decoded = [_float_bytes(self._float.cut(k)) for k in range(len(self.labels))]
+        held = max((size for k, size in enumerate(self._decoded) if self._folds(k, len(batches))), default=0)
+        limit = context.activations
+        shelf = Shelf(context.work, None if limit is None else max(0, limit - held))
         self._changed_stream = Stream(batches, shelf)
         self._float_stream = Stream(batches if learns else batches[:_MEASURED], shelf)
         self._memos: list[dict[object, object]] = [{} for _ in steps]
@@ -222,11 +229,15 @@ class _Sweep:
         part = self._float.cut(k, to_the_end=True)
         return _width(part.graph.outputs) <= _WIDEST * max(_width(part.graph.inputs), 1)
 
+    def _folds(self, k: int, batches: int) -> bool:
+        """Whether the weights of a part are decoded once for so many batches."""
+        return batches > _MEASURED and self._decoded[k] <= _FOLDED
+
     def _run_float(self, k: int, reference: Model) -> None:
         names = [str(v.name) for v in reference.graph.outputs]
         if not names:
             return
-        session = Session(reference)
+        session = Session(reference, fold=self._folds(k, self._float_stream.count))
         for i in range(self._float_stream.count):
             outputs = session.run(self._float_stream.batch(i))
             for name in names:
@@ -278,7 +289,8 @@ class _Sweep:
         values = {v.name: v for v in (*part.graph.inputs, *(o for n in part.graph for o in n.outputs))}
         inner = {r: dataclasses.replace(r, value=values[r.value.name]) for r in wanted if r.value.name in values}
         batches = (self._changed_stream.batch(i) for i in range(self._changed_stream.count))
-        found = collect(part, list(inner.values()), batches)
+        folds = self._folds(k, self._changed_stream.count)
+        found = collect(part, list(inner.values()), batches, fold=folds)
         return {r: found[i] for r, i in inner.items() if i in found}
 
     def _probe(self, k: int, contract: Exact) -> dict[str, np.ndarray]:
@@ -297,7 +309,7 @@ class _Sweep:
         if not modified and complete and self._changed_stream.equals(self._float_stream, read):
             self._changed_stream.share(self._float_stream, names)
         elif names:
-            session = Session(part)
+            session = Session(part, fold=self._folds(k, self._changed_stream.count))
             for i in range(self._changed_stream.count):
                 outputs = session.run(self._changed_stream.batch(i))
                 self._changed_stream.put(i, {name: outputs[name] for name in names})
@@ -319,6 +331,12 @@ class _Sweep:
 
 def _synthetic(model: Model, seed: int) -> list[Batch]:
     return list(find_inputs(model, Session(model).run, seed, SYNTHETIC_SIZES).batches[:1])
+
+
+def _float_bytes(model: Model) -> int:
+    """What the weights take in float32."""
+    tensors = (v.const_value for v in model.graph.initializers.values())
+    return sum(4 * t.size for t in tensors if t is not None and t.dtype.is_floating_point())
 
 
 def _width(values: Sequence[ir.Value]) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx
 import onnx_ir as ir
@@ -48,7 +48,8 @@ class Journal:
     """A directory with the last entry of each sweep of a pipeline, and a fingerprint of all that it depends on.
 
     An entry is the graph without its numbers: those of new weights lie in the compile's store, the others in the model
-    that the sweep began with. It replaces the one before it atomically.
+    that the sweep began with. A pass that learns on the whole network has a file of its own for what it has learned
+    so far. Each replaces the one before it atomically.
     """
 
     def __init__(self, directory: Path, facts: Mapping[str, str], *, resume: bool = False) -> None:
@@ -70,10 +71,10 @@ class Journal:
         path = directory / "compile.json"
         if path.is_file():
             self._require_same(_load(path), self._facts)
-        _replace(path, json.dumps(self._facts, indent=1, sort_keys=True))
+        _replace_json(path, self._facts)
 
     def begin(self, facts: Mapping[str, str]) -> int:
-        """Begins the next sweep, and returns its number.
+        """Begins the next sweep, or pass with a file of its own, and returns its number.
 
         Raises:
             InputError: If there is an entry that was written with other facts.
@@ -140,10 +141,22 @@ class Journal:
             "memos": [_encoded(m) for m in entry.memos],
             "used": list(entry.used),
         }
-        _replace(self._path(number), json.dumps(data))
+        _replace_json(self._path(number), data)
         for old in self._directory.glob(f"sweep-{number}.*.onnx"):
             if old.name != graph:
                 old.unlink()
+
+    def load_file(self, number: int) -> Path | None:
+        """The file of a pass, if one was written."""
+        path = self._path(number).with_suffix(".state")
+        return path if path.is_file() else None
+
+    def save_file(self, number: int, write: Callable[[BinaryIO], object]) -> None:
+        """Replaces the file of a pass by what `write` writes."""
+        path = self._path(number)
+        if not path.is_file():
+            _replace_json(path, {"facts": self._current})
+        _replace(path.with_suffix(".state"), write)
 
     def _path(self, number: int) -> Path:
         return self._directory / f"sweep-{number}.json"
@@ -167,14 +180,19 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file such that a crash leaves the old one or the new one."""
     new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with new.open("wb") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+
+
+def _replace_json(path: Path, data: Mapping[str, object]) -> None:
+    text = json.dumps(data, sort_keys=True).encode()
+    _replace(path, lambda file: file.write(text))
 
 
 def _without_numbers(model: Model, begun: Model, store: Store) -> onnx.ModelProto:

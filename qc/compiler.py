@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -281,7 +282,8 @@ def _calibration_tokens(steps: Sequence[Step]) -> int:
 
 def _facts(steps: Sequence[Step], seed: int, exclude: Sequence[str]) -> dict[str, str]:
     """What the work on blocks depends on, beside the model and the data, which are known later."""
-    packages = ("numpy", "onnx", "onnx-ir", "onnxruntime")
+    packages = ["numpy", "onnx", "onnx-ir", "onnxruntime"]
+    packages += ["torch"] * (importlib.util.find_spec("torch") is not None)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return {
         "version": f"qc {importlib.metadata.version('qc-compiler')} with {versions}",

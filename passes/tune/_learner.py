@@ -20,6 +20,7 @@ from qc.passes.base import Context, Outcome, Pass, Site, check_patterns, site_na
 if TYPE_CHECKING:
     import torch
 
+    from qc.passes.tune._checkpoint import Checkpoint
     from qc.passes.tune._loop import Trained
     from qc.passes.tune._loss import Learned, Loss
 
@@ -133,6 +134,8 @@ class Learner(Pass):
         layers: Sequence[Layer],
         label: str,
         loss: Callable[[Mapping[str, Learned], Mapping[str, torch.Tensor], str], Loss],
+        *,
+        checkpoint: Checkpoint | None = None,
     ) -> Trained:
         """Learns, and writes what was learned into the model if it is better.
 
@@ -142,6 +145,7 @@ class Learner(Pass):
             layers: The layers, see `layers`.
             label: Of the part of the network, for the seed.
             loss: Makes the loss, from what is learned by name, the float vectors, and the device.
+            checkpoint: Where the state is written down, and read from.
         """
         import torch
 
@@ -168,7 +172,15 @@ class Learner(Pass):
         tensors = {name: tensor for name, (_, tensor) in vectors.items()}
         schedule = Schedule(self.optimizer, self.steps, self.batch, self.rate, self.range_rate)
         with _threads(context.threads):
-            found = train(loss(learned, tensors, device), learned, tensors, schedule, rng)
+            found = train(
+                loss(learned, tensors, device),
+                learned,
+                tensors,
+                schedule,
+                rng,
+                checkpoint=checkpoint,
+                tick=lambda step: context.progress(step - 1, self.steps, f"step {step}"),
+            )
         if found.after < found.before:
             for layer in layers:
                 _replace(layer.weight, weights[str(layer.weight.value.name)].export(), context)

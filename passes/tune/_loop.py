@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from qc.passes.tune._checkpoint import Checkpoint
 from qc.passes.tune._loss import Learned, Loss
 
 __all__ = ["Schedule", "Trained", "train"]
@@ -62,6 +63,9 @@ def train(
     vectors: Mapping[str, torch.Tensor],
     schedule: Schedule,
     rng: np.random.Generator,
+    *,
+    checkpoint: Checkpoint | None = None,
+    tick: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Learns, and keeps the best that was seen on batches which are not learned from; never worse than the start.
 
@@ -71,6 +75,8 @@ def train(
         vectors: Float parameters that it depends on, likewise.
         schedule: How.
         rng: Chooses the batches.
+        checkpoint: Where the state is written down, and read from.
+        tick: Called before every step with its number.
     """
     judges = range(0, loss.count, max(_JUDGES, -(-loss.count // _MOST_JUDGES)))
     learners = [i for i in range(loss.count) if i not in judges] or list(judges)
@@ -83,10 +89,18 @@ def train(
     optimizer = torch.optim.SGD(groups) if schedule.optimizer == "sign" else torch.optim.Adam(groups)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, schedule.steps)
     moved = [p for g in groups for p in g["params"]]
-    before = best = loss.judge(judges)
-    kept = [p.detach().clone() for p in moved]
-    order: list[int] = []
-    for step in range(1, schedule.steps + 1):
+    saved = None if checkpoint is None else checkpoint.load()
+    if saved is None:
+        before = best = loss.judge(judges)
+        kept, order, done = [p.detach().clone() for p in moved], [], 0
+    else:
+        before, best, kept, order, done = (saved[k] for k in ("before", "best", "kept", "order", "done"))
+        _set(moved, saved["moved"])
+        optimizer.load_state_dict(saved["optimizer"])
+        decay.load_state_dict(saved["decay"])
+        rng.bit_generator.state = saved["rng"]
+    for step in range(done + 1, schedule.steps + 1):
+        tick(step)
         while len(order) < schedule.batch:
             order += rng.permutation(learners).tolist()
         drawn, order = order[: schedule.batch], order[schedule.batch :]
@@ -104,7 +118,15 @@ def train(
             found = loss.judge(judges)
             if found < best:
                 best, kept = found, [p.detach().clone() for p in moved]
-    with torch.no_grad():
-        for p, value in zip(moved, kept, strict=True):
-            p.copy_(value)
+        if checkpoint is not None and (step == schedule.steps or checkpoint.is_due()):
+            state = {"before": before, "best": best, "kept": kept, "order": order, "done": step, "moved": moved}
+            state |= {"optimizer": optimizer.state_dict(), "decay": decay.state_dict(), "rng": rng.bit_generator.state}
+            checkpoint.save(state)
+    _set(moved, kept)
     return Trained(before, best)
+
+
+@torch.no_grad()
+def _set(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

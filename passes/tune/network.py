@@ -8,9 +8,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qc.ir.digest import digest_batches, digest_model
 from qc.ir.quant import Weight, read_weight
 from qc.passes._activations import Shelf
 from qc.passes.base import Context, Contract, Lossy, Outcome, Result, Site
+from qc.passes.pipeline import Step
 from qc.passes.tune._learner import Learner, require_torch, trained_sites
 
 __all__ = ["TuneNetwork"]
@@ -90,11 +92,25 @@ class TuneNetwork(Learner):
                 else "nothing was quantized in this run"
             )
             return Result.of(model, [*sites, *(Site(layer.name, Outcome.SKIPPED, reason) for layer in layers)])
+        from qc.passes.tune._checkpoint import Checkpoint
         from qc.passes.tune._loss import NetworkLoss
 
-        shelf = Shelf(context.work, context.activations)
+        shelf, checkpoint = Shelf(context.work, context.activations), None
+        if context.journal is not None:
+            facts = {
+                "pipeline": str(Step(self)),
+                "calibration data": digest_batches(batches),
+                "model": digest_model(reference),
+                "quantized model": digest_model(model),
+            }
+            checkpoint = Checkpoint(context.journal, facts)
         found = self.train(
-            model, context, layers, "", lambda w, v, device: NetworkLoss(model, reference, batches, w, v, shelf, device)
+            model,
+            context,
+            layers,
+            "",
+            lambda w, v, device: NetworkLoss(model, reference, batches, w, v, shelf, device),
+            checkpoint=checkpoint,
         )
         facts = {"before": found.before, "after": found.after}
         note = f"distance from the float outputs on batches not learned from: {found.before:.4g} to {found.after:.4g}"

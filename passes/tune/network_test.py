@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from qc.ir.errors import UnsupportedError
+from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import Model, set_role
 from qc.ir.quant import read_weight
 from qc.ir.runtime import Session
 from qc.ir.text import parse
 from qc.passes.base import Context, Outcome
+from qc.passes.journal import Journal
 from qc.passes.manager import PassManager, PassReport
 from qc.passes.pipeline import parse_pipeline
 
@@ -154,3 +157,50 @@ def test_where_nothing_was_quantized_or_nothing_is_there_to_learn_from_it_says_s
     manager = PassManager(parse_pipeline("tune-network{optional=true}"), verify=False)
     _, reports = manager.run(quantized, calibration=inputs())
     assert "nothing was quantized in this run" in {s.reason for s in reports[-1].sites}
+
+
+class _Killed(BaseException):
+    pass
+
+
+def learn(directory: Path, facts: dict[str, str], *, kill: int = 0, calibration: list | None = None) -> Model:
+    """Learns with a journal in `directory`, until step `kill` if there is one."""
+
+    def tick(done: int, total: int, site: str) -> None:
+        if kill and site == f"step {kill}":
+            raise _Killed
+
+    context = Context(threads=1, journal=Journal(directory, facts, resume=True), tick=tick)
+    manager = PassManager(parse_pipeline(f"{QUANTIZE},{TUNE.replace('30', '8')}}}"), verify=False)
+    return manager.run(network(), calibration=calibration or inputs(), context=context)[0]
+
+
+def numbers(model: Model) -> list[bytes]:
+    return [v.const_value.tobytes() for v in model.graph.initializers.values()]
+
+
+def test_kills_do_not_change_a_byte_and_no_step_that_is_in_the_journal_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qc.passes.tune import _checkpoint
+
+    monkeypatch.setattr(_checkpoint, "_SECONDS", 0.0)
+    monkeypatch.setattr(_checkpoint, "_SHARE", 0)
+    expected = numbers(learn(tmp_path / "whole", {}))
+    for kill in (1, 2, 5, 6, 8):  # a step that was done before would not be reached again
+        with pytest.raises(_Killed):
+            learn(tmp_path / "killed", {}, kill=kill)
+    assert numbers(learn(tmp_path / "killed", {})) == expected
+    assert numbers(learn(tmp_path / "killed", {}, kill=8)) == expected, "the last step is in the journal too"
+
+
+def test_a_journal_of_other_data_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    learn(tmp_path, {"version": "1"})
+    with pytest.raises(InputError, match="its version is 1, that of this compile 2"):
+        learn(tmp_path, {"version": "2"})
+    with pytest.raises(InputError, match="its calibration data is"):
+        learn(tmp_path, {"version": "1"}, calibration=inputs(seed=3))
+    (state,) = tmp_path.glob("*.state")
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(InputError, match="not readable"):
+        learn(tmp_path, {"version": "1"})

@@ -42,7 +42,8 @@ def _run(arguments: argparse.Namespace) -> int:
         _say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted; nothing was left behind")
+        kept = getattr(arguments, "resume", False)
+        _say(f"interrupted; {'--resume goes on with what was finished' if kept else 'nothing was left behind'}")
         return 130
     except BrokenPipeError:  # the reader went away; Python would complain on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -49,8 +49,15 @@ def _outcome(report: PassReport) -> str:
     return changed + error
 
 
+_QUIET = 60.0
+"""Seconds after which a pass that takes long says how far it is."""
+
+
 class _PlainProgress(Progress):
-    """One line per event."""
+    """One line per event, and one a minute while a pass works."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
 
     def plan(self, plan: Plan) -> None:
         """Prints the estimate."""
@@ -68,7 +75,13 @@ class _PlainProgress(Progress):
                 f"  {name}: {_outcome(report)} ({report.seconds:.1f} s, verified in {report.verify_seconds:.1f} s)"
             )
 
+    def tick(self, done: int, total: int, site: str) -> None:
+        """Prints how far the running pass is, now and then."""
+        if time.monotonic() - self._said >= _QUIET:
+            self._say(f"  {done}/{total} {site}")
+
     def _say(self, line: str) -> None:
+        self._said = time.monotonic()
         print(line, file=sys.stderr, flush=True)
 
 
@@ -76,6 +89,7 @@ class _LiveProgress(_PlainProgress):
     """The lines of `_PlainProgress` scroll by above one live line: pass, site, rate, time left, memory."""
 
     def __init__(self) -> None:
+        super().__init__()
         from rich.console import Console
         from rich.live import Live
 

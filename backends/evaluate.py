@@ -45,7 +45,9 @@ KEYS = (
 )
 """Keys of every evaluation; None where a figure does not apply."""
 
-_CHUNK_BYTES = 1 << 20  # of float64 logits at a time, of which six copies live; a whole window can have 256 MiB
+_CHUNK_BYTES = 1 << 17
+"""Of float64 logits at a time, of which five copies live in the cache; a whole window can have 256 MiB."""
+
 _CACHE_ROLES = frozenset({"present_key", "present_value"})
 
 
@@ -117,15 +119,14 @@ def _text(runner: Runner, reference: Runner | None, tokens: Sequence[int], windo
             )
         for part in _chunks(*own.shape):
             targets = row[1:][part]
-            q = _log_softmax(own[part])
-            nll.append(-np.take_along_axis(q, targets[:, None], 1).sum())
+            q = _Softmax(own[part])
+            nll.append(q.surprise(targets))
             if other is None:
                 continue
-            p = _log_softmax(other[part])
-            nll_reference.append(-np.take_along_axis(p, targets[:, None], 1).sum())
-            with np.errstate(invalid="ignore"):  # a token that both exclude: 0 * (-inf + inf) counts nothing
-                divergence.append(np.where(p > -np.inf, np.exp(p) * (p - q), 0.0).sum())
-            agreed.append(int(np.count_nonzero(p.argmax(1) == q.argmax(1))))
+            p = _Softmax(other[part])
+            nll_reference.append(p.surprise(targets))
+            divergence.append(p.divergence(q))
+            agreed.append(int(np.count_nonzero(other[part].argmax(1) == own[part].argmax(1))))
         del own, other  # so that the next ones can take their place
     scored = count * (window - 1)
     found = {"ppl": _exp(sum(nll) / scored), "tokens": scored, "window": window, "windows": count}
@@ -154,10 +155,26 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+class _Softmax:
+    """Distributions over the vocabulary, ``exp(x - log sum exp x)``, one for each row of logits."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self._shifted = logits.astype(np.float64)
+        self._shifted -= self._shifted.max(1, keepdims=True)
+        self._weights = np.exp(self._shifted)
+        self._total = self._weights.sum(1)
+
+    def surprise(self, targets: np.ndarray) -> float:
+        """``-sum log p`` of a token of each row."""
+        return float((np.log(self._total) - self._shifted[np.arange(len(targets)), targets]).sum())
+
+    def divergence(self, other: _Softmax) -> float:
+        """``sum KL(self || other)`` over the rows."""
+        with np.errstate(invalid="ignore"):  # a token that both exclude: 0 * (-inf + inf) counts nothing
+            gap = self._shifted - other._shifted
+        gap[self._weights == 0] = 0
+        expected = np.einsum("ij,ij->i", self._weights, gap) / self._total
+        return float((expected + np.log(other._total / self._total)).sum())
 
 
 def _exp(value: float) -> float:

@@ -57,8 +57,6 @@ class OrtCpu:
         """The passes that bring a canonical, perhaps quantized model to ONNX Runtime's operators."""
         from qc.backends.ort.convolutions import LowerFloatConvolution
         from qc.backends.ort.fuse.activations import FuseSwish
-        from qc.backends.ort.fuse.attention import MergeHeads
-        from qc.backends.ort.fuse.gqa import FuseGroupQueryAttention
         from qc.backends.ort.fuse.inline import InlineDialect
         from qc.backends.ort.fuse.require import RequireKernels
         from qc.backends.ort.fuse.residuals import FuseResiduals, KeepResiduals
@@ -66,6 +64,8 @@ class OrtCpu:
         from qc.backends.ort.kernels import LowerFloatLinear, LowerQuantizedWeights
         from qc.backends.ort.order import OrderInputs
         from qc.backends.ort.widen import WidenWeights
+        from qc.passes.fuse.attention import MergeHeads
+        from qc.passes.fuse.gqa import FuseGroupQueryAttention
         from qc.passes.fuse.pack_projections import PackProjections
 
         passes = (

@@ -103,8 +103,8 @@ class TvmCpu:
 
     def lowering(self) -> Sequence[Step]:
         """The passes that bring a canonical, perhaps quantized model to what the kernels compute."""
-        from qc.backends.ort.fuse.attention import MergeHeads
-        from qc.backends.ort.fuse.gqa import FuseGroupQueryAttention
+        from qc.passes.fuse.attention import MergeHeads
+        from qc.passes.fuse.gqa import FuseGroupQueryAttention
         from qc.passes.fuse.pack_projections import PackProjections
 
         return [Step(p, optional=True) for p in (PackProjections(), FuseGroupQueryAttention(), MergeHeads())]

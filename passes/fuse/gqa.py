@@ -1,4 +1,4 @@
-"""Attention with rotary embedding and a growing cache as the runtime's one kernel for it."""
+"""Attention with rotary embedding and a growing cache as one operator, for which runtimes have one kernel."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.ort.fuse.attention import merged_heads, split_again, turned_back
-from qc.backends.ort.fuse.positions import are_running
 from qc.passes.base import Contract, Exact, Pass, Result
 from qc.passes.canonicalize._graph import (
     Decline,
@@ -22,6 +20,8 @@ from qc.passes.canonicalize._graph import (
     rewritten,
 )
 from qc.passes.canonicalize.masks import Mask, describe_mask
+from qc.passes.fuse.attention import merged_heads, split_again, turned_back
+from qc.passes.fuse.positions import are_running
 
 __all__ = ["FuseGroupQueryAttention"]
 

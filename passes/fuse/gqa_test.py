@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qc.backends.ort.fuse.gqa import FuseGroupQueryAttention
 from qc.ir.model import Model
 from qc.ir.runtime import Session
+from qc.passes.fuse.gqa import FuseGroupQueryAttention
 
 HEADS, KV, D = 4, 2, 16
 _RNG = np.random.default_rng(0)

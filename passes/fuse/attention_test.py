@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qc.backends.ort.fuse.attention import MergeHeads
+from qc.passes.fuse.attention import MergeHeads
 
 _RNG = np.random.default_rng(0)
 _SIZES = {"s4": np.array([0, 0, 4, 8]), "s2": np.array([0, 0, 2, 8]), "s": np.array([0, 0, 32])}

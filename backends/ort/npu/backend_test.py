@@ -24,19 +24,10 @@ def simulator() -> None:
     pytest.importorskip("onnxruntime_qnn", reason="the simulator comes with the extra npu, on Linux and Windows")
 
 
-def _lowered(model: Model) -> Model:
+def _lowered(model: Model, batch) -> Model:
     """Calibrated on token ids of all lengths that are asked for later."""
     rng = np.random.default_rng(1)
-    batches = []
-    for length in (3, 12):
-        batch = {}
-        for port in model.signature.inputs:
-            if port.role.startswith("past_"):
-                batch[port.name] = np.zeros((2, port.shape[1], 0, port.shape[3]), np.float32)
-            else:
-                made = {"tokens": rng.integers(0, 96, (2, length)), "positions": np.tile(np.arange(length), (2, 1))}
-                batch[port.name] = made.get(port.role, np.ones((2, length), np.int64))
-        batches.append(batch)
+    batches = [batch(model, length, rng) for length in (3, 12, 12, 12)]
     model, _ = PassManager(canonicalize_passes()).run(model)
     model, _ = PassManager(parse_pipeline(_RECIPE)).run(model, calibration=batches)
     backend = backend_for(_TARGET)
@@ -46,17 +37,17 @@ def _lowered(model: Model) -> Model:
     return model
 
 
-def _emitted(build, kind, tmp_path) -> tuple[Model, Model]:
+def _emitted(build, kind, batch, tmp_path) -> tuple[Model, Model]:
     """The float model, and the lowered one, whose files are in `tmp_path`."""
     model = build(kind)
     reference = model.clone()
-    lowered = _lowered(model)
+    lowered = _lowered(model, batch)
     backend_for(_TARGET).emit(lowered, tmp_path)
     return reference, lowered
 
 
-def test_the_graphs_of_a_decoder_have_fixed_shapes_and_share_their_weights(build, tmp_path):
-    _emitted(build, "appending", tmp_path)
+def test_the_graphs_of_a_decoder_have_fixed_shapes_and_share_their_weights(build, batch, tmp_path):
+    _emitted(build, "appending", batch, tmp_path)
     for file, new in (("prefill.onnx", 4), ("decode.onnx", 1)):
         graph = ir.load(tmp_path / file).graph
         shapes = {v.name: (v.dtype.name, tuple(v.shape)) for v in graph.inputs}
@@ -71,25 +62,19 @@ def test_the_graphs_of_a_decoder_have_fixed_shapes_and_share_their_weights(build
 
 @pytest.mark.usefixtures("simulator")
 @pytest.mark.parametrize("kind", ["appending", "encoder"])
-def test_every_node_runs_on_the_npu_and_texts_of_any_length_are_as_lowered(build, tmp_path, kind):
-    _, lowered = _emitted(build, kind, tmp_path)
+def test_every_node_runs_on_the_npu_and_texts_of_any_length_are_as_lowered(build, batch, tmp_path, kind):
+    _, lowered = _emitted(build, kind, batch, tmp_path)
     runner, exact = backend_for(_TARGET).open(tmp_path), ModelRunner(lowered)
     rng = np.random.default_rng(2)
     for length in (1, 5, 12):
-        batch = {}
-        for port in runner.signature.inputs:
-            if port.role.startswith("past_"):
-                batch[port.name] = np.zeros((2, 2, 0, 16), np.float32)
-            else:
-                made = {"tokens": rng.integers(0, 96, (2, length)), "positions": np.tile(np.arange(length), (2, 1))}
-                batch[port.name] = made.get(port.role, np.ones((2, length), np.int64))
-        for difference in compare(exact.run(batch), runner.run(batch)):
+        given = batch(runner, length, rng)
+        for difference in compare(exact.run(given), runner.run(given)):
             assert difference.sqnr > 35, (length, difference)
 
 
 @pytest.mark.usefixtures("simulator")
-def test_text_is_generated_over_a_cache_of_fixed_size(build, tmp_path):
-    reference, _ = _emitted(build, "appending", tmp_path)
+def test_text_is_generated_over_a_cache_of_fixed_size(build, batch, tmp_path):
+    reference, _ = _emitted(build, "appending", batch, tmp_path)
     runner, exact = backend_for(_TARGET).open(tmp_path), ModelRunner(reference)
     prompt = [5, 9, 33, 60, 7, 12]
     found = list(runner.generate(prompt, 10))
@@ -101,8 +86,8 @@ def test_text_is_generated_over_a_cache_of_fixed_size(build, tmp_path):
 
 
 @pytest.mark.usefixtures("simulator")
-def test_what_the_graphs_are_compiled_to_runs_without_them(build, tmp_path):
-    lowered = _lowered(build("encoder"))
+def test_what_the_graphs_are_compiled_to_runs_without_them(build, batch, tmp_path):
+    lowered = _lowered(build("encoder"), batch)
     for name, options in (("plain", ""), ("compiled", ",context")):
         (tmp_path / name).mkdir()
         backend_for(_TARGET + options).emit(lowered, tmp_path / name)

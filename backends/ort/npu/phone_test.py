@@ -21,21 +21,10 @@ _OPTIONS = ",length=12,prefill=4,cache=16"
 _RECIPE = "quantize-weights{format=int8,group=0,embedding=float}"
 
 
-def _batch(model: Model, length: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    batch = {}
-    for port in model.signature.inputs:
-        if port.role.startswith("past_"):
-            batch[port.name] = np.zeros((2, port.shape[1], 0, port.shape[3]), np.float32)
-        else:
-            made = {"tokens": rng.integers(0, 96, (2, length)), "positions": np.tile(np.arange(length), (2, 1))}
-            batch[port.name] = made.get(port.role, np.ones((2, length), np.int64))
-    return batch
-
-
-def _lowered(model: Model, target: str) -> tuple[Model, Model]:
+def _lowered(model: Model, target: str, batch) -> tuple[Model, Model]:
     """The quantized model, and what it is lowered to."""
     rng = np.random.default_rng(1)
-    batches = [_batch(model, length, rng) for length in (3, 12)]
+    batches = [batch(model, length, rng) for length in (3, 12)]
     model, _ = PassManager(canonicalize_passes()).run(model)
     model, _ = PassManager(parse_pipeline(_RECIPE)).run(model, calibration=batches)
     backend, quantized = backend_for(target), model.clone()
@@ -46,39 +35,39 @@ def _lowered(model: Model, target: str) -> tuple[Model, Model]:
 
 @pytest.mark.parametrize("kind", ["appending", "encoder"])
 @pytest.mark.parametrize(("target", "decibels"), [("coreml", 50), ("coreml,f32", 80), ("nnapi", 25)])
-def test_texts_of_any_length_are_as_in_the_model(build, tmp_path, target, decibels, kind):
+def test_texts_of_any_length_are_as_in_the_model(build, batch, tmp_path, target, decibels, kind):
     target = f"ort-npu:{target}{_OPTIONS}"
-    quantized, lowered = _lowered(build(kind), target)
+    quantized, lowered = _lowered(build(kind), target, batch)
     exact = ModelRunner(quantized)
     backend_for(target).emit(lowered, tmp_path)
     assert (tmp_path / "model.onnx.data").is_file() == (",f32" not in target and "nnapi" not in target)
     runner = backend_for(target).open(tmp_path)
     rng = np.random.default_rng(2)
     for length in (1, 5, 12):
-        batch = _batch(lowered, length, rng)
-        for difference in compare(exact.run(batch), runner.run(batch)):
+        given = batch(lowered, length, rng)
+        for difference in compare(exact.run(given), runner.run(given)):
             assert difference.sqnr > decibels, (length, difference)
 
 
 @pytest.mark.parametrize(
     ("target", "left"), [("coreml", {"Gather", "Cast"}), ("coreml,f32", {"Gather"}), ("nnapi", set())]
 )
-def test_only_look_ups_and_what_comes_in_stay_on_the_processor(build, target, left):
+def test_only_look_ups_and_what_comes_in_stay_on_the_processor(build, batch, target, left):
     target = f"ort-npu:{target}{_OPTIONS}"
-    _, lowered = _lowered(build("appending"), target)
+    _, lowered = _lowered(build("appending"), target, batch)
     found = backend_for(target).coverage(lowered)
     assert {n["op"] for n in found.nodes if not n["on_target"]} == left
     assert found.on_target > 20
 
 
 @pytest.mark.parametrize("target", ["coreml,f32", "nnapi"])
-def test_the_checker_of_the_runtime_agrees_on_what_it_optimizes(build, tmp_path, target):
+def test_the_checker_of_the_runtime_agrees_on_what_it_optimizes(build, batch, tmp_path, target):
     tools = pytest.importorskip("onnxruntime.tools.onnx_model_utils")
     import onnxruntime as ort
     from onnxruntime.tools.mobile_helpers import usability_checker as checker
 
     name = f"ort-npu:{target}{_OPTIONS}"
-    _, lowered = _lowered(build("appending"), name)
+    _, lowered = _lowered(build("appending"), name, batch)
     backend = backend_for(name)
     backend.emit(lowered, tmp_path)
     ours = {n["op"] for n in backend.coverage(lowered).nodes if not n["on_target"]}
@@ -102,9 +91,9 @@ def test_options_are_read_or_refused():
             backend_for(f"ort-npu:{options}")
 
 
-def test_text_is_generated_over_a_cache_of_floats(build, tmp_path):
+def test_text_is_generated_over_a_cache_of_floats(build, batch, tmp_path):
     target = f"ort-npu:coreml{_OPTIONS}"
-    quantized, lowered = _lowered(build("appending"), target)
+    quantized, lowered = _lowered(build("appending"), target, batch)
     backend_for(target).emit(lowered, tmp_path)
     grids = json.loads((tmp_path / "npu.json").read_text())["caches"].values()
     assert {grid["dtype"] for grid in grids} == {"float16"}
@@ -113,8 +102,8 @@ def test_text_is_generated_over_a_cache_of_floats(build, tmp_path):
     assert found == list(greedy(exact.run, exact.signature, prompt, 8))
 
 
-def test_weights_and_rows_are_cast_once_and_integers_not(build):
-    _, lowered = _lowered(build("appending"), f"ort-npu:coreml{_OPTIONS}")
+def test_weights_and_rows_are_cast_once_and_integers_not(build, batch):
+    _, lowered = _lowered(build("appending"), f"ort-npu:coreml{_OPTIONS}", batch)
     nodes = list(lowered.graph)
     made = [
         n for n in nodes if n.op_type in ("MatMul", "Softmax", "Add", "Mul") and n.outputs[0].dtype == ir.DataType.FLOAT

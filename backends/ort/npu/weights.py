@@ -85,7 +85,13 @@ def _transposed(graph: ir.Graph, weight: ir.Value, before: ir.Node) -> ir.Value:
 
 
 def decoded_weight(
-    model: ir.Model, weight: Weight, context: Context, before: ir.Node, *, shape: tuple[int, ...]
+    model: ir.Model,
+    weight: Weight,
+    context: Context,
+    before: ir.Node,
+    *,
+    shape: tuple[int, ...],
+    divisors: np.ndarray | None = None,
 ) -> ir.Value:
     """A quantized weight as int8 with one scale per output channel, its first axis, behind a decode node.
 
@@ -97,8 +103,10 @@ def decoded_weight(
         context: Where the codes are written.
         before: The node that the decode node is put in front of.
         shape: The shape to store it in, in the same order.
+        divisors: Positive numbers that its output channels are divided by.
     """
     _, codes, scale = _encode(weight)
+    scale = scale if divisors is None else scale / divisors
     codes = np.clip(codes.reshape(weight.matrix) * np.sign(scale)[:, None], -128, 127)
     return _behind_decode(model, f"{weight.name}.npu", codes.reshape(shape), np.abs(scale), context, before, 8, axis=0)
 

@@ -128,6 +128,16 @@ def describe(error: Exception) -> str:
     return re.sub(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )+", "", text).rstrip(". ")
 
 
+def _drop_unused(graph: ir.Graph) -> None:
+    """Removes what nothing reads, but no single output of a node: some kernels ask for all of theirs."""
+    for node in reversed(tuple(graph)):
+        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in tuple(graph.initializers.items()):
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            del graph.initializers[name]
+
+
 def serialize(model: ir.Model, spill: Store) -> bytes:
     """Serializes the graph with every large weight as a reference into the file that holds it.
 
@@ -142,7 +152,7 @@ def serialize(model: ir.Model, spill: Store) -> bytes:
 
     written = model.clone()
     common.InlinePass(lambda function: function.domain == dialect.DOMAIN)(written)
-    common.RemoveUnusedNodesPass()(written)
+    _drop_unused(written.graph)
     order_for_memory(written.graph)
     for graph in written.graphs():
         for value in graph.initializers.values():

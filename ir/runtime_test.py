@@ -103,3 +103,13 @@ def test_folded_weights_give_the_same_and_nodes_that_lead_nowhere_do_not_run(tab
     expected = table[:5] @ (codes * np.repeat(np.abs(table[:, :2]), 8, axis=1)).T
     for y in found:
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_attention_whose_cache_nobody_reads_still_appends_to_it():
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    net (float[1,s,8] x, float[1,2,p,4] k, float[1,2,p,4] v) => (float[1,s,8] y) {
+        y, a, b = Attention <q_num_heads = 2, kv_num_heads = 2> (x, x, x, , k, v) }"""
+    rng = np.random.default_rng(0)
+    shapes = {"x": (1, 3, 8), "k": (1, 2, 5, 4), "v": (1, 2, 5, 4)}
+    inputs = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+    assert Session(ir.from_onnx_text(text)).run(inputs)["y"].shape == (1, 3, 8)

@@ -86,7 +86,7 @@ def train(
     ]
     groups.append({"params": list(vectors.values()), "lr": _WEAK * schedule.range_rate})
     groups = [g for g in groups if g["params"]]
-    optimizer = torch.optim.SGD(groups) if schedule.optimizer == "sign" else torch.optim.Adam(groups)
+    optimizer = torch.optim.SGD(groups) if schedule.optimizer == "sign" else torch.optim.Adam(groups, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, schedule.steps)
     moved = [p for g in groups for p in g["params"]]
     saved = None if checkpoint is None else checkpoint.load()

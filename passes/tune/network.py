@@ -17,6 +17,9 @@ from qc.passes.tune._learner import Learner, require_torch, trained_sites
 
 __all__ = ["TuneNetwork"]
 
+_TOKENS = 1 << 17
+"""512 windows of 256: on fewer, what is learned on the whole network soon fits them and little else."""
+
 _MOVED, _FROZEN = 52, 26
 """Bytes for each weight: as float, in units of its scale, as code, decoded, the gradient of that, and steps between;
 and if it moves, what is learned about it, the best of that so far, its gradient, and both moments."""
@@ -56,6 +59,10 @@ class TuneNetwork(Learner):
     steps: int = 100
     batch: int = 4
     range_rate: float = 0.002
+
+    @property
+    def calibration_tokens(self) -> int:
+        return _TOKENS
 
     @property
     def wants_reference(self) -> bool:

@@ -66,10 +66,18 @@ def facts_of(model: Model, target: Target, directory: Path) -> Facts:
         tokenizer=held,
         bos=tokenizer.bos if tokenizer is not None else None,
         stop=tokenizer.stop if tokenizer is not None else (),
-        limit=context_limit(provenance),
+        limit=_limit(context_limit(provenance), target, signature),
         pooling=provenance.get("pooling", "mean"),
         normalize=provenance.get("normalize", "true") == "true",
     )
+
+
+def _limit(own: int | None, target: Target, signature: Signature) -> int | None:
+    """The largest number of tokens, by the model and by the shapes of its graphs."""
+    if target.longest is None:
+        return own
+    fixed = target.longest[0 if signature.caches else 1]
+    return fixed if own is None else min(own, fixed)
 
 
 def _task(signature: Signature, pooling: str | None) -> str:

@@ -24,6 +24,7 @@ class Language:
         nothing: The value of an optional that holds none.
         port: A port of ``name``, ``type``, ``shape`` and ``role``.
         pair: An input of a cache and the output that replaces it, ``a`` and ``b``.
+        graph: A graph of fixed shapes ``a`` and the number of tokens ``b``.
         constant: A constant ``a`` with the text ``b``.
         spell: The name of a constant.
         quote: A text as a literal.
@@ -32,12 +33,13 @@ class Language:
     nothing: str
     port: str
     pair: str
+    graph: str
     constant: str
     spell: Callable[[str], str]
     quote: Callable[[str], str]
 
-    def texts(self, facts: Facts) -> dict[str, str]:
-        """The texts of a model."""
+    def texts(self, facts: Facts, graphs: Iterable[tuple[str, int]] = ()) -> dict[str, str]:
+        """The texts of a model, which may be in graphs of fixed shapes."""
         signature = facts.signature
         return {
             "quoted_title": self.quote(facts.title),
@@ -51,6 +53,7 @@ class Language:
             "inputs": self._ports(signature.inputs),
             "outputs": self._ports(signature.outputs),
             "caches": self._lines(self.pair.format(**self._texts(a=p.name, b=q.name)) for p, q in signature.caches),
+            "graphs": self._lines(self.graph.format(a=self.quote(name), b=size) for name, size in graphs),
             "input_names": self._names(signature.inputs),
             "output_names": self._names(signature.outputs),
         }
@@ -87,6 +90,7 @@ KOTLIN = Language(
     nothing="null",
     port="Port({name}, {type}, listOf({shape}), {role})",
     pair="{a} to {b}",
+    graph="{a} to {b}",
     constant="const val {a} = {b}",
     spell=upper,
     quote=_kotlin,
@@ -96,6 +100,7 @@ SWIFT = Language(
     nothing="nil",
     port="Port(name: {name}, type: {type}, shape: [{shape}], role: {role})",
     pair="({a}, {b})",
+    graph="({a}, {b})",
     constant="public static let {a} = {b}",
     spell=camel,
     quote=_swift,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
 from qc.backends.kits.c_language import generates
 from qc.backends.kits.facts import Facts
+from qc.backends.kits.fixed import FixedFiles
 from qc.backends.kits.interface import KOTLIN
 
-__all__ = ["library_texts", "runtime_texts"]
+__all__ = ["fixed_texts", "library_texts", "runtime_texts"]
 
 _GENERATE = """
     /** The continuation of [tokens]; at temperature 0 each is the most probable one. */
@@ -112,8 +114,25 @@ _NATIVE = """\
 """
 
 _DEPENDENCY = """\
-    implementation("com.microsoft.onnxruntime:onnxruntime-android:{}.0") // or your reduced build of it
+    implementation("com.microsoft.onnxruntime:{}:{}.0") // or your {} build of it
 """
+
+_UNITS = {
+    "nnapi": ("onnxruntime-android", "addNnapi()"),
+    "qnn": (
+        "onnxruntime-android-qnn",
+        'addQnn(mapOf("backend_path" to "libQnnHtp.so"))\naddConfigEntry("session.disable_cpu_ep_fallback", "1")',
+    ),
+}
+"""The library with the accelerator, and how it is chosen."""
+
+_FIXED_NOTES = """
+`Steps.kt` opens the graphs with the accelerator that they are written for. To see them run without it, say in an
+emulator, give `Model.open` other options: `OrtSession.SessionOptions()`.
+"""
+
+_WITH_QNN = "1.26"
+"""The version of ONNX Runtime for an artifact whose manifest counts in those of the plugin for QNN."""
 
 
 def runtime_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
@@ -122,10 +141,27 @@ def runtime_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
         "kotlin_use": _USES[facts.task],
         "android_model": "model.ort",
         "gradle_native": "",
-        "gradle_dependency": _DEPENDENCY.format(facts.runtime[1]),
+        "gradle_dependency": _DEPENDENCY.format("onnxruntime-android", facts.runtime[1], "reduced"),
         "android_files": "",
         "android_refuses": f"a runtime older than\n{facts.runtime[1]}, ",
         "android_notes": _RUNTIME_NOTES,
+        "with_qnn": _WITH_QNN,
+    }
+
+
+def fixed_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
+    """For an app with ONNX Runtime in front of an accelerator."""
+    files = FixedFiles.of(directory)
+    library, provider = _UNITS[files.unit]
+    version = _WITH_QNN if files.unit == "qnn" else facts.runtime[1]
+    return runtime_texts(facts, directory) | {
+        "graphs": KOTLIN.texts(facts, files.graphs)["graphs"],
+        "kotlin_files": ", ".join(f'"{n}"' for n in files.names),
+        "kotlin_provider": textwrap.indent(provider, " " * 12),
+        "android_model": '", "'.join(files.names),
+        "gradle_dependency": _DEPENDENCY.format(library, version, "own"),
+        "android_refuses": f"a runtime older than\n{version}, ",
+        "android_notes": _FIXED_NOTES,
     }
 
 
@@ -147,4 +183,5 @@ def library_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
         "android_files": _LIBRARY_FILES,
         "android_refuses": "",
         "android_notes": _LIBRARY_NOTES,
+        "with_qnn": _WITH_QNN,
     }

@@ -23,4 +23,10 @@ _USES = {
 
 def texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """The texts that depend on the model."""
-    return {"python_command": _COMMANDS[facts.task], "python_use": _USES[facts.task]}
+    package, minimum = facts.runtime
+    also = "" if package == "onnxruntime" else "onnxruntime\n"
+    return {
+        "python_command": _COMMANDS[facts.task],
+        "python_use": _USES[facts.task],
+        "python_runtime": f"{also}{package}>={minimum}",
+    }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qc.backends.kits.c_language import generates
 from qc.backends.kits.facts import Facts
+from qc.backends.kits.fixed import FixedFiles
 from qc.backends.kits.interface import SWIFT
 
-__all__ = ["library_texts", "runtime_texts"]
+__all__ = ["fixed_texts", "library_texts", "runtime_texts"]
 
 _USES = {
     "generate": 'for try await piece in model.generate("Once upon a time") { print(piece, terminator: "") }',
@@ -81,10 +82,29 @@ python tools/ci_build/github/apple/build_apple_framework.py --include_ops_by_con
 """
 
 
+_FIXED_NOTES = """
+`Steps.swift` opens the graphs with Core ML. What that does not take runs on the processor.
+"""
+
+
 def runtime_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """For an app with ONNX Runtime."""
+    return _over_runtime(facts, ["model.ort"]) | {"swift_notes": _NOTES}
+
+
+def fixed_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
+    """For an app with ONNX Runtime in front of Core ML."""
+    files = FixedFiles.of(directory)
+    return _over_runtime(facts, files.names) | {
+        "graphs": SWIFT.texts(facts, files.graphs)["graphs"],
+        "swift_names": ", ".join(f'"{n}"' for n in files.names),
+        "swift_notes": _FIXED_NOTES,
+    }
+
+
+def _over_runtime(facts: Facts, models: Sequence[str]) -> dict[str, str]:
     package = "https://github.com/microsoft/onnxruntime-swift-package-manager"
-    return _texts(facts, "model.ort") | {
+    return _texts(facts, models) | {
         "swift_platforms": ".iOS(.v16), .macOS(.v13)",
         "swift_dependencies": f'        .package(url: "{package}", from: "{facts.runtime[1]}.0"),\n',
         "swift_targets": "",
@@ -92,14 +112,13 @@ def runtime_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
         "swift_rows": "",
         "swift_use": _USES[facts.task],
         "swift_refuses": f"a runtime older than\n{facts.runtime[1]}, ",
-        "swift_notes": _NOTES,
     }
 
 
 def library_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """For an app with the C library."""
     text = generates(directory)
-    return _texts(facts, "model.weights") | {
+    return _texts(facts, ["model.weights"]) | {
         "swift_platforms": ".iOS(.v16)",
         "swift_dependencies": "",
         "swift_targets": _TARGETS,
@@ -112,6 +131,6 @@ def library_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     }
 
 
-def _texts(facts: Facts, model: str) -> dict[str, str]:
-    held = ["manifest.json", model, *(["tokenizer.json", "tokenizer_config.json"] if facts.tokenizer else [])]
+def _texts(facts: Facts, models: Sequence[str]) -> dict[str, str]:
+    held = ["manifest.json", *models, *(["tokenizer.json", "tokenizer_config.json"] if facts.tokenizer else [])]
     return SWIFT.texts(facts) | {"swift_files": ", ".join(f"`{name}`" for name in held)}

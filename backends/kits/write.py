@@ -43,12 +43,15 @@ class Kit:
 
 
 KITS: Mapping[str, Kit] = {
-    "android-ort": Kit("android", ["android", "android_ort"], kotlin.runtime_texts),
+    "android-ort": Kit("android", ["android", "android_ort", "android_whole"], kotlin.runtime_texts),
+    "android-fixed": Kit("android", ["android", "android_ort", "android_fixed"], kotlin.fixed_texts),
     "android-tvm": Kit("android", ["android", "android_tvm"], kotlin.library_texts),
     "c": Kit("c", ["c"], c_language.texts),
-    "ios-ort": Kit("ios", ["ios", "ios_ort"], swift.runtime_texts),
+    "ios-ort": Kit("ios", ["ios", "ios_ort", "ios_whole"], swift.runtime_texts),
+    "ios-fixed": Kit("ios", ["ios", "ios_ort", "ios_fixed"], swift.fixed_texts),
     "ios-tvm": Kit("ios", ["ios", "ios_tvm"], swift.library_texts),
-    "python": Kit("python", ["python"], python_language.texts),
+    "python": Kit("python", ["python", "python_whole"], python_language.texts),
+    "python-fixed": Kit("python", ["python", "python_fixed"], python_language.texts),
     "web": Kit("web", ["web"], javascript.texts),
 }
 """All kits by name."""

@@ -56,9 +56,11 @@ def model(request: pytest.FixtureRequest, build) -> Model:
     ("kit", "language", "suffixes", "header"),
     [
         ("android-ort", "kotlin", (".kt", ".kts"), ""),
+        ("android-fixed", "kotlin", (".kt", ".kts"), ""),
         ("android-tvm", "kotlin", (".kt", ".kts"), "qc_run"),
         ("android-tvm", "kotlin", (".kt", ".kts"), "qc_feed"),
         ("ios-ort", "swift", (".swift",), ""),
+        ("ios-fixed", "swift", (".swift",), ""),
         ("ios-tvm", "swift", (".swift",), "qc_run"),
         ("ios-tvm", "swift", (".swift",), "qc_feed"),
     ],
@@ -66,6 +68,7 @@ def model(request: pytest.FixtureRequest, build) -> Model:
 def test_parsers_accept_the_code_for_phones(model, kit, language, suffixes, header, tmp_path):
     (tmp_path / "model.h").write_text(header)
     (tmp_path / "model.json").write_text('{"march": "armv8-a"}')
+    (tmp_path / "npu.json").write_text('{"unit": "qnn", "graphs": [{"file": "decode.onnx", "new": 1}]}')
     write_kits([kit], model, TARGET, tmp_path)
     files = [f for f in tmp_path.rglob("*") if f.suffix in suffixes]
     assert len(files) > 4

@@ -16,7 +16,7 @@ android {
     compileSdk = 35
     defaultConfig { minSdk = 24 }
 @@gradle_native@@    sourceSets["main"].assets.srcDir(modelAssets)
-    androidResources { noCompress += listOf("ort", "weights") }
+    androidResources { noCompress += listOf("ort", "onnx", "data", "bin", "weights") }
     compileOptions {
         sourceCompatibility = JavaVersion.VERSION_17
         targetCompatibility = JavaVersion.VERSION_17

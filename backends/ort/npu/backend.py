@@ -33,6 +33,7 @@ class OrtNpu(FixedShapes):
     """
 
     kind: ClassVar[str] = "qnn"
+    kits: ClassVar[tuple[str, ...]] = ("python-fixed", "android-fixed")
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **{name: {"soc": name} for name in SOCS},
         "u8": {"bits": 8},

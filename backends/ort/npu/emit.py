@@ -10,18 +10,21 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qc.backends.kits.write import write_kits
 from qc.backends.manifest import dump_json
 from qc.backends.ort.emit import WEIGHTS, stripped_copy
+from qc.backends.ort.npu.fitting import cache_graphs
 from qc.backends.ort.npu.fixed import FixedShapes
-from qc.backends.ort.npu.outside import padding
 from qc.backends.ort.npu.shapes import Dimensions, graph_sizes
-from qc.backends.ort.npu.split import PAST, cache_grids, inside, outside
+from qc.backends.ort.npu.split import cache_grids, inside, outside
 from qc.ir.errors import UnsupportedError
-from qc.ir.model import Model, Port, port_of
+from qc.ir.model import Model, Port
 
 __all__ = ["FACTS", "OUTER", "emit"]
 
 FACTS, OUTER = "npu.json", "inputs.onnx"
+
+_CACHES = ("empty.onnx", "append.onnx")
 
 _LARGEST = (1 << 31) - (64 << 20)
 """Bytes of weights in one file, which may not reach 2 GiB, with room for the graph."""
@@ -39,6 +42,8 @@ def emit(
         facts: What the runner must know about the unit.
         whole: Whether each graph holds its weights, instead of one file beside them.
 
+    Kits are written if no more than the ends of tokens and the like must be padded.
+
     Returns:
         The graphs.
     """
@@ -51,12 +56,17 @@ def emit(
     for graph in graphs:
         fixed = inside(written, dimensions.sizes(graph))
         fixed.graph.name = graph.file.removesuffix(".onnx")
+        held = {str(v.name): v for v in fixed.graph.inputs}
         _save(fixed, directory / graph.file, whole)
-    outer = outside(written)
+    outer = outside(written, dimensions, graphs)
     if outer is not None:
         _save(outer, directory / OUTER, whole)
-    made = outer.graph.outputs if outer is not None else []
-    ports = [port_of(v) for v in made]
+    axes = {p.name: dimensions.of(p.shape, p.name) for p in signature.inputs}
+    caches = {past.name: present.name for past, present in signature.caches}
+    if caches:
+        along = {n: axes[n].index("past") for n in caches}
+        for name, small in zip(_CACHES, cache_graphs(caches, held, along), strict=True):
+            ir.save(small, directory / name)
     found = {
         "unit": shapes.kind,
         **facts,
@@ -64,9 +74,8 @@ def emit(
         "outputs": [_port(p) for p in signature.outputs],
         "provenance": written.provenance,
         "graphs": [dataclasses.asdict(g) for g in graphs],
-        "axes": {p.name: dimensions.of(p.shape, p.name) for p in (*signature.inputs, *ports)},
-        "outside": {v.name: padding(v) for v in made},
-        "past_length": PAST,
+        "axes": axes,
+        "outside": [v.name for v in outer.graph.outputs] if outer is not None else [],
         "caches": cache_grids(written),
     }
     (directory / FACTS).write_text(dump_json(found), "utf-8", newline="\n")
@@ -74,6 +83,9 @@ def emit(
         (directory / WEIGHTS).unlink(missing_ok=True)
     for name, source in sorted(model.assets.items()):
         shutil.copyfile(source, directory / name)
+    own = [n for n in held if n not in caches and n not in found["outside"]]
+    if signature.input("tokens") is None or all(axes[n][-1] == "new" for n in own):
+        write_kits(shapes.kits, model, shapes.target, directory)
     return [directory / g.file for g in graphs]
 
 

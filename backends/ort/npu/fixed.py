@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qc.backends.target import PreparedRunner, Runner
+from qc.backends.target import PreparedRunner, Runner, Target
 from qc.ir.errors import InputError
 from qc.ir.model import Model
 
@@ -23,6 +23,7 @@ class FixedShapes:
 
     Attributes:
         kind: What stands behind the colon of the target.
+        kits: Names of the kits that travel with an artifact.
         words: Options that are one word, with the fields that they set.
         numbers: Options that are a number; the names of their fields.
         length: Tokens that an encoder takes.
@@ -32,6 +33,7 @@ class FixedShapes:
     """
 
     kind: ClassVar[str]
+    kits: ClassVar[tuple[str, ...]] = ("python-fixed",)
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     numbers: ClassVar[tuple[str, ...]] = ("length", "prefill", "cache")
 
@@ -39,6 +41,11 @@ class FixedShapes:
     prefill: int = 64
     cache: int = 256
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def target(self) -> Target:
+        """What the unit can run."""
+        raise NotImplementedError
 
     @classmethod
     def parse(cls, words: list[str]) -> Self:

@@ -59,6 +59,7 @@ class OrtCoreMl(_ByRules):
     """
 
     kind: ClassVar[str] = "coreml"
+    kits: ClassVar[tuple[str, ...]] = ("python-fixed", "ios-fixed")
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {"f16": {"half": True}, "f32": {"half": False}}
 
     half: bool = True
@@ -107,6 +108,7 @@ class OrtNnapi(_ByRules):
     """Lowers to products of 8-bit integers between floats."""
 
     kind: ClassVar[str] = "nnapi"
+    kits: ClassVar[tuple[str, ...]] = ("python-fixed", "android-fixed")
 
     @property
     def target(self) -> Target:

@@ -1,8 +1,7 @@
 """Runs graphs of fixed shapes as if they had the shapes of the model.
 
 Rows of a batch run one after the other. A text is cut into pieces that a graph takes; a piece that is shorter is padded
-behind its end, masks with what hides a position, all else with zeros. Positions of the cache that hold nothing are
-zeros too.
+with zeros behind its end. Positions of the cache that hold nothing are zeros too.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from qc.backends.decoding import context_limit, greedy, pick, plan
 from qc.backends.inputs import check_inputs, text_inputs
 from qc.backends.ort.npu.device import CpuSession, FixedSession, open_session
 from qc.backends.ort.npu.emit import FACTS, OUTER
+from qc.backends.ort.npu.fitting import LENGTH, PAST
 from qc.backends.ort.npu.shapes import GraphSizes
 from qc.ir.errors import InputError
 from qc.ir.model import Port, Signature
@@ -54,9 +54,7 @@ class FixedRunner:
         self._limit = graphs[0].past or graphs[0].new
         self.provenance: Mapping[str, str] = facts["provenance"]
         self._axes: dict[str, list[str]] = facts["axes"]
-        self._padding: dict[str, float] = facts["outside"]
         self._caches: dict[str, dict[str, Any]] = facts["caches"]
-        self._past: str = facts["past_length"]
         self._outer = _Outer(directory / OUTER, threads) if facts["outside"] else None
 
     def prepare(self, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
@@ -181,11 +179,13 @@ class FixedRunner:
         past: int,
         caches: Mapping[str, np.ndarray],
     ) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = dict(inputs)
+        fed = dict(caches)
         if self._outer is not None:
-            arrays |= self._outer.run({**inputs, self._past: np.array([past], np.int64)})
-        fed = {n: self._pad(n, arrays[n], shape, graph, past) for n, shape in session.inputs.items() if n not in caches}
-        results = session.run(fed | dict(caches))
+            lengths = {PAST: past, LENGTH: graph.new}
+            made = self._outer.run({**inputs, **{n: np.array([size], np.int64) for n, size in lengths.items()}})
+            fed |= {n: a for n, a in made.items() if n in session.inputs}
+        own = {n: shape for n, shape in session.inputs.items() if n not in fed}
+        results = session.run(fed | {n: self._pad(n, inputs[n], shape, graph, past) for n, shape in own.items()})
         tokens = self.signature.input("tokens")
         for port in self.signature.outputs if tokens is not None else ():
             for axis, dim in enumerate(port.shape):
@@ -196,7 +196,7 @@ class FixedRunner:
     def _pad(self, name: str, array: np.ndarray, shape: tuple[int, ...], graph: GraphSizes, past: int) -> np.ndarray:
         """Fits an input to its fixed shape; positions of the cache and new ones keep their beginnings."""
         dtype = np.int32 if array.dtype == np.int64 else array.dtype
-        padded = np.full(shape, self._padding.get(name, 0), dtype)
+        padded = np.zeros(shape, dtype)
         places = []
         for meaning, size in zip(self._axes[name], array.shape, strict=True):
             behind = np.arange(size)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.ort.npu.fitting import PAST, Fitting
 from qc.backends.ort.npu.outside import outside_values
+from qc.backends.ort.npu.shapes import Dimensions, GraphSizes
 from qc.ir.errors import UnsupportedError
-from qc.ir.model import Model, Signature
+from qc.ir.model import Model, Signature, port_of
 from qc.ir.simplify import infer_shapes
 from qc.passes.canonicalize._graph import add_constant, drop_unused, made_by, stored
 
-__all__ = ["PAST", "cache_grids", "inside", "outside"]
-
-PAST = "past_length"
-"""Name of the input of the outer graph that tells how many positions the cache holds."""
+__all__ = ["cache_grids", "inside", "outside"]
 
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear")
 _LOOKING_UP = ("Gather", "GatherBlockQuantized")
@@ -24,11 +23,16 @@ _HOLDING = (*_ROUNDING, "Cast")
 """Operators between what a cache holds and what the model yields."""
 
 
-def outside(model: Model) -> Model | None:
-    """The graph beside the NPU: masks and positions from the inputs, at the true lengths; None if there is nothing.
+def outside(model: Model, dimensions: Dimensions, graphs: Sequence[GraphSizes]) -> Model | None:
+    """The graph beside the NPU: masks and positions from the inputs; None if there is nothing.
 
-    Lengths that come from the cache, or from activations, come from the token ids and `PAST` instead. The model is
-    unchanged.
+    They are computed at the true lengths, and padded to the fixed shapes. Lengths that come from the cache, or from
+    activations, come from the token ids and `PAST` instead. The model is unchanged.
+
+    Args:
+        model: A lowered model.
+        dimensions: What its symbolic dimensions mean.
+        graphs: The sizes of the inner graphs.
     """
     held = Model.of(model.clone())
     graph, signature = held.graph, held.signature
@@ -41,12 +45,14 @@ def outside(model: Model) -> Model | None:
     for node in needed:
         if node.op_type == "Shape" and not _tells_length(node.inputs[0], signature):
             node.outputs[0].replace_all_uses_with(lengths.of(node))
+    fitting = Fitting(graph, past, graphs[0].past, [g.new for g in graphs])
+    fitted = [fitting.fitted(v, dimensions.of(port_of(v).shape, str(v.name))) for v in made]
     graph.outputs.clear()
-    graph.outputs.extend(made)
+    graph.outputs.extend(fitted)
     drop_unused(held)
     used = [v for v in graph.inputs if v.uses()]
     graph.inputs.clear()
-    graph.inputs.extend(used + ([past] if past.uses() else []))
+    graph.inputs.extend(used + [v for v in (past, fitting.length) if v.uses() and v.name not in graph.initializers])
     return held
 
 

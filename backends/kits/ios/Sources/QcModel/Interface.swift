@@ -40,6 +40,11 @@ public enum Interface {
     public static let caches: [(past: String, present: String)] = [
 @@caches@@
     ]
+
+    /// Graphs of fixed shapes with the number of tokens that each takes, the smallest first; none if any length fits.
+    public static let graphs: [(file: String, size: Int)] = [
+@@graphs@@
+    ]
 }
 
 /// Names of the inputs.

@@ -15,6 +15,9 @@ internal object Artifact {
     private const val MANIFEST = "manifest.json"
     private const val TOKENIZER = "tokenizer.json"
 
+    /** The least version of the runtime where the manifest counts in those of a plugin. */
+    private val WITH_PLUGIN = mapOf("onnxruntime-qnn" to "@@with_qnn@@")
+
     /**
      * Compares the runtime's version and the size and SHA-256 of every file of [wanted] with the manifest.
      *
@@ -47,12 +50,12 @@ internal object Artifact {
     }
 
     private fun checkRuntime(found: String, runtime: JSONObject) {
-        val minimum = runtime.getString("minimum")
+        val name = runtime.getString("package")
+        val minimum = WITH_PLUGIN[name] ?: runtime.getString("minimum")
         val have = numbers(found)
         val need = numbers(minimum)
         val at = need.indices.firstOrNull { need[it] != have.getOrElse(it) { 0 } } ?: return
         if (have.getOrElse(at) { 0 } < need[at]) {
-            val name = runtime.getString("package")
             throw ArtifactException(MANIFEST, "the model needs $name $minimum or later, found $found")
         }
     }

@@ -36,6 +36,11 @@ object Interface {
     val CACHES: List<Pair<String, String>> = listOf(
 @@caches@@
     )
+
+    /** Graphs of fixed shapes with the number of tokens that each takes, the smallest first; none if any length fits. */
+    val GRAPHS: List<Pair<String, Int>> = listOf(
+@@graphs@@
+    )
 }
 
 /** Names of the inputs. */

@@ -1,0 +1,7 @@
+package ai.onnxruntime;
+
+public final class OrtException extends Exception {
+    OrtException(Object message) {
+        super(String.valueOf(message));
+    }
+}

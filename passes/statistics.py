@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.probe import find_inputs
 from qc.ir.runtime import Session
@@ -58,6 +59,10 @@ class Statistic(enum.Enum):
     are as many."""
 
 
+_OF_NUMBERS = frozenset({Statistic.SECOND_MOMENT, Statistic.MEAN_ABS, Statistic.GRAM, Statistic.SAMPLES})
+"""Statistics that a single NaN spoils; ranges and histograms may be of values with infinities, such as masks."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A statistic of one value of the main graph.
@@ -97,6 +102,9 @@ def collect(
 
     Returns:
         An array for each request; nothing if no inputs could be made that the model runs on.
+
+    Raises:
+        InputError: If a mean is asked for of what is no number.
     """
     opset = model.opset_imports.get("", 1)
     probes = {r: _probe(r, f"qc.statistic.{i}", opset) for i, r in enumerate(dict.fromkeys(requests))}
@@ -121,11 +129,22 @@ def collect(
     else:
         outputs = map(session.run, batches)
     seen = False
-    for results in outputs:
+    for number, results in enumerate(outputs):
         seen = True
-        for probe in probes.values():
+        for request, probe in probes.items():
+            _require_numbers(request, [results[str(v.name)] for v in probe.outputs], number)
             probe.add(results)
     return {request: probe.result() for request, probe in probes.items()} if seen else {}
+
+
+def _require_numbers(request: Request, found: Sequence[np.ndarray], batch: int) -> None:
+    if request.statistic not in _OF_NUMBERS or all(np.isfinite(np.sum(x, dtype=np.float64)) for x in found):
+        return
+    reader = next((n.metadata_props.get("qc.scope") or n.op_type for n, _ in request.value.uses()), "")
+    raise InputError(
+        f"Expected numbers in {request.value.name!r}, which {reader or 'nothing'} reads, found NaN, infinity or "
+        f"what is too large to be squared on calibration batch {batch}. Leave it out, or check the weights before it."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qc.ir.errors import InputError
 from qc.ir.text import parse, to_text
 from qc.passes.statistics import Request, Statistic, collect
 
@@ -98,3 +99,12 @@ def test_a_histogram_leaves_out_what_is_not_finite_and_knows_vectors() -> None:
     points, counts = collect(model, [request], [{"x": np.array([np.nan, 2.5, np.inf], np.float32)}])[request]
     assert counts.sum() == 1
     assert points[counts > 0] == pytest.approx(2.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("statistic", [Statistic.SECOND_MOMENT, Statistic.GRAM, Statistic.SAMPLES])
+def test_a_sample_that_makes_no_numbers_is_named(statistic: Statistic) -> None:
+    model = parse("g (float[n,2] x) => (float[n,2] y) { z = Log (x) y = Neg (z) }")
+    request = Request(statistic, next(iter(model.graph)).outputs[0])
+    batches = [{"x": np.array([[value, 1.0]], np.float32)} for value in (2.0, -1.0)]
+    with pytest.raises(InputError, match=r"'z', which Neg reads, .* on calibration batch 1"):
+        collect(model, [request], batches)

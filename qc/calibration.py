@@ -6,14 +6,16 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qc.backends.evaluate import WINDOW
-from qc.backends.inputs import check_inputs
+from qc.backends.inputs import check_inputs, text_inputs
 from qc.backends.tokenizer import Tokenizer
 from qc.ir.errors import InputError
-from qc.ir.model import Model, Port
+from qc.ir.model import Model, Port, Signature
+from qc.ir.probe import index_bound
 
 __all__ = ["Documents", "read_batches", "read_documents"]
 
@@ -23,6 +25,8 @@ _IMAGE_SIZE = 224
 """Height and width where neither the model nor its preprocessor says: what most classifiers were trained on."""
 
 _IDS = ("input_ids", "tokens")
+_MADE = frozenset({"tokens", "mask", "positions", "token_types", "past_key", "past_value"})
+"""Roles of inputs that follow from token ids."""
 
 Batch = dict[str, np.ndarray]
 
@@ -54,21 +58,31 @@ def read_documents(path: Path, model: Model) -> Documents | None:
     if path.is_dir() or path.suffix in _IMAGES or path.suffix == ".npz":
         return None
     if path.suffix == ".npy":
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or model.signature.input("tokens") is None:
+        if model.signature.input("tokens") is None:
             return None
-        return _require_some(path, np.atleast_2d(array).tolist(), continuous=array.ndim == 1)
+        array = _loaded(path)
+        if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+            raise InputError(
+                f"Expected token ids in {path}, integers of shape [T] or [N, T]; found {array.dtype} "
+                f"{list(array.shape)}. Give other inputs by name, in an .npz file."
+            )
+        return _require_some(path, np.atleast_2d(array).tolist(), model, continuous=array.ndim == 1)
+    if model.signature.input("tokens") is None:
+        raise InputError(
+            f"Expected arrays or images to calibrate a model that takes no tokens on, found {path.name}. "
+            "Give an .npz file, or a directory of .npz files or images."
+        )
     tokenizer = _tokenizer(path, model)
     if path.suffix == ".jsonl":
         window = WINDOW if model.signature.is_decoder else None
-        return _require_some(path, [_ids(path, *line, tokenizer, window) for line in _lines(path)])
+        return _require_some(path, [_ids(path, *line, tokenizer, window) for line in _lines(path)], model)
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"Expected UTF-8 text in {path}, found other bytes ({error}).") from error
     if model.signature.is_decoder:
-        return _require_some(path, [tokenizer.encode(text)], continuous=True)
-    return _require_some(path, [tokenizer.encode_sentence(line) for line in text.splitlines() if line.strip()])
+        return _require_some(path, [_encoded(tokenizer, text)], model, continuous=True)
+    return _require_some(path, [tokenizer.encode_sentence(line) for line in text.splitlines() if line.strip()], model)
 
 
 def read_batches(source: Path | Iterable[Mapping[str, object]], model: Model, most: int, seed: int) -> list[Batch]:
@@ -96,7 +110,7 @@ def read_batches(source: Path | Iterable[Mapping[str, object]], model: Model, mo
         if not isinstance(values, Mapping):
             raise InputError(f"Expected inputs by name as calibration sample {name}, found {type(values).__name__}.")
         try:
-            batch = check_inputs(model.signature, {k: np.asarray(v) for k, v in values.items()})
+            batch = check_inputs(model.signature, _completed(model.signature, values))
         except InputError as error:
             raise InputError(f"Calibration sample {name}: {error}") from error
         if any(v is not None and 0 in np.shape(v) for k, v in batch.items() if not _is_cache(model, k)):
@@ -126,11 +140,41 @@ def _sampled(items: Sequence[tuple[object, object]], most: int, seed: int) -> li
     return [items[i] for i in sorted(chosen.tolist())]
 
 
-def _require_some(path: Path, texts: Sequence[Sequence[int]], *, continuous: bool = False) -> Documents:
+def _completed(signature: Signature, given: Mapping[str, object]) -> dict[str, np.ndarray]:
+    """Arrays in the model's width of their kind of number; what follows from token ids may be left out."""
+    ports = {p.name: p for p in signature.inputs}
+    arrays = {}
+    for name, value in given.items():
+        array = np.asarray(value)
+        wanted = ports[name].dtype.numpy() if name in ports else array.dtype
+        alike = any(array.dtype.kind in kinds and wanted.kind in kinds for kinds in ("f", "iu"))
+        arrays[name] = array.astype(wanted, copy=False) if alike else array
+    port = signature.input("tokens")
+    if port is None or port.name not in arrays or arrays[port.name].ndim != 2:
+        return arrays
+    known = Signature(tuple(p for p in signature.inputs if p.role in _MADE), ())
+    return text_inputs(known, arrays[port.name]) | arrays
+
+
+def _require_some(path: Path, texts: Sequence[Sequence[int]], model: Model, *, continuous: bool = False) -> Documents:
     found = [t for t in texts if len(t)]
     if not found:
         raise InputError(f"Expected text in {path}, found none. Give another file to --calib.")
+    port = model.signature.input("tokens")
+    bound = index_bound(model, port.name) if port is not None else None
+    for text in found:
+        least, largest = min(text), max(text)
+        if least < 0 or (bound is not None and largest >= bound):
+            raise InputError(
+                f"Expected token ids from 0 to {bound - 1 if bound is not None else 'the size of the vocabulary'} in "
+                f"{path}, found {least if least < 0 else largest}. Was it made with another tokenizer?"
+            )
     return Documents(found, continuous)
+
+
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Of a text of white space nothing is left, not even what a tokenizer puts at the beginning of each."""
+    return tokenizer.encode(text) if text.strip() else []
 
 
 def _tokenizer(path: Path, model: Model) -> Tokenizer:
@@ -156,17 +200,25 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 def _ids(path: Path, number: int, record: Mapping[str, object], tokenizer: Tokenizer, window: int | None) -> list[int]:
     ids = next((record[k] for k in _IDS if k in record), None)
-    if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
+    if isinstance(ids, list) and all(type(i) is int for i in ids):
         return ids
-    messages = record.get("messages")
-    text = record.get("text")
-    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        text = "\n\n".join(m["content"] for m in messages)
+    messages, text = record.get("messages"), record.get("text")
+    if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+        text = "\n\n".join(filter(None, (_content(m.get("content")) for m in messages)))
     if isinstance(text, str):
-        return tokenizer.encode(text)[:window]
+        return _encoded(tokenizer, text)[:window]
+    found = ", ".join(f"{key} ({type(value).__name__})" for key, value in record.items())
     raise InputError(
-        f"Expected text, messages or input_ids in line {number} of {path}, found {', '.join(record) or 'nothing'}."
+        f"Expected text (a string), messages (a list of objects with content) or input_ids (a list of integers) in "
+        f"line {number} of {path}, found {found or 'nothing'}."
     )
+
+
+def _content(content: object) -> str:
+    """The text of a message, which may come in parts; other parts, and messages without text, say nothing here."""
+    if isinstance(content, list):
+        return "".join(_content(part.get("text")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def _files(path: Path) -> list[Path]:
@@ -181,10 +233,7 @@ def _read(path: Path, model: Model) -> Mapping[str, object]:
         if port is None:
             raise InputError(f"Expected a model that takes images to calibrate on {path.name}, found none.")
         return {port.name: _image(path, port, model)}
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"Expected arrays in {path}, found a file that numpy cannot read ({error}).") from error
+    loaded = _loaded(path)
     if path.suffix == ".npz":
         return {name: loaded[name] for name in loaded.files}
     ports = model.signature.inputs
@@ -193,6 +242,14 @@ def _read(path: Path, model: Model) -> Mapping[str, object]:
         raise InputError(f"Expected an .npz file with {names}, as the model has several inputs; found {path.name}.")
     missing = len(ports[0].shape) == loaded.ndim + 1
     return {ports[0].name: loaded[None] if missing else loaded}
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not one of numpy's"
+        raise InputError(f"Expected arrays in {path}, found a file that cannot be read: {reason}.") from error
 
 
 def _image(path: Path, port: Port, model: Model) -> np.ndarray:

@@ -98,11 +98,6 @@ def read_data(
         return Data("random tokens", _random_tokens(model))
     if not path.exists():
         raise InputError(f"Expected calibration data at {path}, found none. Check --calib.")
-    if path.suffix not in _OTHER_SUFFIXES and not path.is_dir() and model.signature.input("tokens") is None:
-        raise InputError(
-            f"Expected arrays or images to calibrate a model that takes no tokens on, found {path.name}. "
-            "Give an .npz file, or a directory of .npz files or images."
-        )
     documents = read_documents(path, model)
     if documents is None:
         batches = read_batches(path, model, samples or _MOST_BATCHES, seed)
@@ -139,11 +134,11 @@ def _random_tokens(model: Model) -> list[int]:
 
 
 def _with_measured(model: Model, data: Data) -> Data:
-    """Decoders that are calibrated on arrays are measured on the text that travels with them."""
-    if not model.signature.is_decoder:
-        return data
+    """What is calibrated on arrays is measured on the text that travels with the model, else on random inputs."""
     measured = read_data(model, None)
-    return dataclasses.replace(data, name=f"{measured.name}, calibrated on {data.name}", tokens=measured.tokens)
+    return dataclasses.replace(
+        measured, name=f"{measured.name}, calibrated on {data.name}", calibration=data.calibration
+    )
 
 
 def _texts(model: Model, path: Path, texts: Sequence[Sequence[int]], most: int, seed: int) -> Data:

@@ -51,9 +51,16 @@ def test_lines_of_json_hold_texts_messages_or_ids(decoder: Model, tmp_path: Path
         {"input_ids": [5, 6, 7]},
         {"tokens": [8, 9]},
         {"input_ids": []},
+        {"messages": [{"content": [{"type": "text", "text": "A dog "}, {"type": "image"}, {"text": "sat."}]}, {}]},
     ]
     data = read_data(decoder, lines(tmp_path / "c.jsonl", records))
-    texts = [tokenizer.encode("A cat sat."), tokenizer.encode("A cat\n\nsat."), [5, 6, 7], [8, 9]]
+    texts = [
+        tokenizer.encode("A cat sat."),
+        tokenizer.encode("A dog sat."),
+        tokenizer.encode("A cat\n\nsat."),
+        [5, 6, 7],
+        [8, 9],
+    ]
     calibrated = ids(data)
     assert len(calibrated) == 2
     assert all(row in texts for row in calibrated)
@@ -141,15 +148,37 @@ def test_samples_that_do_not_fit_are_refused(vision: Model, samples: list, messa
     [
         ('{"text": "a"}\nno json\n', "JSON in line 2"),
         ("[1, 2]\n", "object in line 1"),
-        ('{"title": "a"}\n', "text, messages or input_ids in line 1 .*found title"),
+        ('{"title": "a"}\n', r"in line 1 .*found title \(str\)"),
         ("\n", "Expected text in"),
         ('{"text": "only one"}\n', "at least 2 texts"),
+        ('{"text": " "}\n{"text": ""}\n{"messages": []}\n', "Expected text in .* found none"),
+        ('{"text": null}\n', r"found text \(NoneType\)"),
+        ('{"input_ids": [true, false]}\n', r"a list of integers.*found input_ids \(list\)"),
+        ('{"input_ids": [5, -6]}\n', "token ids from 0 to .*found -6"),
+        ('{"input_ids": [5, 100000]}\n', "token ids from 0 to .*found 100000"),
     ],
 )
 def test_lines_that_say_nothing_are_refused(decoder: Model, tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "c.jsonl").write_text(content)
     with pytest.raises(InputError, match=message):
         read_data(decoder, tmp_path / "c.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt", b"", "found none"),
+        ("c.txt", b" \n\t\n", "found none"),
+        ("c.npz", b"PK no archive", "cannot be read: it is not one of numpy's"),
+        ("c.npy", b"", "cannot be read: it is not one of numpy's"),
+    ],
+)
+def test_files_without_content_are_refused(
+    decoder: Model, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_data(decoder, tmp_path / name)
 
 
 def test_a_model_without_tokens_wants_arrays(vision: Model, tmp_path: Path) -> None:
@@ -160,7 +189,24 @@ def test_a_model_without_tokens_wants_arrays(vision: Model, tmp_path: Path) -> N
         read_data(vision, tmp_path / "missing.npz")
 
 
-def test_types_are_those_of_the_model(vision: Model) -> None:
+def test_numbers_have_the_width_of_the_model_and_must_be_of_its_kind(vision: Model) -> None:
     assert vision.signature.inputs[0].dtype == ir.DataType.FLOAT
-    with pytest.raises(InputError, match="float64"):
-        read_batches([{"x": np.ones((1, 3, 8, 6))}], vision, 10, 0)
+    (found,) = read_batches([{"x": np.ones((1, 3, 8, 6))}], vision, 10, 0)
+    assert found["x"].dtype == np.float32
+    with pytest.raises(InputError, match="uint8"):
+        read_batches([{"x": np.ones((1, 3, 8, 6), np.uint8)}], vision, 10, 0)
+
+
+def test_what_follows_from_token_ids_may_be_left_out(decoder: Model) -> None:
+    mask = np.array([[1, 1, 0]])
+    (found,) = read_batches([{"input_ids": np.array([[5, 6, 7]], np.int32), "attention_mask": mask}], decoder, 10, 0)
+    assert {p.name for p in decoder.signature.inputs} == set(found)
+    assert found["input_ids"].dtype == np.int64
+    np.testing.assert_array_equal(found["attention_mask"], mask)
+    np.testing.assert_array_equal(found["position_ids"], [[0, 1, 2]])
+
+
+def test_what_is_calibrated_on_arrays_is_measured_on_something_else(vision: Model, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((1, 3, 8, 6), np.float32))
+    data = read_data(vision, tmp_path / "a.npy")
+    assert (data.name, data.batches) == ("random inputs, calibrated on a.npy", None)

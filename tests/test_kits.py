@@ -14,6 +14,7 @@ import pytest
 from qc.backends.kits.write import write_kits
 from qc.backends.manifest import Manifest, digest_tree
 from qc.backends.target import backend_for
+from qc.backends.tokenizer import Tokenizer
 from qc.backends.tvm.backend import ANDROID
 from qc.frontend import load
 from qc.ir.model import Model
@@ -24,6 +25,7 @@ from qc.passes.pipeline import Step, parse_pipeline
 pytest.importorskip("tvm", reason="kernels are compiled by TVM")
 
 PROMPT = [3, 17, 200, 5, 1000]
+TEXT = "“It’s 1889,” said  Holmes — naïve"
 
 Library = Callable[[str], Path]
 
@@ -71,10 +73,9 @@ def test_the_c_kit_generates_what_the_runner_generates_and_refuses_changed_files
     artifact = tmp_path / "artifact"
     shutil.copytree(library("tvm-cpu:float"), artifact)
     example = _built(artifact, tmp_path / "build")
-    done = _run(example, artifact, *map(str, PROMPT))
+    done = _run(example, artifact, TEXT)
     assert done.returncode == 0, done.stderr
-    expected = backend_for("tvm-cpu:float").open(artifact, threads=1).generate(PROMPT, 16)
-    assert [int(line) for line in done.stdout.split()] == list(expected)
+    assert done.stdout == _continued(artifact) + "\n"
 
     header = (artifact / "model.h").read_text()
     (artifact / "model.h").write_text(re.sub(r"0x(\w{16})u", lambda m: f"0x{int(m[1], 16) ^ 1:016x}u", header))
@@ -82,16 +83,22 @@ def test_the_c_kit_generates_what_the_runner_generates_and_refuses_changed_files
     (artifact / "model.h").write_text(header)
     _refuses(other, artifact, "libmodel.a: of another model than model.h")
 
-    tokenizer = (artifact / "tokenizer.json").read_bytes()
-    (artifact / "tokenizer.json").unlink()
-    _refuses(example, artifact, "tokenizer.json: missing at ")
-    (artifact / "tokenizer.json").write_bytes(tokenizer[:-1])
-    _refuses(example, artifact, f"tokenizer.json: expected {len(tokenizer)} bytes, found {len(tokenizer) - 1}")
-    (artifact / "tokenizer.json").write_bytes(tokenizer)
+    tables = (artifact / "tokenizer.bin").read_bytes()
+    (artifact / "tokenizer.bin").unlink()
+    _refuses(example, artifact, "tokenizer.bin: missing at ")
+    (artifact / "tokenizer.bin").write_bytes(tables[:-1])
+    _refuses(example, artifact, f"tokenizer.bin: expected {len(tables)} bytes, found {len(tables) - 1}")
+    (artifact / "tokenizer.bin").write_bytes(tables)
     weights = bytearray((artifact / "model.weights").read_bytes())
     weights[-1] ^= 1
     (artifact / "model.weights").write_bytes(weights)
     _refuses(example, artifact, "model.weights: content differs from what was compiled")
+
+
+def _continued(artifact: Path) -> str:
+    """How the runner goes on with `TEXT`."""
+    tokenizer, runner = Tokenizer(artifact), backend_for("tvm-cpu:float").open(artifact, threads=1)
+    return tokenizer.decode(list(runner.generate(tokenizer.encode(TEXT), 32, tokenizer.stop)))
 
 
 def _refuses(example: Path, artifact: Path, message: str) -> None:
@@ -110,10 +117,9 @@ def test_the_c_kit_runs_on_arm64(library: Library, tmp_path: Path) -> None:
     example = _built(
         artifact, tmp_path / "build", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", *cross
     )
-    done = _run(*ANDROID.emulator, "-L", "/usr/aarch64-linux-gnu", example, artifact, *map(str, PROMPT))
+    done = _run(*ANDROID.emulator, "-L", "/usr/aarch64-linux-gnu", example, artifact, TEXT)
     assert done.returncode == 0, done.stderr
-    expected = backend_for("tvm-cpu:float").open(library("tvm-cpu:float"), threads=1).generate(PROMPT, 16)
-    assert [int(line) for line in done.stdout.split()] == list(expected)
+    assert done.stdout == _continued(library("tvm-cpu:float")) + "\n"
 
 
 JSON = Path("/usr/share/java/json-android.jar")

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qc.backends.kits.facts import Facts
+from qc.backends.kits.text_tables import TEXT_FILE, text_tables
 from qc.backends.manifest import digest
 
-__all__ = ["generates", "texts"]
-
-_FILES = ("model.weights", "tokenizer.json")
+__all__ = ["generates", "texts", "write_tables"]
 
 _GENERATE = """
   // Appends tokens to the text.
@@ -32,7 +31,18 @@ _GENERATE = """
   void reset() { require(qc_reset(get())); }
 """
 
-_EXAMPLE_TEXT = """    std::vector<int64_t> tokens;
+_EXAMPLE_TEXT = """    qc::Text text(arguments[1]);
+    const std::set<int64_t> stop = {STOP};
+    std::vector<int64_t> tokens = text.encode(count > 2 ? arguments[2] : "");
+    for (int i = 0; i < 32; i++) {
+      instance.feed(tokens);
+      tokens = {instance.sample()};
+      if (stop.count(tokens[0])) break;
+      std::printf("%s", text.decode(tokens[0]).c_str());
+    }
+    std::printf("\\n");"""
+
+_EXAMPLE_TOKENS = """    std::vector<int64_t> tokens;
     for (int i = 2; i < count; i++) tokens.push_back(std::atoll(arguments[i]));
     for (int i = 0; i < 16; i++) {
       instance.feed(tokens);
@@ -48,13 +58,32 @@ def generates(directory: Path) -> bool:
     return "qc_feed" in (directory / "model.h").read_text("utf-8")
 
 
+def write_tables(facts: Facts, directory: Path) -> None:
+    """Writes the tables of the tokenizer where the code of the kit knows its kind."""
+    tables = text_tables(directory / "tokenizer.json", facts.bos) if facts.tokenizer else None
+    if tables is not None:
+        (directory / TEXT_FILE).write_bytes(tables)
+
+
+_TEXT_NOTE = """\
+`qc::Text` turns text into token ids and back by `../tokenizer.bin`, which holds the tables of the model's tokenizer."""
+
+_TOKENS_NOTE = """\
+Token ids go in and come out. For text take a tokenizer library that reads `../tokenizer.json`, such as
+[tokenizers-cpp](https://github.com/mlc-ai/tokenizers-cpp)."""
+
+
 def texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     """The texts that depend on the model."""
-    text = generates(directory)
-    files = [(n, digest(directory / n)) for n in _FILES if (directory / n).is_file()]
+    generating, known = generates(directory), (directory / TEXT_FILE).is_file()
+    names = ("model.weights", TEXT_FILE if known else "tokenizer.json")
+    files = [(n, digest(directory / n)) for n in names if (directory / n).is_file()]
+    spoken = _EXAMPLE_TEXT.replace("STOP", ", ".join(map(str, facts.stop))) if known else _EXAMPLE_TOKENS
+    arguments = ' "Once upon a time"' if known else f" {facts.bos or 3} 17 200"
     return {
         "c_files": "\n".join(f'    {{"{n}", {f.bytes}ULL, "{f.sha256}"}},' for n, f in files),
-        "cpp_generate": _GENERATE if text else "",
-        "cpp_example": _EXAMPLE_TEXT if text else _EXAMPLE,
-        "c_arguments": f" {facts.bos or 3} 17 200" if text else "",
+        "cpp_generate": _GENERATE if generating else "",
+        "cpp_example": spoken if generating else _EXAMPLE,
+        "c_arguments": arguments if generating else "",
+        "c_text_note": _TEXT_NOTE if known else _TOKENS_NOTE,
     }

@@ -35,18 +35,20 @@ class Kit:
         place: Its folder in an artifact.
         folders: Folders of templates that make it up.
         texts: The texts that depend on the model and on the files in an artifact.
+        prepare: Writes what the kit reads beside the files of the runtime.
     """
 
     place: str
     folders: Sequence[str]
     texts: Callable[[Facts, Path], Mapping[str, str]]
+    prepare: Callable[[Facts, Path], None] | None = None
 
 
 KITS: Mapping[str, Kit] = {
     "android-ort": Kit("android", ["android", "android_ort", "android_whole"], kotlin.runtime_texts),
     "android-fixed": Kit("android", ["android", "android_ort", "android_fixed"], kotlin.fixed_texts),
     "android-tvm": Kit("android", ["android", "android_tvm"], kotlin.library_texts),
-    "c": Kit("c", ["c"], c_language.texts),
+    "c": Kit("c", ["c"], c_language.texts, c_language.write_tables),
     "ios-ort": Kit("ios", ["ios", "ios_ort", "ios_whole"], swift.runtime_texts),
     "ios-fixed": Kit("ios", ["ios", "ios_ort", "ios_fixed"], swift.fixed_texts),
     "ios-tvm": Kit("ios", ["ios", "ios_tvm"], swift.library_texts),
@@ -70,6 +72,8 @@ def write_kits(kits: Sequence[str], model: Model, target: Target, directory: Pat
     """
     facts = facts_of(model, target, directory)
     for kit in map(KITS.__getitem__, kits):
+        if kit.prepare is not None:
+            kit.prepare(facts, directory)
         common = {"title": facts.title, "facts": json.dumps(facts.to_json(), indent=2), "minimum": facts.runtime[1]}
         texts = {**common, **kit.texts(facts, directory)}
         for folder in kit.folders:

@@ -1,12 +1,13 @@
-// Runs the model: example DIRECTORY [TOKEN...]
+// Runs the model: example DIRECTORY@@c_arguments@@
 #include <cstdio>
 #include <cstdlib>
+#include <set>
 
 #include "qc_model.hpp"
 
 int main(int count, char **arguments) {
   if (count < 2) {
-    std::fprintf(stderr, "usage: %s DIRECTORY [TOKEN...]\n", arguments[0]);
+    std::fprintf(stderr, "usage: %s DIRECTORY [TEXT or TOKENS]\n", arguments[0]);
     return 2;
   }
   try {

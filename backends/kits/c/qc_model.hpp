@@ -9,6 +9,7 @@
 
 #include "model.h"
 #include "qc_check.h"
+#include "qc_text.h"
 
 namespace qc {
 
@@ -63,6 +64,34 @@ class Instance {
     void operator()(qc_instance *instance) const { qc_destroy(instance); }
   };
   std::unique_ptr<qc_instance, Destroy> instance_;
+};
+
+// Text to token ids and back. Any number of threads may share it.
+class Text {
+ public:
+  explicit Text(const std::string &directory) : text_(qc_text_open((directory + "/tokenizer.bin").c_str())) {
+    if (!text_) throw Error("tokenizer.bin: missing or not readable in " + directory);
+  }
+
+  // Token ids of a text in UTF-8, the one that texts start with in front.
+  std::vector<int64_t> encode(const std::string &text) const {
+    std::vector<int64_t> tokens(text.size() + 1);
+    tokens.resize(static_cast<size_t>(qc_text_encode(text_.get(), text.data(), text.size(), tokens.data())));
+    return tokens;
+  }
+
+  // What a token stands for: bytes, of which those of several tokens may make up one character.
+  std::string decode(int64_t token) const {
+    size_t size = 0;
+    const char *bytes = qc_text_decode(text_.get(), token, &size);
+    return std::string(bytes, size);
+  }
+
+ private:
+  struct Close {
+    void operator()(qc_text *text) const { qc_text_close(text); }
+  };
+  std::unique_ptr<qc_text, Close> text_;
 };
 
 }  // namespace qc

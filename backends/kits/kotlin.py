@@ -117,6 +117,9 @@ _DEPENDENCY = """\
     implementation("com.microsoft.onnxruntime:{}:{}.0") // or your {} build of it
 """
 
+_STEPS = """| `Steps.kt` | feeds a text to the graphs, a part at a time |
+"""
+
 _UNITS = {
     "nnapi": ("onnxruntime-android", "addNnapi()"),
     "qnn": (
@@ -142,7 +145,7 @@ def runtime_texts(facts: Facts, directory: Path) -> Mapping[str, str]:
         "android_model": "model.ort",
         "gradle_native": "",
         "gradle_dependency": _DEPENDENCY.format("onnxruntime-android", facts.runtime[1], "reduced"),
-        "android_files": "",
+        "android_files": _STEPS,
         "android_refuses": f"a runtime older than\n{facts.runtime[1]}, ",
         "android_notes": _RUNTIME_NOTES,
         "with_qnn": _WITH_QNN,

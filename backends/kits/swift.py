@@ -109,7 +109,7 @@ def _over_runtime(facts: Facts, models: Sequence[str]) -> dict[str, str]:
         "swift_dependencies": f'        .package(url: "{package}", from: "{facts.runtime[1]}.0"),\n',
         "swift_targets": "",
         "swift_product": f'.product(name: "onnxruntime", package: "{package.rpartition("/")[2]}")',
-        "swift_rows": "",
+        "swift_rows": "| `Steps.swift` | feeds a text to the graphs, a part at a time |\n",
         "swift_use": _USES[facts.task],
         "swift_refuses": f"a runtime older than\n{facts.runtime[1]}, ",
     }

@@ -34,7 +34,7 @@ _GENERATE = """
 _EXAMPLE_TEXT = """    qc::Text text(arguments[1]);
     const std::set<int64_t> stop = {STOP};
     std::vector<int64_t> tokens = text.encode(count > 2 ? arguments[2] : "");
-    for (int i = 0; i < 32; i++) {
+    for (int i = 0; i < 16; i++) {
       instance.feed(tokens);
       tokens = {instance.sample()};
       if (stop.count(tokens[0])) break;

@@ -89,14 +89,15 @@ class OrtNpu(FixedShapes):
         return dataclasses.replace(coverage(model), accelerators=accelerators(self.first_graph(model)))
 
     def emit(self, model: Model, directory: Path) -> None:
-        """Writes the graphs and their weights."""
+        """Writes the graphs, their weights, and the kits of apps."""
         from qc.backends.ort.npu.device import write_context
-        from qc.backends.ort.npu.emit import emit
+        from qc.backends.ort.npu.emit import emit, emit_kits
 
         soc = SOCS[self.soc]
         files = emit(model, directory, self, {"soc": soc, "context": self.context})
         for file in files if self.context else ():
             write_context(file, soc)
+        emit_kits(model, directory, self)
 
 
 def parse(options: str) -> Backend:

@@ -92,6 +92,8 @@ def test_what_the_graphs_are_compiled_to_runs_without_them(build, batch, tmp_pat
         (tmp_path / name).mkdir()
         backend_for(_TARGET + options).emit(lowered, tmp_path / name)
     (tmp_path / "compiled" / "encoder.onnx").unlink()
+    kit = (tmp_path / "compiled" / "android/src/main/kotlin/qc/model/Steps.kt").read_text()
+    assert 'listOf("encoder_ctx.onnx", "encoder_ctx_qnn.bin"' in kit
     runners = [backend_for("ort-npu:qnn").open(tmp_path / name) for name in ("plain", "compiled")]
     batch = {"input_ids": np.arange(7)[None], "attention_mask": np.ones((1, 7), np.int64)}
     plain, compiled = (r.run(batch)["last_hidden_state"] for r in runners)

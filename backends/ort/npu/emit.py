@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from qc.backends.ort.npu.split import cache_grids, inside, outside
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model, Port
 
-__all__ = ["FACTS", "OUTER", "emit"]
+__all__ = ["FACTS", "OUTER", "emit", "emit_kits"]
 
 FACTS, OUTER = "npu.json", "inputs.onnx"
 
@@ -41,8 +42,6 @@ def emit(
         shapes: The target, which says how long texts are.
         facts: What the runner must know about the unit.
         whole: Whether each graph holds its weights, instead of one file beside them.
-
-    Kits are written if no more than the ends of tokens and the like must be padded.
 
     Returns:
         The graphs.
@@ -67,6 +66,7 @@ def emit(
         along = {n: axes[n].index("past") for n in caches}
         for name, small in zip(_CACHES, cache_graphs(caches, held, along), strict=True):
             ir.save(small, directory / name)
+    made = [str(v.name) for v in outer.graph.outputs] if outer is not None else []
     found = {
         "unit": shapes.kind,
         **facts,
@@ -75,7 +75,8 @@ def emit(
         "provenance": written.provenance,
         "graphs": [dataclasses.asdict(g) for g in graphs],
         "axes": axes,
-        "outside": [v.name for v in outer.graph.outputs] if outer is not None else [],
+        "outside": made,
+        "direct": [n for n in held if n not in caches and n not in made],
         "caches": cache_grids(written),
     }
     (directory / FACTS).write_text(dump_json(found), "utf-8", newline="\n")
@@ -83,10 +84,20 @@ def emit(
         (directory / WEIGHTS).unlink(missing_ok=True)
     for name, source in sorted(model.assets.items()):
         shutil.copyfile(source, directory / name)
-    own = [n for n in held if n not in caches and n not in found["outside"]]
-    if signature.input("tokens") is None or all(axes[n][-1] == "new" for n in own):
-        write_kits(shapes.kits, model, shapes.target, directory)
     return [directory / g.file for g in graphs]
+
+
+def emit_kits(model: Model, directory: Path, shapes: FixedShapes) -> None:
+    """Writes code for apps, if that must pad no more than the ends of tokens and the like.
+
+    Args:
+        model: The lowered model.
+        directory: The artifact, whose other files are there.
+        shapes: The target.
+    """
+    facts = json.loads((directory / FACTS).read_text("utf-8"))
+    if model.signature.input("tokens") is None or all(facts["axes"][n][-1] == "new" for n in facts["direct"]):
+        write_kits(shapes.kits, model, shapes.target, directory)
 
 
 def _save(model: Model, file: Path, whole: bool) -> None:

@@ -44,10 +44,11 @@ class _ByRules(FixedShapes):
         return dataclasses.replace(coverage(fixed, PROVIDERS[self.kind]), accelerators=accelerators(fixed))
 
     def emit(self, model: Model, directory: Path) -> None:
-        """Writes the graphs and their weights."""
-        from qc.backends.ort.npu.emit import emit
+        """Writes the graphs, their weights, and the kits of apps."""
+        from qc.backends.ort.npu.emit import emit, emit_kits
 
         emit(model, directory, self, {}, whole=self.whole)
+        emit_kits(model, directory, self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,9 @@ __all__ = ["Codes", "exact_product", "integer_product", "quantize_rows"]
 _SAFE = 128
 """Largest byte of a weight whose products, in pairs, fit the 16 bits of ``maddubs``."""
 
+_UNROLLED = 32
+"""Columns of a tile that are code, in the form on floats; more run in a loop, for compilers take long over long code."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
@@ -264,10 +267,12 @@ class _ExactProduct(_Product):
         sums = self.kernel.registers(rows * columns * L)
         for i in range(rows * columns):
             v.store(sums, i * L, v.spread(0.0))
-        for block in range(c.blocks):
-            first = T.bind((group * c.blocks + block) * c.block)
-            readers = [_Slots(v, c, b["w"], s + (within * c.blocks + block) * c.code_bytes(L)) for s in starts]
-            for slot in range(c.block // 4):
+        unit = min(c.block, _UNROLLED)
+        with T.serial(0, c.blocks) as block, T.serial(0, c.block // unit) as part:
+            first = T.bind((group * c.blocks + block) * c.block + part * unit)
+            codes = T.bind((within * c.blocks + block) * c.code_bytes(L))
+            readers = [_Slots(v, c, b["w"], s + codes, part) for s in starts]
+            for slot in range(unit // 4):
                 words = [T.bind(T.reinterpret(v.i32(), reader.slot(slot))) for reader in readers]
                 for byte in range(4):
                     self._column(row, rows, columns, sums, words, zeros, T.bind(first + 4 * slot + byte), byte)
@@ -296,12 +301,15 @@ class _ExactProduct(_Product):
 
 
 class _Slots:
-    """The bytes of four columns at a time, of one block of one vector of rows."""
+    """The bytes of four columns at a time, of one block of one vector of rows, or of a part of it."""
 
-    def __init__(self, v: Vectors, codes: Codes, w: Any, start: Any) -> None:
-        self.v, self.codes, self.w, self.start = v, codes, w, start
+    def __init__(self, v: Vectors, codes: Codes, w: Any, start: Any, part: Any = 0) -> None:
+        self.v, self.codes, self.w = v, codes, w
         self._loaded: dict[tuple[int, int], Any] = {}
-        self._wide = 4 * v.L
+        self._wide = wide = 4 * v.L
+        bits = 2 if codes.bits == 3 else codes.bits
+        self._planes = (start + part * (bits * wide), start + (codes.block // 16 + part) * wide)
+        """Where codes begin, and, where they lie in two planes, their top bits; in parts of `_UNROLLED` columns."""
 
     def slot(self, slot: int) -> Any:
         """The bytes of four columns of every row."""
@@ -314,17 +322,16 @@ class _Slots:
             return self._vector(slot)
         if c.bits == 3:
             low = self._field(self._vector(slot // 4), 2 * (slot % 4), 3)
-            planes = c.block // 16
-            top = self._field(self._vector(planes + slot // 8), slot % 8, 1)
+            top = self._field(self._vector(slot // 8, 1), slot % 8, 1)
             shifted = T.reinterpret(f"uint16x{self._wide // 2}", top) << T.broadcast(T.uint16(2), self._wide // 2)
             return T.bind(low | T.reinterpret(f"uint8x{self._wide}", shifted))
         per = 8 // c.bits
         return self._field(self._vector(slot // per), c.bits * (slot % per), (1 << c.bits) - 1)
 
-    def _vector(self, index: int) -> Any:
-        if index not in self._loaded:
-            self._loaded[index] = self.v.load(self.w, self.start + index * self._wide, self._wide)
-        return self._loaded[index]
+    def _vector(self, index: int, plane: int = 0) -> Any:
+        if (plane, index) not in self._loaded:
+            self._loaded[plane, index] = self.v.load(self.w, self._planes[plane] + index * self._wide, self._wide)
+        return self._loaded[plane, index]
 
     def _field(self, vector: Any, shift: int, mask: int) -> Any:
         T, wide = self.v.T, self._wide

@@ -117,8 +117,15 @@ def check_bits(isa, found, expected):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["int8:g64"])
-def test_an_exact_product_multiplies_with_the_decoded_weight(isa, call, rng, text):
+def test_an_exact_product_multiplies_with_the_decoded_weight(isa, call, rng):
+    check_exact_product(isa, call, rng, "int8:g128")
+
+
+def test_an_exact_product_reads_codes_in_two_planes(call, rng):
+    check_exact_product(best_for_host(), call, rng, "int3:g64")
+
+
+def check_exact_product(isa, call, rng, text):
     m, n, k = 6, 35, 128
     w, x = weight(text, n, k, rng), rng.standard_normal((m, k)).astype(np.float32)
     bias, r = (rng.standard_normal(shape).astype(np.float32) for shape in ((n,), (m, n)))

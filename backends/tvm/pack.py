@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -29,6 +31,9 @@ _BLOCKS = (64, 32, 16)
 _ROW_GROUP = 256
 
 _BITS = (2, 3, 4, 8)
+
+_PART = 1 << 22
+"""Elements that are packed at a time: what lies between codes and records takes several bytes for each."""
 
 
 def codes_of(format: Format, columns: int, isa: Isa) -> Codes:
@@ -101,6 +106,17 @@ def record_bytes(codes: Codes, rows: int, columns: int, isa: Isa) -> int:
 
 def pack_records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
     """Codes, scales and zero points in records: uint8, see `qc.backends.tvm.kernels.products`."""
+    return _in_parts(tensor, isa.lanes, lambda part: _records(part, codes, isa))
+
+
+def _in_parts(tensor: QuantizedTensor, unit: int, pack: Callable[[QuantizedTensor], np.ndarray]) -> np.ndarray:
+    """What a weight is packed to, in parts of whole units of `unit` rows."""
+    rows, columns = tensor.shape
+    step = max(1, _PART // (unit * columns)) * unit
+    return np.concatenate([pack(tensor.rows(slice(i, i + step))) for i in range(0, rows, step)])
+
+
+def _records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
     values, L = tensor.format.values, isa.lanes
     *_, recoded = _stored(tensor.format, isa)
     multiple = 1
@@ -171,6 +187,10 @@ def bytes_of(rows: int, columns: int, unit: int) -> int:
 
 def pack_bytes(tensor: QuantizedTensor, unit: int, isa: Isa) -> np.ndarray:
     """Codes of 8 bits with one scale per row, `unit` rows to a unit; see `qc.backends.tvm.kernels.bytes`."""
+    return _in_parts(tensor, unit, lambda part: _bytes(part, unit, isa))
+
+
+def _bytes(tensor: QuantizedTensor, unit: int, isa: Isa) -> np.ndarray:
     values, (rows, columns) = tensor.format.values, tensor.codes.shape
     assert isinstance(values, Affine)
     units, padded = -(-rows // unit), -(-columns // PADDING) * PADDING
@@ -197,7 +217,8 @@ def pack_bytes(tensor: QuantizedTensor, unit: int, isa: Isa) -> np.ndarray:
 def pack_columns(weight: np.ndarray, columns: int) -> np.ndarray:
     """A float weight ``[N, K]`` as ``[units, K, columns]``, `columns` output channels to a unit, zeros beyond N."""
     rows, width = weight.shape
-    units = -(-rows // columns)
-    padded = np.zeros((units * columns, width), weight.dtype)
-    padded[:rows] = weight
-    return np.ascontiguousarray(padded.reshape(units, columns, width).transpose(0, 2, 1)).reshape(-1)
+    packed = np.zeros((-(-rows // columns), width, columns), weight.dtype)
+    whole = rows // columns
+    packed[:whole] = weight[: whole * columns].reshape(whole, columns, width).transpose(0, 2, 1)
+    packed[whole:, :, : rows % columns] = weight[whole * columns :].T
+    return packed.reshape(-1)

@@ -30,7 +30,7 @@ _SAFE = 128
 """Largest byte of a weight whose products, in pairs, fit the 16 bits of ``maddubs``."""
 
 _UNROLLED = 32
-"""Columns of a tile that are code, in the form on floats; more run in a loop, for compilers take long over long code."""
+"""Columns of a tile that are code, in the form on floats; more run in a loop: compilers take long over long code."""
 
 
 @dataclasses.dataclass(frozen=True)

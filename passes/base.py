@@ -209,6 +209,10 @@ class Pass(ir.passes.InPlacePass):
         """Memory that the pass takes for each weight of the network; 0 if it has a few weights at a time."""
         return 0
 
+    def bytes_for(self, columns: int) -> int:
+        """Memory that the pass takes to work on a weight of so many input channels, beside that of the weight."""
+        return 0
+
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         """Transforms `model` in place.
 

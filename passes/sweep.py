@@ -31,12 +31,12 @@ from qc.passes.journal import Entry
 from qc.passes.pipeline import Step, format_pipeline
 from qc.passes.statistics import SYNTHETIC_SIZES, Request, collect
 
-__all__ = ["BlockData", "BlockError", "Swept", "sweep", "wants_sweep"]
+__all__ = ["FOLDED", "BlockData", "BlockError", "Swept", "sweep", "wants_sweep"]
 
 _MEASURED = 4
 """Batches on which the float parts run when no pass learns from them: enough to tell the error of a part."""
 
-_FOLDED = 1 << 30
+FOLDED = 1 << 30
 """Bytes of the weights of a part up to which they are decoded once for all batches, and not for each again. No other
 limit counts here: sums come in another order, and results must not depend on the memory that is there."""
 
@@ -168,9 +168,7 @@ class _Sweep:
         self.labels = self._float.labels
         learns = any(isinstance(s.action, BlockPass) and s.action.learns for s in steps)
         self._decoded = [_float_bytes(self._float.cut(k)) for k in range(len(self.labels))]
-        held = max((size for k, size in enumerate(self._decoded) if self._folds(k, len(batches))), default=0)
-        limit = context.activations
-        shelf = Shelf(context.work, None if limit is None else max(0, limit - held))
+        shelf = Shelf(context.work, context.activations)
         self._changed_stream = Stream(batches, shelf)
         self._float_stream = Stream(batches if learns else batches[:_MEASURED], shelf)
         self._memos: list[dict[object, object]] = [{} for _ in steps]
@@ -231,7 +229,7 @@ class _Sweep:
 
     def _folds(self, k: int, batches: int) -> bool:
         """Whether the weights of a part are decoded once for so many batches."""
-        return batches > _MEASURED and self._decoded[k] <= _FOLDED
+        return batches > _MEASURED and self._decoded[k] <= FOLDED
 
     def _run_float(self, k: int, reference: Model) -> None:
         names = [str(v.name) for v in reference.graph.outputs]

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from qc.ir.blocks import find_blocks
+from qc.ir.blocks import Blocks, find_blocks
 from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.quant import Format
 from qc.passes.pipeline import Step
+from qc.passes.sweep import FOLDED, wants_sweep
 
 __all__ = ["Plan", "evaluation_windows", "make_plan", "parse_bytes"]
 
@@ -62,8 +63,8 @@ class Plan:
         source_bytes: Size of the weights as they are stored now.
         artifact_bytes: Expected size of the artifact's weights.
         memory_bytes: Expected peak of anonymous memory of all processes (mapped weights do not count). Either the
-            import decides, or the largest weight in float32, or the artifact, which is loaded to be measured; a pass
-            that learns on the whole network comes on top.
+            import decides, or the largest weight in float32 with what a sweep needs, or the artifact, which is loaded
+            to be measured. What a pass needs that learns on the whole network comes on top, and activations.
         in_parts: Whether the artifact is so large that it is measured a part at a time, and its speed not at all.
         disk_bytes: Space needed beside the artifact's place while working, the artifact included.
         steps: The pipeline.
@@ -130,15 +131,29 @@ def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) ->
     length, count = evaluation_windows(parameters)
     window = 4 * length * widest if model.signature.is_decoder else 0
     repacked = int(_REPACKED * loaded)
-    in_parts = repacked > _WHOLE and bool(find_blocks(model.graph).runs)
+    blocks = find_blocks(model.graph)
+    in_parts = repacked > _WHOLE and bool(blocks.runs)
     working = _BASE_MEMORY + _LOGITS_COPIES * window
-    working += max(_DECODED_COPIES * decoded, _WHOLE if in_parts else repacked)
+    working += max(_DECODED_COPIES * decoded + _sweep_memory(blocks, steps), _WHOLE if in_parts else repacked)
     working += parameters * max((s.action.bytes_per_parameter for s in steps), default=0)
     # The import is over by now, but counts for what the machine must have.
     export = _EXPORT_MEMORY + _EXPORT_NODE * sum(1 for _ in model.graph.all_nodes()) if exported else 0
     memory = max(working, export)
     disk = _STORED_COPIES * artifact + count * window + (64 << 20)
     return Plan(parameters, source, artifact, memory, disk, in_parts, steps)
+
+
+def _sweep_memory(blocks: Blocks, steps: Sequence[Step]) -> int:
+    """What a sweep takes beside activations: the decoded weights of a block, and what a pass needs for the widest."""
+    if not wants_sweep(steps):
+        return 0
+    held, widest = 0, 0
+    for segment in (s for s in blocks.segments if s.kind == "block"):
+        tensors = [w.const_value for w in segment.weights if w.const_value is not None]
+        size = sum(4 * t.size for t in tensors if t.dtype.is_floating_point())
+        held = max(held, size if size <= FOLDED else 0)
+        widest = max([widest, *(max(map(int, t.shape)) for t in tensors if len(t.shape) == 2)])
+    return held + max(s.action.bytes_for(widest) for s in steps)
 
 
 def evaluation_windows(parameters: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from qc.passes.quantize._remainder import assign_with_remainder, leading_directi
 from qc.passes.quantize._tiles import Tiles, descend_tiles, round_tiles
 from qc.passes.quantize.assign import Search, assign, run_parallel
 
-__all__ = ["Hessian", "gptq", "output_sqnr_db"]
+__all__ = ["Hessian", "gptq", "output_sqnr_db", "working_bytes"]
 
 _BLOCK, _INNER = 128, 32
 """Columns whose feedback is summed by one product of matrices, at two levels; within the inner one, by products with
@@ -40,6 +40,10 @@ vectors."""
 
 _LOW_RANK_ROUNDS = 3
 """Alternations of codes and low-rank term; the error of a later one is not always smaller."""
+
+_SQUARES = 20
+"""Bytes for each element of the Hessian: second moments in float64, feedback, the damped matrix, and what making them
+takes beyond."""
 
 _SAMPLE = 64
 """Rows that the error of the outputs is measured on."""
@@ -180,6 +184,11 @@ def _with_low_rank(weight: np.ndarray, format: Format, hessian: Hessian, rounded
             found = loss, QuantizedTensor(format, dense.codes, {**dense.params, **params})
     assert found is not None
     return found[1]
+
+
+def working_bytes(columns: int, threads: int = 2) -> int:
+    """Memory of `gptq` and the Hessian for so many columns, in bytes, beside the weight."""
+    return _SQUARES * columns**2 + 16 * threads * ROWS * columns
 
 
 def output_sqnr_db(weight: np.ndarray, tensor: QuantizedTensor, gram: np.ndarray) -> float:

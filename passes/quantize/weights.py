@@ -20,7 +20,7 @@ from qc.passes.quantize._columns import takes
 from qc.passes.quantize._fisher import FISHER_BYTES, FISHER_TOKENS, fisher
 from qc.passes.quantize._sites import Kind, Use, weight_uses
 from qc.passes.quantize.assign import assign, sqnr_db
-from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db
+from qc.passes.quantize.gptq import Hessian, gptq, output_sqnr_db, working_bytes
 from qc.passes.statistics import SYNTHETIC_SIZES, Request, Statistic
 
 __all__ = ["SHORTEST_GROUP", "QuantizeWeights", "fitted"]
@@ -155,6 +155,9 @@ class QuantizeWeights(BlockPass):
     @property
     def bytes_per_parameter(self) -> int:
         return FISHER_BYTES if self.metric == "fisher" else 0
+
+    def bytes_for(self, columns: int) -> int:
+        return working_bytes(columns) if self.assign == "gptq" else 0
 
     @property
     def _statistic(self) -> Statistic | None:

@@ -14,18 +14,29 @@ from pathlib import Path
 
 from qc.ir.model import Model
 
-__all__ = ["canonical", "exported"]
+__all__ = ["canonical", "exported", "imported"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _EXPORT = ("frontend", "ir/model.py", "ir/simplify.py", "tests/tiny_models.py")
 _CANONICAL = (*_EXPORT, "passes/canonicalize", "ir/dialect.py")
 
 
-def exported(name: str, cache: Path) -> tuple[Path, Model]:
-    """The Hugging Face directory of an architecture of `tiny_models`, and the model imported from it.
+def imported(directory: Path, work: Path) -> Model:
+    """The model of a Hugging Face directory, as `qc.frontend.load` reads it.
 
     The export runs in this process: other tests show that a worker process yields the same, and importing torch anew
-    would cost half as much again.
+    would cost as much again.
+    """
+    from qc.frontend.hf_worker import export
+    from qc.frontend.huggingface import read_export
+
+    work.mkdir(parents=True, exist_ok=True)
+    export(directory, work)
+    return read_export(directory, work)
+
+
+def exported(name: str, cache: Path) -> tuple[Path, Model]:
+    """The Hugging Face directory of an architecture of `tiny_models`, and the model imported from it.
 
     Args:
         name: One of ``ARCHITECTURES``.
@@ -36,11 +47,8 @@ def exported(name: str, cache: Path) -> tuple[Path, Model]:
     def make(directory: Path) -> None:
         from tiny_models import ARCHITECTURES
 
-        from qc.frontend.hf_worker import export
-
         ARCHITECTURES[name](directory / "hf")
-        (directory / "work").mkdir()
-        export(directory / "hf", directory / "work")
+        imported(directory / "hf", directory / "work")
 
     kept = _once(cache, f"{name}.export", _fingerprint(_EXPORT), make)
     return kept / "hf", read_export(kept / "hf", kept / "work")

@@ -58,7 +58,7 @@ def test_a_hugging_face_model(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the import needs transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128,
         max_position_embeddings=64,
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(tmp_path / "model")

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from architectures import imported
 from safetensors.numpy import load_file, save_file
 from test_frontend_architectures import example_feeds, open_session, reference_of, run_torch
 from tiny_models import ARCHITECTURES, VOCAB, write
 
-from qc.frontend import load
-from qc.frontend.huggingface import export_huggingface
+from qc.frontend.huggingface import export_huggingface, transformer_directory
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.probe import find_inputs, run_in_turn
 from qc.ir.quant import read_weight
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def assert_agrees(directory: Path, tmp_path: Path, tolerance: float = 1e-4) -> None:
-    model = load(directory, work=tmp_path / "work")
+    model = imported(directory, tmp_path / "work")
     feeds = example_feeds(model, 2, 5, 4, seed=3)
     actual = open_session(model, tmp_path / "saved").run(None, feeds)
     names = [p.name for p in model.signature.outputs]
@@ -46,7 +46,7 @@ def test_sharded_tied_bfloat16_weights_are_bound_where_they_lie(tmp_path: Path) 
     write(hf, "Qwen2ForCausalLM", config, dtype="bfloat16", shard="60KB")
     assert len(list(hf.glob("model-*.safetensors"))) > 1
     assert_agrees(hf, tmp_path)
-    model = load(hf, work=tmp_path / "again")
+    model = imported(hf, tmp_path / "again")
     weights = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
     assert all(isinstance(v.const_value, ir.ExternalTensor) for v in weights)
     assert {Path(v.const_value.path).parent for v in weights} == {hf.resolve()}  # type: ignore[union-attr]
@@ -64,10 +64,10 @@ def test_a_checkpoint_of_a_larger_head_is_renamed_for_its_base(tmp_path: Path) -
     # The pooler is no part of that checkpoint, so a model that needs it must be refused, never filled at random.
     edit(hf / "config.json", architectures=["BertModel"])
     with pytest.raises(InputError, match=r"pooler\.dense"):
-        load(hf)
+        imported(hf, tmp_path / "no-pooler")
     edit(hf / "config.json", architectures=["BertForTokenClassification"])
     with pytest.raises(InputError, match="classifier"):
-        load(hf)
+        imported(hf, tmp_path / "no-classifier")
     tensors = load_file(hf / "model.safetensors") | {
         "pooler.dense.weight": np.eye(64, dtype=np.float32), "pooler.dense.bias": np.ones(64, np.float32),
     }  # fmt: skip
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_a_larger_head_is_renamed_for_its_base(tmp_path: Path) -
 def test_what_the_graph_and_its_provenance_say(tmp_path: Path) -> None:
     ARCHITECTURES["llama"](tmp_path / "hf")
     (tmp_path / "hf/tokenizer.json").write_text("{}")
-    model = load(tmp_path / "hf", work=tmp_path / "work")
+    model = imported(tmp_path / "hf", tmp_path / "work")
     scopes = {node.metadata_props.get("qc.scope") for node in model.graph}
     assert {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"} <= scopes
     assert not any(key.startswith("pkg.") for node in model.graph for key in node.metadata_props)
@@ -111,7 +111,7 @@ def test_a_sentence_encoder_tells_its_pooling(tmp_path: Path) -> None:
     (tmp_path / "st/1_Pooling").mkdir()
     pooling = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
     (tmp_path / "st/1_Pooling/config.json").write_text(json.dumps(pooling))
-    model = load(tmp_path / "st")
+    model = imported(transformer_directory(tmp_path / "st"), tmp_path / "work")
     assert (model.provenance["pooling"], model.provenance["normalize"]) == ("mean", "true")
     assert [p.role for p in model.signature.inputs] == ["tokens", "mask", "token_types"]
     assert model.signature.output("hidden") is not None
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_an_unknown_quantizer_is_unsupported(tmp_path: Path) -> 
     ARCHITECTURES["llama"](tmp_path / "hf")
     edit(tmp_path / "hf/config.json", quantization_config={"quant_method": "quip", "bits": 4})
     with pytest.raises(UnsupportedError, match="'quip'"):
-        load(tmp_path / "hf")
+        imported(tmp_path / "hf", tmp_path / "work")
 
 
 def test_a_quantized_checkpoint_keeps_its_codes_and_computes_what_its_decoded_weights_do(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_quantized_checkpoint_keeps_its_codes_and_computes_what_its_decoded_we
     save_file(packed, tmp_path / "packed/model.safetensors", metadata={"format": "pt"})
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
     edit(tmp_path / "packed/config.json", quantization_config=quantization)
-    model, reference = load(tmp_path / "packed"), load(tmp_path / "float")
+    model, reference = (imported(tmp_path / name, tmp_path / name / "work") for name in ("packed", "float"))
     formats = [str(w.format) for n in model.graph for v in n.outputs if (w := read_weight(v)) and w.format]
     assert sorted(formats) == ["int4:g32:f16"] * (len(chosen) - 1) + ["int4:g32:f16+order"]
     found = find_inputs(reference, Session(reference).run)
@@ -172,7 +172,7 @@ def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
     ARCHITECTURES["llama"](tmp_path / "hf")
     edit(tmp_path / "hf/config.json", intermediate_size=128)
     with pytest.raises(InputError, match=r"mlp.*\[96, 64\].*\[128, 64\]"):
-        load(tmp_path / "hf")
+        imported(tmp_path / "hf", tmp_path / "work")
 
 
 def test_the_builtin_graph_is_what_its_script_exports(root: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ METHODS = {
     "smooth, qllm": f"smooth,{_REASSEMBLE},{_PLAIN},{_LOW_RANK}",
     "block-ap": f"{_PLAIN},{_BLOCKS}",
     "efficientqat": f"{_PLAIN},{_BLOCKS},tune-network{{learn=[scale]}}",
-    "block-ap, learned": f"{_PLAIN},{_BLOCKS},tune-network",
+    "block-ap, learned": f"{_PLAIN},{_BLOCKS},tune-network{{steps=400}}",
     "learned": f"{_FEEDBACK},tune-network",
     "quarot, learned": f"{_ROTATE},{_FEEDBACK},tune-network",
 }

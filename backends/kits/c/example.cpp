@@ -1,13 +1,19 @@
 // Runs the model: example DIRECTORY@@c_arguments@@
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
+#include <numeric>
 #include <set>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "qc_model.hpp"
 
 int main(int count, char **arguments) {
   if (count < 2) {
-    std::fprintf(stderr, "usage: %s DIRECTORY [TEXT or TOKENS]\n", arguments[0]);
+    std::fprintf(stderr, "usage: %s DIRECTORY [WHAT]\n", arguments[0]);
     return 2;
   }
   try {

@@ -1,6 +1,9 @@
 // The model for C++17: checked when it is loaded, freed when it goes out of scope. Errors are exceptions.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -58,7 +61,7 @@ class Instance {
     if (dims.size() != QC_DIMENSIONS) throw Error("expected " + std::to_string(QC_DIMENSIONS) + " dimensions");
     require(qc_run(get(), dims.data(), inputs.data(), outputs.data()));
   }
-@@cpp_generate@@
+@@cpp_methods@@
  private:
   struct Destroy {
     void operator()(qc_instance *instance) const { qc_destroy(instance); }
@@ -73,9 +76,9 @@ class Text {
     if (!text_) throw Error("tokenizer.bin: missing or not readable in " + directory);
   }
 
-  // Token ids of a text in UTF-8, the one that texts start with in front.
+  // Token ids of a text in UTF-8, with those that texts start and end with.
   std::vector<int64_t> encode(const std::string &text) const {
-    std::vector<int64_t> tokens(text.size() + 1);
+    std::vector<int64_t> tokens(text.size() + 2);
     tokens.resize(static_cast<size_t>(qc_text_encode(text_.get(), text.data(), text.size(), tokens.data())));
     return tokens;
   }

@@ -4,12 +4,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OTHER, LETTER, DIGIT, SPACE };
+enum { OTHER, LETTER, DIGIT, SPACE, PUNCTUATION, NOTHING };
+enum { PAIRS, WHOLE_WORDS, PIECES };
+
+enum { MOST = 8, WORD = 256 }; /* characters that one becomes, and that a word has which is looked up */
 
 struct qc_text {
   int32_t *numbers; /* the file behind its first 8 bytes, which holds all that follows */
-  int32_t tokens, pairs, ranges, specials, whole, bos;
-  const int32_t *bytes, *range, *pair, *special, *order, *begin;
+  int32_t tokens, pairs, ranges, specials, changes, become, kind, first, last, unknown, longest, hangul;
+  const int32_t *bytes, *range, *pair, *special, *order, *change, *becomes, *begin;
   const char *spelled;
 };
 
@@ -34,20 +37,27 @@ qc_text *qc_text_open(const char *file) {
   }
   fclose(stream);
   int32_t *n = text->numbers;
-  for (int i = 0; i < 6; i++) n[i] = wide(n[i]);
-  text->tokens = n[0], text->pairs = n[1], text->ranges = n[2], text->specials = n[3], text->whole = n[4], text->bos = n[5];
-  const size_t count = 6 + 256 + 3 * (size_t)n[2] + 4 * (size_t)n[1] + (size_t)n[3] + 2 * (size_t)n[0] + 1;
+  int32_t *const head[] = {&text->tokens, &text->pairs, &text->ranges,  &text->specials, &text->changes, &text->become,
+                           &text->kind,   &text->first, &text->last,    &text->unknown,  &text->longest, &text->hangul};
+  const size_t heads = sizeof head / sizeof *head;
+  for (size_t i = 0; i < heads && (i + 1) * 4 <= (size_t)size; i++) *head[i] = wide(n[i]);
+  const size_t counts[] = {heads + 256, 3 * (size_t)text->ranges, 4 * (size_t)text->pairs, (size_t)text->specials,
+                           (size_t)text->tokens, 3 * (size_t)text->changes, (size_t)text->become, (size_t)text->tokens + 1};
+  size_t count = 0;
+  for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) count += counts[i];
   if (count * 4 > (size_t)size) {
     qc_text_close(text);
     return NULL;
   }
-  for (size_t i = 6; i < count; i++) n[i] = wide(n[i]);
-  text->bytes = n + 6;
+  for (size_t i = heads; i < count; i++) n[i] = wide(n[i]);
+  text->bytes = n + heads;
   text->range = text->bytes + 256;
   text->pair = text->range + 3 * text->ranges;
   text->special = text->pair + 4 * text->pairs;
   text->order = text->special + text->specials;
-  text->begin = text->order + text->tokens;
+  text->change = text->order + text->tokens;
+  text->becomes = text->change + 3 * text->changes;
+  text->begin = text->becomes + text->become;
   text->spelled = (const char *)(text->begin + text->tokens + 1);
   return text;
 }
@@ -144,7 +154,7 @@ static int64_t token_of(const qc_text *text, const char *at, size_t size) {
 
 /* Bytes become tokens, then the pair of the lowest rank one token, the first of several, until no pair does. */
 static size_t paired(const qc_text *text, const char *at, size_t size, int64_t *tokens) {
-  const int64_t whole = text->whole ? token_of(text, at, size) : -1;
+  const int64_t whole = text->kind == WHOLE_WORDS ? token_of(text, at, size) : -1;
   if (whole >= 0) return tokens[0] = whole, 1;
   size_t count = size;
   for (size_t i = 0; i < size; i++) tokens[i] = text->bytes[(unsigned char)at[i]];
@@ -172,23 +182,112 @@ static int64_t special_at(const qc_text *text, const char *at, size_t left) {
   return -1;
 }
 
+/* What a character becomes: itself, other ones, none. */
+static size_t become(const qc_text *text, uint32_t code, uint32_t *found) {
+  if (text->hangul && code >= 0xac00 && code <= 0xd7a3) {
+    const uint32_t place = code - 0xac00, end = place % 28;
+    found[0] = 0x1100 + place / 588;
+    found[1] = 0x1161 + place % 588 / 28;
+    found[2] = 0x11a7 + end;
+    return end ? 3 : 2;
+  }
+  int32_t low = 0, high = text->changes;
+  while (low < high) {
+    const int32_t middle = (low + high) / 2, *change = text->change + 3 * middle;
+    if ((uint32_t)change[0] < code) low = middle + 1;
+    else if ((uint32_t)change[0] > code) high = middle;
+    else {
+      for (int32_t i = 0; i < change[2] && i < MOST; i++) found[i] = (uint32_t)text->becomes[change[1] + i];
+      return (size_t)(change[2] < MOST ? change[2] : MOST);
+    }
+  }
+  *found = code;
+  return 1;
+}
+
+static size_t spell(uint32_t code, char *out) {
+  const size_t size = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+  for (size_t i = size - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3f));
+  out[0] = (char)(size == 1 ? code : (0xf00u >> size & 0xff) | code);
+  return size;
+}
+
+/* The pieces of a word whose bytes stand behind two that are free: each the longest that there is, or unknown. */
+static size_t pieces(const qc_text *text, char *spelled, size_t size, size_t characters, int64_t *tokens) {
+  size_t count = 0, done = 0;
+  if (!size) return 0;
+  while (characters <= (size_t)text->longest && done < size) {
+    char *at = spelled + 2 + done, held[2];
+    const size_t front = done ? 2 : 0;
+    memcpy(held, at - 2, 2);
+    if (front) memcpy(at - 2, "##", 2);
+    size_t end = size - done;
+    int64_t found = -1;
+    while (end && (found = token_of(text, at - front, front + end)) < 0) end--;
+    memcpy(at - 2, held, 2);
+    if (found < 0) break;
+    tokens[count++] = found;
+    done += end;
+  }
+  if (done == size) return count;
+  tokens[0] = text->unknown;
+  return 1;
+}
+
+/* Words of BERT: what its normalizer makes of the characters, cut at spaces, signs by themselves. */
+static size_t words(const qc_text *text, const char *at, size_t left, int64_t *tokens) {
+  char spelled[2 + 4 * WORD];
+  size_t count = 0, size = 0, characters = 0;
+  uint32_t code, made[MOST];
+  while (left) {
+    const size_t part = character(at, left, &code);
+    at += part;
+    left -= part;
+    const size_t becomes = kind(text, code) == NOTHING ? 0 : become(text, code, made);
+    for (size_t i = 0; i < becomes; i++) {
+      const int is = kind(text, made[i]);
+      if (is == SPACE || is == PUNCTUATION) {
+        count += pieces(text, spelled, size, characters, tokens + count);
+        size = characters = 0;
+      }
+      if (is == SPACE) continue;
+      if (characters < WORD) size += spell(made[i], spelled + 2 + size);
+      characters++;
+      if (is == PUNCTUATION) {
+        count += pieces(text, spelled, size, characters, tokens + count);
+        size = characters = 0;
+      }
+    }
+  }
+  return count + pieces(text, spelled, size, characters, tokens + count);
+}
+
+static size_t part(const qc_text *text, const char *at, size_t size, int64_t *tokens) {
+  if (text->kind == PIECES) return words(text, at, size, tokens);
+  size_t count = 0;
+  for (size_t done = 0; done < size;) {
+    const size_t next = word(text, at + done, size - done);
+    count += paired(text, at + done, next, tokens + count);
+    done += next;
+  }
+  return count;
+}
+
 int64_t qc_text_encode(const qc_text *text, const char *bytes, size_t size, int64_t *tokens) {
   size_t count = 0, done = 0;
-  if (text->bos >= 0) tokens[count++] = text->bos;
+  if (text->first >= 0) tokens[count++] = text->first;
   while (done < size) {
     size_t end = done;
     int64_t special = -1;
     while (end < size && (special = special_at(text, bytes + end, size - end)) < 0) end++;
-    while (done < end) {
-      const size_t part = word(text, bytes + done, end - done);
-      count += paired(text, bytes + done, part, tokens + count);
-      done += part;
-    }
+    count += part(text, bytes + done, end - done, tokens + count);
+    done = end;
     if (special >= 0) {
       tokens[count++] = special;
       done += (size_t)(text->begin[special + 1] - text->begin[special]);
     }
   }
+  if (text->last >= 0) tokens[count++] = text->last;
   return (int64_t)count;
 }
 

@@ -16,7 +16,7 @@ qc_text *qc_text_open(const char *file);
 
 void qc_text_close(qc_text *text);
 
-/* Token ids of a text in UTF-8, the one that texts start with in front. At most one for each byte and one more; returns
+/* Token ids of a text in UTF-8, with those that texts start and end with. At most one for each byte and two more; returns
    how many. */
 int64_t qc_text_encode(const qc_text *text, const char *bytes, size_t size, int64_t *tokens);
 

@@ -27,6 +27,10 @@ __all__ = ["Smooth"]
 
 _STATISTICS = (Statistic.ABS_MAX,)
 
+_TOKENS = 8192
+"""The largest magnitude of a channel shows late: static 8 bits of the built-in decoder are 0.0065 nats from float if
+factors and ranges come from 1024 tokens, 0.0040 from 4096, 0.0034 from 8192."""
+
 _FLOOR = 1e-5
 """Weights of a channel count as at least this share of the largest: a column of zeros says nothing about factors."""
 
@@ -85,6 +89,10 @@ class Smooth(BlockPass):
             raise InputError(f"Expected an alpha from 0 to 1 for smooth, or 'search'; found {self.alpha!r}.")
         Quantizers.parse(self.spec_name(), self.weights, self.bits, self.granularity)
         check_patterns(self.exclude)
+
+    @property
+    def calibration_tokens(self) -> int:
+        return _TOKENS
 
     @property
     def sequential(self) -> bool:

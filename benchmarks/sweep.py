@@ -14,6 +14,8 @@ import argparse
 import json
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -31,25 +33,28 @@ LENGTH = 256
 WIDTH, HIDDEN, HEADS, VOCABULARY = 256, 704, 8, 1024
 
 
-def canonical(layers: int, work: Path) -> Model:
+def canonical(layers: int, work: Path) -> Path:
     """A decoder with random weights."""
-    source = work / f"{layers}"
-    if not source.is_dir():
+    source, saved = work / f"source-{layers}", work / f"{layers}"
+    if not saved.is_dir():
         write_model(source, Shape(layers, WIDTH, HIDDEN, HEADS, HEADS, VOCABULARY), sparse=False)
-    model = load(source)
-    for action in canonicalize_passes():
-        model = Model.of(action(model).model)
-    return model
+        model = load(source)
+        for action in canonicalize_passes():
+            model = Model.of(action(model).model)
+        model.save(saved)
+    return saved
 
 
-def measure(model: Model, samples: int, pipeline: str, in_memory: int | None) -> dict[str, float]:
-    """Processor seconds, and MiB of anonymous memory."""
+def measure(source: Path, samples: int, pipeline: str, in_memory: int | None) -> dict[str, float]:
+    """Processor seconds, and MiB of anonymous memory, once everything has been loaded and used."""
+    model = Model.load(source)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, VOCABULARY, (samples, 1, LENGTH))
     batches = [text_inputs(model.signature, row) for row in rows]
     manager = PassManager(parse_pipeline(pipeline), verify=False)
+    manager.run(model.clone(), calibration=batches[:1], context=Context(activations=in_memory))
     with used() as found:
-        manager.run(model.clone(), calibration=batches, context=Context(activations=in_memory))
+        manager.run(model, calibration=batches, context=Context(activations=in_memory))
     return {"seconds": found.seconds, "mib": found.memory / (1 << 20)}
 
 
@@ -66,9 +71,11 @@ def main() -> int:
     cases = [(n, max(options.samples)) for n in options.layers]
     cases += [(max(options.layers), n) for n in options.samples if n != max(options.samples)]
     rows = []
-    with tempfile.TemporaryDirectory() as work:
+    one = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)  # what one case has freed helps no other
+    with tempfile.TemporaryDirectory() as work, one as processes:
         for layers, samples in cases:
-            found = measure(canonical(layers, Path(work)), samples, options.passes, limit)
+            source = canonical(layers, Path(work))
+            found = processes.submit(measure, source, samples, options.passes, limit).result()
             rows.append({"layers": layers, "samples": samples, **found})
             if not options.json:
                 per = found["seconds"] / layers / samples

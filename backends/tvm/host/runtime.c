@@ -202,6 +202,7 @@ void qc_destroy(qc_instance *q) {
   pthread_cond_broadcast(&q->wake);
   pthread_mutex_unlock(&q->lock);
   for (int32_t i = 0; i < q->started; i++) pthread_join(q->workers[i].thread, NULL);
+  free(q->arena);
   for (int i = 0; i < CACHES; i++) free(q->caches[i]);
   pthread_cond_destroy(&q->wake);
   pthread_cond_destroy(&q->done);
@@ -210,7 +211,6 @@ void qc_destroy(qc_instance *q) {
   free(q->logits);
   free(q->ones);
   free(q->running);
-  free(q->arena);
   free(q);
 }
 

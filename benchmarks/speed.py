@@ -6,8 +6,9 @@ Each model is quantized once and emitted for both targets; nothing is measured w
 sides take turns round by round; a figure is the median of the rounds, a ratio the median of their ratios, above 1 where
 the library is faster. ``150M`` and ``1.2B`` are decoders with random weights; ``minilm`` is the sentence encoder of the
 ``test`` extra, ``int8`` its recipe ``w8a8-dynamic``. ``--llama`` also takes turns with llama.cpp on a GGUF file of the
-same decoder in Q4_0. ``of memory`` is what a decoder reads per second, as a share of what a loop reaches that does
-nothing but read. What stands in ``--work`` is measured again, not made again.
+same decoder, where both have weights of as many bits: ``Q4_0`` is ``int4`` with a scale of 16 bits for 32.
+``of memory`` is what a decoder reads per second, as a share of what a loop reaches that does nothing but read. What
+stands in ``--work`` is measured again, not made again.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ TARGETS = {"a": "tvm-cpu", "b": "ort-cpu"}
 FORMATS = {
     "int4 g32": "quantize-weights{format=int4,group=32}",
     "int4 g128": "quantize-weights{format=int4,group=128}",
+    "Q4_0": "quantize-weights{format=int4,group=32,scale=f16}",
     "float": "",
     "int8": "quantize-weights{format=int8,group=0,embedding=int8:g128},quantize-activations",
 }
@@ -59,7 +61,7 @@ _LINE = "{:8} {:10} {:16} {:>9} {:>9} {:>6} {:>9} {:>6} {:>9}"
 _PROBE_BYTES = 1 << 30
 """Larger than the caches of servers."""
 
-DECODERS = ("int4 g32", "int4 g128")
+DECODERS = ("int4 g32", "int4 g128", "Q4_0")
 ENCODERS = ("float", "int8")
 
 
@@ -126,7 +128,7 @@ def measure(name: str, protocol: Protocol, work: Path, *, llama: bool) -> Iterat
             read = backend_for(TARGETS["a"]).streamed_bytes(directories["a"])
             row["of_memory"] = read * row["a"]["decode_tok_s"] / read_bandwidth(protocol)
         del runners
-        if llama and name in SHAPES and label == "int4 g32":
+        if llama and name in SHAPES and label == "Q4_0":
             file = work / f"{name}.gguf"
             if not file.is_file():
                 write_gguf(source, SHAPES[name], file)

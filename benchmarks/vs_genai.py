@@ -1,7 +1,7 @@
 """Compares an int4 decoder of ours with one of onnxruntime-genai's own builder, at the same block size.
 
-Builds a Llama with random weights, compiles it with qc and with genai's builder, and runs both results in both
-runtimes, in turns, in one process. Needs the extras ``torch`` and ``genai``::
+Builds a Llama with random weights, compiles it with qc and with genai's builder, and runs both results in turns, in one
+process: both in `qc run`, both in genai, and each in the runtime of its maker. Needs the extras ``torch`` and ``genai``::
 
     python benchmarks/vs_genai.py --threads 1 --rounds 7
 """
@@ -132,6 +132,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "a": GenaiRunner(ours, shape, protocol.threads),
         "b": GenaiRunner(theirs, shape, protocol.threads),
     }
+    runners["each own"] = {"a": runners["qc run"]["a"], "b": runners["genai"]["b"]}
     prompt = np.random.default_rng(1).integers(2, VOCABULARY, 16).tolist()
     texts = {
         (runtime, side): list(r.generate(prompt, COMPARED)) for runtime, s in runners.items() for side, r in s.items()

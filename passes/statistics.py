@@ -15,7 +15,7 @@ from qc.ir.model import Model
 from qc.ir.probe import find_inputs
 from qc.ir.runtime import Session
 
-__all__ = ["SYNTHETIC_SIZES", "Request", "Statistic", "collect"]
+__all__ = ["SYNTHETIC_SIZES", "Request", "Statistic", "collect", "synthetic"]
 
 _AXES_ARE_INPUTS = 18
 """The opset from which reductions take their axes as an input."""
@@ -106,6 +106,7 @@ def collect(
     Raises:
         InputError: If a mean is asked for of what is no number.
     """
+    batches = synthetic(model, seed) if batches is None else batches
     opset = model.opset_imports.get("", 1)
     probes = {r: _probe(r, f"qc.statistic.{i}", opset) for i, r in enumerate(dict.fromkeys(requests))}
     graph, own = model.graph, list(model.graph.outputs)
@@ -124,17 +125,18 @@ def collect(
             graph.remove(probe.nodes, safe=True)
             for constant in probe.constants:
                 graph.initializers.pop(constant.name or "")
-    if batches is None:
-        outputs = find_inputs(model, session.run, seed, SYNTHETIC_SIZES).outputs[:1]
-    else:
-        outputs = map(session.run, batches)
     seen = False
-    for number, results in enumerate(outputs):
+    for number, results in enumerate(map(session.run, batches)):
         seen = True
         for request, probe in probes.items():
             _require_numbers(request, [results[str(v.name)] for v in probe.outputs], number)
             probe.add(results)
     return {request: probe.result() for request, probe in probes.items()} if seen else {}
+
+
+def synthetic(model: Model, seed: int) -> list[Mapping[str, np.ndarray]]:
+    """One batch that the whole model runs on, made up; none if none was found."""
+    return list(find_inputs(model, Session(model).run, seed, SYNTHETIC_SIZES).batches[:1])
 
 
 def _require_numbers(request: Request, found: Sequence[np.ndarray], batch: int) -> None:

@@ -20,7 +20,6 @@ from qc.ir import dialect
 from qc.ir.digest import digest_batches, digest_model
 from qc.ir.errors import ContractError, InputError
 from qc.ir.model import Model
-from qc.ir.probe import find_inputs
 from qc.ir.quant import Weight
 from qc.ir.runtime import Session
 from qc.ir.verify import compare, tolerance
@@ -29,7 +28,7 @@ from qc.passes._partition import Partition
 from qc.passes.base import BlockPass, Context, Exact, Result, Site
 from qc.passes.journal import Entry
 from qc.passes.pipeline import Step, format_pipeline
-from qc.passes.statistics import SYNTHETIC_SIZES, Request, collect
+from qc.passes.statistics import Request, collect, synthetic
 
 __all__ = ["FOLDED", "BlockData", "BlockError", "Swept", "sweep", "wants_sweep"]
 
@@ -135,7 +134,7 @@ def sweep(
         InputError: If the network cannot be run on the batches, or yields NaN.
         ContractError: If an exact pass changed what a part computes.
     """
-    inputs = list(batches) if batches is not None else _synthetic(model, context.seed)
+    inputs = list(batches) if batches is not None else synthetic(model, context.seed)
     begun, number, entry, journal = model.clone(), 0, None, context.journal
     if journal is not None:
         facts = {
@@ -325,10 +324,6 @@ class _Sweep:
                 if found[name] is not expected[name]:
                     noise += float(np.square(np.where(finite, found[name] - reference, 0)).sum())
         return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
-
-
-def _synthetic(model: Model, seed: int) -> list[Batch]:
-    return list(find_inputs(model, Session(model).run, seed, SYNTHETIC_SIZES).batches[:1])
 
 
 def _float_bytes(model: Model) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qc.ir.blocks import Blocks, find_blocks
@@ -25,7 +25,8 @@ _EXPORT_MEMORY, _EXPORT_NODE = 410 << 20, 84 << 10
 """The process that exports a model of the hub: torch and transformers, and what a node takes; 2 to 32 layers."""
 
 _DECODED_COPIES = 2
-"""Float32 copies of a weight that the verifying runtime holds at once: decoded, and transposed."""
+"""Float32 copies of a weight that the verifying runtime holds at once: decoded, and transposed. It holds two weights:
+where it decodes the largest is a matter of addresses, and it may wait while the others are used."""
 
 _REPACKED = 1.2
 """Memory of weights that a runtime has repacked for its kernels, relative to their files: 4 bits in blocks of 32."""
@@ -126,7 +127,7 @@ def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) ->
                 read = 4 * tensor.size
         artifact += size
         loaded += read
-    decoded = max((4 * math.prod(shape) * _together(shape, count) for shape, count in shapes.items()), default=0)
+    decoded = _decoded(shapes)
     widest = max((shape[0] * _together(shape, count) for shape, count in shapes.items() if len(shape) == 2), default=0)
     length, count = evaluation_windows(parameters)
     window = 4 * length * widest if model.signature.is_decoder else 0
@@ -141,6 +142,12 @@ def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) ->
     memory = max(working, export)
     disk = _STORED_COPIES * artifact + count * window + (64 << 20)
     return Plan(parameters, source, artifact, memory, disk, in_parts, steps)
+
+
+def _decoded(shapes: Mapping[tuple[int, ...], int]) -> int:
+    """Float32 bytes of the largest weight and of the largest of another shape; each may be two packed into one."""
+    sizes = sorted(4 * math.prod(shape) * _together(shape, count) for shape, count in shapes.items())
+    return sum(sizes[-2:])
 
 
 def _sweep_memory(blocks: Blocks, steps: Sequence[Step]) -> int:

@@ -1,7 +1,8 @@
 """Compares an int4 decoder of ours with one of onnxruntime-genai's own builder, at the same block size.
 
 Builds a Llama with random weights, compiles it with qc and with genai's builder, and runs both results in turns, in one
-process: both in `qc run`, both in genai, and each in the runtime of its maker. Needs the extras ``torch`` and ``genai``::
+process: both in `qc run`, both in genai, and each in the runtime of its maker. Needs the extras ``torch`` and
+``genai``::
 
     python benchmarks/vs_genai.py --threads 1 --rounds 7
 """

@@ -21,7 +21,7 @@ demo: $(VENV)/.core ## Install the core alone, compile the built-in model to int
 	$(BIN)/qc compile builtin:tiny-llama -o demo/float --recipe float --force
 	$(BIN)/qc compile builtin:tiny-llama -o demo/w4 --recipe w4 --force
 	$(BIN)/qc bench demo/w4 --vs demo/float
-	$(BIN)/qc run demo/w4 --prompt "It was a dark and stormy night, and" --max-tokens 60
+	$(BIN)/qc run demo/w4 --prompt "She had never seen such a thing before;" --max-tokens 60
 
 test: lint ## Install everything, then lint and run every test
 	$(PYTEST)

@@ -26,7 +26,7 @@ _EXPORT_MEMORY, _EXPORT_NODE = 410 << 20, 84 << 10
 
 _DECODED_COPIES = 2
 """Float32 copies of a weight that the verifying runtime holds at once: decoded, and transposed. It holds two weights:
-where it decodes the largest is a matter of addresses, and it may wait while the others are used."""
+now and then it decodes the largest early, which then waits while the others are used."""
 
 _REPACKED = 1.2
 """Memory of weights that a runtime has repacked for its kernels, relative to their files: 4 bits in blocks of 32."""

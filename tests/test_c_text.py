@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qc.backends.kits.text_tables import text_tables
@@ -143,6 +144,17 @@ def test_a_file_that_holds_no_tables_is_not_opened(library, tmp_path):
     for content in (b"", b"QCTEXT01", b"QCTEXT01" + bytes(64), b"else" * 9):
         (tmp_path / "tokenizer.bin").write_bytes(content)
         assert not library.qc_text_open(str(tmp_path / "tokenizer.bin").encode()), content
+
+
+def test_tables_that_point_beyond_themselves_are_not_opened(file, library, tmp_path):
+    tables = text_tables(file, None)
+    sizes = np.frombuffer(tables[8:32], "<i4")
+    last = 8 + 4 * (12 + 256 + int(sizes @ [2, 4, 3, 1, 3, 1]))  # where the last token ends
+    counts = [(8 + 4 * i, value) for i in range(6) for value in (-1, 1 << 30)]
+    for place, value in [*counts, (last, 1 << 30), (last - 4, -1)]:
+        damaged = tables[:place] + np.int32(value).astype("<i4").tobytes() + tables[place + 4 :]
+        (tmp_path / "tokenizer.bin").write_bytes(damaged)
+        assert not library.qc_text_open(str(tmp_path / "tokenizer.bin").encode()), (place, value)
 
 
 @pytest.fixture(scope="module")

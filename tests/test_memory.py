@@ -26,7 +26,7 @@ BASE = 150 * MIB
 def test_memory_stays_that_of_the_largest_weight(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARK), "--shape", "150M-wide", "--sparse", "--work", str(tmp_path), "--json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    largest, all_weights = 4 * 1280 * (3328 + 3328), 4 * 146.8e6  # gate and up are packed into one
+    largest, all_weights = 4 * 1280 * (3328 + 3328), 4 * 146.8e6  # as if gate and up were packed into one
     bound = BASE + 3 * largest
     assert bound < all_weights / 2, "the test must tell one weight from all of them"
     stages = found["stages"]

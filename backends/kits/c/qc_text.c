@@ -21,6 +21,23 @@ static int32_t wide(int32_t n) { /* of the file's byte order */
   return (int32_t)((uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24);
 }
 
+/* Whether all places that the tables name lie in them, with so many bytes of spelling behind. */
+static int sound(const qc_text *text, size_t spelled) {
+  const int32_t tokens = text->tokens;
+  if (text->specials > tokens || text->begin[0] < 0 || (size_t)text->begin[tokens] > spelled) return 0;
+  for (int32_t i = 0; i < tokens; i++) {
+    if (text->begin[i] > text->begin[i + 1] || text->order[i] < 0 || text->order[i] >= tokens) return 0;
+  }
+  for (int32_t i = 0; i < text->specials; i++) {
+    if (text->special[i] < 0 || text->special[i] >= tokens) return 0;
+  }
+  for (int32_t i = 0; i < text->changes; i++) {
+    const int32_t *change = text->change + 3 * i;
+    if (change[1] < 0 || change[2] < 0 || (int64_t)change[1] + change[2] > text->become) return 0;
+  }
+  return 1;
+}
+
 qc_text *qc_text_open(const char *file) {
   FILE *stream = fopen(file, "rb");
   qc_text *text = calloc(1, sizeof *text);
@@ -41,15 +58,16 @@ qc_text *qc_text_open(const char *file) {
                            &text->kind,   &text->first, &text->last,    &text->unknown,  &text->longest, &text->hangul};
   const size_t heads = sizeof head / sizeof *head;
   for (size_t i = 0; i < heads && (i + 1) * 4 <= (size_t)size; i++) *head[i] = wide(n[i]);
-  const size_t counts[] = {heads + 256, 3 * (size_t)text->ranges, 4 * (size_t)text->pairs, (size_t)text->specials,
-                           (size_t)text->tokens, 3 * (size_t)text->changes, (size_t)text->become, (size_t)text->tokens + 1};
-  size_t count = 0;
-  for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) count += counts[i];
-  if (count * 4 > (size_t)size) {
+  const int64_t counts[] = {(int64_t)heads + 256, 3 * (int64_t)text->ranges,  4 * (int64_t)text->pairs, text->specials,
+                            text->tokens,         3 * (int64_t)text->changes, text->become,             text->tokens + (int64_t)1};
+  int64_t count = 0;
+  int negative = 0;
+  for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) count += counts[i], negative |= counts[i] < 0;
+  if (negative || count * 4 > size) {
     qc_text_close(text);
     return NULL;
   }
-  for (size_t i = heads; i < count; i++) n[i] = wide(n[i]);
+  for (int64_t i = (int64_t)heads; i < count; i++) n[i] = wide(n[i]);
   text->bytes = n + heads;
   text->range = text->bytes + 256;
   text->pair = text->range + 3 * text->ranges;
@@ -59,7 +77,9 @@ qc_text *qc_text_open(const char *file) {
   text->becomes = text->change + 3 * text->changes;
   text->begin = text->becomes + text->become;
   text->spelled = (const char *)(text->begin + text->tokens + 1);
-  return text;
+  if (sound(text, (size_t)(size - count * 4))) return text;
+  qc_text_close(text);
+  return NULL;
 }
 
 void qc_text_close(qc_text *text) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ __all__ = ["FixedShapes"]
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedShapes:
+class FixedShapes(abc.ABC):
     """Lowers to graphs of fixed shapes.
 
     Attributes:
@@ -43,9 +44,9 @@ class FixedShapes:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
+    @abc.abstractmethod
     def target(self) -> Target:
         """What the unit can run."""
-        raise NotImplementedError
 
     @classmethod
     def parse(cls, words: list[str]) -> Self:

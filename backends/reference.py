@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import onnx_ir as ir
@@ -72,6 +73,8 @@ class ModelRunner:
 class Remembered:
     """A runner whose results are kept on disk, so that it need not be in memory together with what it is compared to.
 
+    It runs on a thread of its own, and may be told beforehand what it is going to be asked.
+
     Attributes:
         signature: Its inputs and outputs with their roles.
         provenance: Facts about its source.
@@ -82,24 +85,36 @@ class Remembered:
 
         Args:
             runner: Runs once on each input.
-            store: Where large results are written.
+            store: Where large results are written; nobody else may write there.
         """
         self.signature = runner.signature
         self.provenance = runner.provenance
         self._runner = runner
         self._store = store
-        self._known: dict[bytes, dict[str, np.ndarray | ir.TensorProtocol]] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._known: dict[bytes, Future[dict[str, np.ndarray | ir.TensorProtocol]]] = {}
+
+    def begin(self, inputs: Mapping[str, np.ndarray]) -> Future[dict[str, np.ndarray | ir.TensorProtocol]]:
+        """Runs on `inputs` when those before are done, unless it did or is about to, and does not wait for it."""
+        key = digest_batch(inputs)
+        if key not in self._known:
+            self._known[key] = self._thread.submit(self._results, inputs)
+        return self._known[key]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs once, or returns what the same inputs yielded before."""
-        key = digest_batch(inputs)
-        if key not in self._known:
-            self._known[key] = {name: self._keep(name, value) for name, value in self._runner.run(inputs).items()}
-        return {k: v if isinstance(v, np.ndarray) else v.numpy() for k, v in self._known[key].items()}
+        return {k: v if isinstance(v, np.ndarray) else v.numpy() for k, v in self.begin(inputs).result().items()}
 
     def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
         """As the runner does; nothing is kept."""
         return self._runner.generate(tokens, max_tokens, stop)
+
+    def close(self) -> None:
+        """Stops after the inputs at hand; nothing more can be asked."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _results(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | ir.TensorProtocol]:
+        return {name: self._keep(name, value) for name, value in self._runner.run(inputs).items()}
 
     def _keep(self, name: str, value: np.ndarray) -> np.ndarray | ir.TensorProtocol:
         large = value.nbytes >= _LARGE and value.dtype.kind not in "OUS"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import pytest
 
 from qc.backends.reference import Remembered
+from qc.ir.errors import InputError
 from qc.ir.model import Signature
 from qc.ir.store import Store
 
@@ -41,3 +45,47 @@ def test_other_values_types_or_shapes_are_other_inputs() -> None:
     for x in (np.zeros(4, np.int64), np.ones(4, np.int64), np.zeros((2, 2), np.int64), np.zeros(8, np.int32)):
         remembered.run({"x": x})
     assert runner.calls == 4
+
+
+def test_what_was_begun_is_run_in_order_and_not_again() -> None:
+    runner = _Counter(1)
+    remembered = Remembered(runner, Store())
+    batches = [{"x": np.array([i])} for i in range(3)]
+    begun = [remembered.begin(b) for b in batches]
+    assert [remembered.run(b)["y"].item() for b in reversed(batches)] == [2, 1, 0]
+    assert all(b.done() for b in begun)
+    assert runner.calls == 3
+
+
+def test_what_is_begun_ends_with_the_inputs_at_hand() -> None:
+    started, let_go = threading.Event(), threading.Event()
+
+    class Slow(_Counter):
+        def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            started.set()
+            assert let_go.wait(60)
+            return super().run(inputs)
+
+    runner = Slow(1)
+    remembered = Remembered(runner, Store())
+    first, second = (remembered.begin({"x": np.array([i])}) for i in range(2))
+    assert started.wait(60)
+    closing = threading.Thread(target=remembered.close)
+    closing.start()
+    while not second.cancelled():
+        time.sleep(0.001)
+    let_go.set()
+    closing.join()
+    assert first.done()
+    assert runner.calls == 1
+
+
+def test_an_error_is_raised_where_its_results_are_asked_for() -> None:
+    class Broken(_Counter):
+        def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            raise InputError("no such input")
+
+    remembered = Remembered(Broken(1), Store())
+    remembered.begin({"x": np.zeros(1)})
+    with pytest.raises(InputError, match="no such input"):
+        remembered.run({"x": np.zeros(1)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -24,7 +25,7 @@ from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.probe import Found, find_inputs
 from qc.ir.store import Store
-from qc.measurement import read_data
+from qc.measurement import measured_batches, read_data
 from qc.passes.base import CALIBRATION_TOKENS, Context
 from qc.passes.journal import Journal
 from qc.passes.manager import PassManager, PassReport
@@ -186,7 +187,8 @@ def _compile(
     writers = {target: ArtifactWriter(place, force=force, resume=resume) for target, place in places.items()}
     results: dict[str, CompileResult] = {}
     try:
-        with work_directory(out, resume=resume) as work:
+        with contextlib.ExitStack() as stack:
+            work = stack.enter_context(work_directory(out, resume=resume))
             clock.start("import")
             shutil.rmtree(work / "import", ignore_errors=True)  # of a killed compile
             model = source if isinstance(source, Model) else load(source, work=work / "import")  # type: ignore[arg-type]
@@ -200,7 +202,11 @@ def _compile(
                 seconds = clock.stop()
                 return {t: CompileResult(None, plans[str(r.passes)], (), {}, {}, seconds) for t, r in recipes.items()}
             original, model, store = model, model.clone(), Store(work / "store")  # passes act in place
-            reference = Remembered(ModelRunner(original), store)
+            ahead = next(iter(plans.values())).ahead and all(b.target.longest is None for b in backends.values())
+            # Half of the cores are left to the passes that it runs beside.
+            threads = max(1, (os.cpu_count() or 2) // 2) if ahead else 0
+            reference = Remembered(ModelRunner(original, threads=threads), Store(work / "reference"))
+            stack.callback(reference.close)
             found = find_inputs(original, reference.run, seed)
             _require_finite(original, found)
             canonical: list[PassReport] = []
@@ -221,6 +227,9 @@ def _compile(
                     journal=Journal(journal, _facts(steps, seed, exclude), resume=resume),
                 )
                 if number == 0:
+                    if ahead:
+                        for batch in measured_batches(reference, plan, data):
+                            reference.begin(batch)
                     clock.start("canonicalize")
                     manager = PassManager(canonicalize_steps(), verify=verify, observer=progress.pass_event)
                     model, canonical = manager.run(

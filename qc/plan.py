@@ -46,6 +46,9 @@ _MEASURING_FLOPS = 2e12
 
 _MOST_WINDOWS = 32
 
+_AHEAD = 128 << 20
+"""Bytes of weights up to which the float model runs on what is measured while passes work: a few seconds less."""
+
 _STORED_COPIES = 3
 """What the work on quantized weights takes on disk: as quantized, as packed projections, and in the artifact."""
 
@@ -67,6 +70,7 @@ class Plan:
             import decides, or the largest weight in float32 with what a sweep needs, or the artifact, which is loaded
             to be measured. What a pass needs that learns on the whole network comes on top, and activations.
         in_parts: Whether the artifact is so large that it is measured a part at a time, and its speed not at all.
+        ahead: Whether the model is so small that the float model is measured while passes work.
         disk_bytes: Space needed beside the artifact's place while working, the artifact included.
         steps: The pipeline.
     """
@@ -77,6 +81,7 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     in_parts: bool
+    ahead: bool
     steps: Sequence[Step]
 
     def check(self, directory: Path, memory: int | None) -> None:
@@ -134,14 +139,16 @@ def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) ->
     repacked = int(_REPACKED * loaded)
     blocks = find_blocks(model.graph)
     in_parts = repacked > _WHOLE and bool(blocks.runs)
+    ahead = source <= _AHEAD
     working = _BASE_MEMORY + _LOGITS_COPIES * window
     working += max(_DECODED_COPIES * decoded + _sweep_memory(blocks, steps), _WHOLE if in_parts else repacked)
     working += parameters * max((s.action.bytes_per_parameter for s in steps), default=0)
+    working += _DECODED_COPIES * decoded if ahead else 0
     # The import is over by now, but counts for what the machine must have.
     export = _EXPORT_MEMORY + _EXPORT_NODE * sum(1 for _ in model.graph.all_nodes()) if exported else 0
     memory = max(working, export)
     disk = _STORED_COPIES * artifact + count * window + (64 << 20)
-    return Plan(parameters, source, artifact, memory, disk, in_parts, steps)
+    return Plan(parameters, source, artifact, memory, disk, in_parts, ahead, steps)
 
 
 def _decoded(shapes: Mapping[tuple[int, ...], int]) -> int:

@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import json
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def _pieces(file: Path, data: Mapping[str, Any], special: Mapping[int, bytes]) -
         _PIECES,
         _numbered(own, special),
         list(special),
-        _ranges(lambda code: kinds.get(code, 0)),
+        _ranges(kinds),
         ends=ends,
         unknown=model["vocab"][model["unk_token"]],
         longest=model["max_input_chars_per_word"],
@@ -181,7 +181,7 @@ def _ends(processor: Mapping[str, Any]) -> tuple[int, int] | None:
 _AROUND = ["SpecialToken", "Sequence", "SpecialToken"]
 
 
-def _parts_of_words(file: Path) -> tuple[dict[int, int], dict[int, str]]:
+def _parts_of_words(file: Path) -> tuple[np.ndarray, dict[int, str]]:
     """What each character is to BERT, if it is no part of a word, and what it becomes, if it does not stay.
 
     The library of the tokenizer says so: its tables are of a version of Unicode of their own.
@@ -189,7 +189,7 @@ def _parts_of_words(file: Path) -> tuple[dict[int, int], dict[int, str]]:
     import tokenizers
 
     whole = tokenizers.Tokenizer.from_file(str(file))
-    kinds, changes = {}, {}
+    kinds, changes = np.zeros(_PLAIN_END, np.int64), {}
     for code in set(range(_PLAIN_END)) - set(_HANGUL) - set(range(0xD800, 0xE000)):
         old = chr(code)
         new = whole.normalizer.normalize_str(old)
@@ -239,24 +239,20 @@ def _merges(model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Iterator
             yield vocabulary[left], vocabulary[right], vocabulary[left + right], rank
 
 
-def _ranges(kind_of: Callable[[int], int]) -> Sequence[tuple[int, int, int]]:
-    """Ranges of characters of a kind, in order."""
-    found, first, kind = [], 0, 0
-    for code in range(_PLAIN_END + 1):
-        now = kind_of(code) if code < _PLAIN_END else 0
-        if now != kind:
-            if kind:
-                found.append((first, code - 1, kind))
-            first, kind = code, now
-    return found
+def _ranges(kinds: np.ndarray) -> Sequence[tuple[int, int, int]]:
+    """Ranges of characters of a kind, in order.
+
+    Args:
+        kinds: The kind of every character, by code [_PLAIN_END].
+    """
+    edges = np.flatnonzero(np.diff(kinds, prepend=0, append=0)).tolist()
+    found = zip(edges, edges[1:], kinds[edges[:-1]].tolist(), strict=False)
+    return [(first, after - 1, kind) for first, after, kind in found if kind]
 
 
 @functools.cache
 def _of_gpt2() -> Sequence[tuple[int, int, int]]:
-    return _ranges(_kind)
-
-
-def _kind(code: int) -> int:
-    if code in _SPACES:
-        return _SPACE
-    return {"L": _LETTER, "N": _DIGIT}.get(unicodedata.category(chr(code))[0], 0)
+    groups = {"L": _LETTER, "N": _DIGIT}
+    kinds = np.array([groups.get(unicodedata.category(c)[0], 0) for c in map(chr, range(_PLAIN_END))])
+    kinds[list(_SPACES)] = _SPACE
+    return _ranges(kinds)

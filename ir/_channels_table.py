@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["OPERATORS", "Rule"]
+__all__ = ["OPERATORS", "ROUNDING", "Rule"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,3 +157,6 @@ OPERATORS: dict[str, Rule] = {
     "opaque": _rule("opaque", _EVERYTHING, "the analysis does not know this operator"),
 }
 """Rules by operator (``domain::name`` outside of the standard domain), or ``operator:operand``."""
+
+ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantize"})
+"""Types of the operators that bring activations to a grid: but for the rounding, every action commutes with them."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qc.ir._channels_table import OPERATORS, Rule
+from qc.ir._channels_table import OPERATORS, ROUNDING, Rule
 from qc.ir._channels_view import Dims, View, dims_of
 from qc.ir.quant import read_weight
 
@@ -131,7 +131,8 @@ class Trace:
         alike: Pairs of arrays of channels with one index.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, *, rounded: bool = False) -> None:
+        """Walks over `graph`; `rounded`: what rounds activations counts as the identity."""
         self.count = 0
         self.views: dict[ir.Value, View] = {}
         self.same: list[tuple[np.ndarray, np.ndarray]] = []
@@ -142,6 +143,7 @@ class Trace:
         self.members: list[Member] = []
         self.states: list[tuple[ir.Value, View]] = []
         self.attentions: list[tuple[ir.Node, np.ndarray, np.ndarray, np.ndarray]] = []
+        self._rounded = rounded
         self._inputs = set(graph.inputs)
         self._constants: dict[ir.Value, bool] = {}
         self._state_inputs, self._state_outputs = _states(graph)
@@ -250,6 +252,8 @@ class Trace:
         touched = any(v in self.views for v in node.inputs) or rule.tracer in _STARTS
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             self.opaque(node)
+        elif self._rounded and node.op_type in ROUNDING:
+            self.set(node.outputs[0], self.views.get(node.inputs[0]))
         elif touched:
             _TRACERS[rule.tracer](self, node, rule)
 

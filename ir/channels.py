@@ -18,10 +18,11 @@ import onnx_ir as ir
 from qc.ir import _channels_ops, _channels_shapes  # noqa: F401  they register the tracers
 from qc.ir._channels_build import Builder
 from qc.ir._channels_solve import solve
+from qc.ir._channels_table import ROUNDING
 from qc.ir._channels_trace import Trace
 from qc.ir._channels_types import ACTIONS, ChannelGroup, Family, Forbidden, Input, Use
 
-__all__ = ["ACTIONS", "ChannelGroup", "ChannelGroups", "Family", "Forbidden", "Use", "find_groups"]
+__all__ = ["ACTIONS", "ROUNDING", "ChannelGroup", "ChannelGroups", "Family", "Forbidden", "Use", "find_groups"]
 
 
 class ChannelGroups(Sequence[ChannelGroup]):
@@ -61,13 +62,18 @@ class ChannelGroups(Sequence[ChannelGroup]):
         return drawing(self)
 
 
-def find_groups(model: ir.Model) -> ChannelGroups:
+def find_groups(model: ir.Model, *, rounded: bool = False) -> ChannelGroups:
     """Finds the channel groups of the main graph of a canonical model with shapes. No weight is read.
 
     A key-value cache (inputs of role ``past_*`` with an output ``present_*``) belongs to the model: actions may change
     what it holds, as long as a cache written by the model is only read by the same model.
 
     Time grows linearly with the nodes.
+
+    Args:
+        model: The model.
+        rounded: Whether to look through what rounds activations, as if it did nothing: actions are then exact but for
+            this rounding.
     """
-    trace = Trace(model.graph)
+    trace = Trace(model.graph, rounded=rounded)
     return ChannelGroups(*Builder(trace, solve(trace)).groups())

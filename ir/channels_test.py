@@ -162,6 +162,28 @@ def test_the_analysis_changes_nothing_and_reads_no_weight() -> None:
     assert [(n.op_type, *n.inputs) for n in model.graph] == before
 
 
+@pytest.mark.parametrize(
+    "rounding",
+    [
+        "z = qc.DynamicQuantize:token_symmetric <bits=8, clip=1.0> (h)",
+        "c = QuantizeLinear (h, scale) z = DequantizeLinear (c, scale)",
+        "c, s, o = DynamicQuantizeLinear (h) z = DequantizeLinear (c, s, o)",
+    ],
+)
+def test_what_rounds_activations_is_looked_through_when_asked_for(rounding: str) -> None:
+    def group(middle: str, **options: bool) -> ChannelGroup:
+        text = f"g (float[n,6] x) => (float[n,5] y) {{ h = qc.Linear (x, a) {middle} y = qc.Linear (z, b) }}"
+        weights = {"a": np.ones((8, 6), np.float32), "b": np.ones((5, 8), np.float32)}
+        weights |= {"scale": np.float32(0.1)} if "scale" in middle else {}
+        found = find_groups(parse(text, weights=weights), **options)
+        return next(g for g in found if {u.name for u in g.producers} == {"a"})
+
+    assert not group(rounding).admits
+    seen = group(rounding, rounded=True)
+    assert seen.admits == group("z = Identity (h)").admits
+    assert names(seen) == ({"a"}, {"b"}, set())
+
+
 def test_an_empty_graph_has_no_groups() -> None:
     found = find_groups(parse("g (float[2] x) => (float[2] y) { y = Identity (x) }"))
     assert len(found) == 0

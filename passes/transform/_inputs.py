@@ -24,6 +24,7 @@ __all__ = [
     "centred",
     "linear_readers",
     "operators",
+    "read_elsewhere",
     "requests",
     "scale_inputs",
     "unreadable",
@@ -57,6 +58,11 @@ class Inputs:
     def names(self) -> list[str]:
         """The products by the names that users know: module paths, else names of weights."""
         return [use.node.metadata_props.get("qc.scope") or use.name for use in self.products]
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a report says about any site."""
+        return {"group": self.group.id, "kind": self.group.kind, "products": self.names}
 
     def largest(self, columns: Sequence[np.ndarray]) -> np.ndarray:
         """The maximum over everything that must share a factor: products, repeated columns, cells of the group.
@@ -157,7 +163,7 @@ def visit(
             reason = f"excluded by {pattern}"
         if not reason and columns is None:
             reason = "no statistics of its input: no calibration inputs could be made that the model runs on"
-        facts: dict[str, object] = {"group": inputs.group.id, "kind": inputs.group.kind, "products": inputs.names}
+        facts = inputs.facts
         if reason or columns is None:
             sites.append(Site(inputs.names[0], Outcome.SKIPPED, reason, facts))
             continue
@@ -298,13 +304,20 @@ def unreadable(inputs: Inputs) -> str:
 
 def unwritable(inputs: Inputs, uses: Sequence[Use]) -> str:
     """Why some weights of the group cannot be changed; empty if they can."""
-    members = {(use.node, use.slot) for use in (*inputs.group.uses, *uses)}
+    for use in uses:
+        weight = read_weight(use.value)
+        if weight is not None and weight.format is not None:
+            return f"{use.name} is quantized: put transforms in front of quantization"
+    return read_elsewhere(inputs.group, uses)
+
+
+def read_elsewhere(group: ChannelGroup, uses: Sequence[Use]) -> str:
+    """Which of some weights something outside of the group reads too, as a reason; empty if none."""
+    members = {(use.node, use.slot) for use in (*group.uses, *uses)}
     for use in uses:
         weight = read_weight(use.value)
         if weight is None:
             continue
-        if weight.format is not None:
-            return f"{use.name} is quantized: put transforms in front of quantization"
         # Through another decode node or directly: whoever else reads the numbers.
         direct = [pair for pair in weight.data.uses() if pair[0] is not weight.value.producer()]
         if any(tuple(pair) not in members for pair in (*weight.value.uses(), *direct)):

@@ -14,29 +14,26 @@ import onnx_ir as ir
 
 from qc.ir import dialect
 from qc.ir.errors import InputError
-from qc.ir.quant import QuantizedTensor, Weight, emit, read_weight
+from qc.ir.quant import Weight, read_weight
 from qc.passes.base import Context, Outcome, Pass, Site, check_patterns, site_name
+from qc.passes.tune._groups import transformable
+from qc.passes.tune._stored import float_vectors, float_weight, replace_codes, replace_vector, static_steps
 
 if TYPE_CHECKING:
-    import torch
-
     from qc.passes.tune._checkpoint import Checkpoint
     from qc.passes.tune._loop import Trained
     from qc.passes.tune._loss import Learned, Loss
 
 __all__ = ["Layer", "Learner", "require_torch", "trained_sites"]
 
-_LEARNED = ("rounding", "weights", "low-rank", "range", "scale", "norms", "activations")
+_LEARNED = ("rounding", "weights", "low-rank", "range", "scale", "norms", "activations", "transforms")
 _OPTIMIZERS = ("sign", "adam")
 
 _TOKENS = 1 << 15
 """128 windows of 256: with fewer, what is learned fits them and little else."""
 
-_VECTORS = {"RMSNormalization": (1,), "LayerNormalization": (1, 2), "Linear": (2,)}
-"""Where gains and biases are read."""
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
     """A product whose weight is learned.
 
@@ -56,12 +53,12 @@ class Learner(Pass):
     """Options of everything that learns.
 
     Attributes:
-        learn: What is learned: rounding, weights, low-rank, range, scale, norms, activations.
+        learn: What is learned: rounding, weights, low-rank, range, scale, norms, activations, transforms.
         optimizer: sign (the sign of the gradient) or adam.
         steps: Number of steps.
         batch: Calibration batches in a step.
         rate: Length of a step of rounding, weights and low-rank, in code units; falls linearly to zero.
-        range_rate: Length of a step of range, scale and activations, as a factor; likewise.
+        range_rate: Length of a step of range, scale, activations and transforms, as a factor; likewise.
         rank: Of low-rank.
         exclude: Regular expressions of layers that are left as they are.
     """
@@ -133,10 +130,10 @@ class Learner(Pass):
         context: Context,
         layers: Sequence[Layer],
         label: str,
-        loss: Callable[[Mapping[str, Learned], Mapping[str, torch.Tensor], str], Loss],
+        loss: Callable[[Mapping[str, Learned], str], Loss],
         *,
         checkpoint: Checkpoint | None = None,
-    ) -> Trained:
+    ) -> tuple[Trained, list[Site]]:
         """Learns, and writes what was learned into the model if it is better.
 
         Args:
@@ -144,58 +141,87 @@ class Learner(Pass):
             context: What the pass may use.
             layers: The layers, see `layers`.
             label: Of the part of the network, for the seed.
-            loss: Makes the loss, from what is learned by name, the float vectors, and the device.
+            loss: Makes the loss, from what is learned by name, and the device.
             checkpoint: Where the state is written down, and read from.
+
+        Returns:
+            What was found, and the sites of channel groups if ``transforms`` are learned.
         """
         import torch
 
+        from qc.passes.tune._factors import LearnedVector, scalings
         from qc.passes.tune._grid import LearnedGrid
         from qc.passes.tune._loop import Schedule, train
         from qc.passes.tune._weight import LearnedWeight
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rng = np.random.default_rng([context.seed, zlib.crc32(label.encode())])
+        groups, sites = [], []
+        if "transforms" in self.learn:
+            groups, sites = transformable(model, context, {layer.weight.value for layer in layers})
+        factors, scaling = scalings([inputs.group for inputs in groups], device)
         weights = {
-            str(layer.weight.value.name): LearnedWeight(
+            layer: LearnedWeight(
                 layer.original,
                 layer.weight.quantized(),
                 self.learn,
+                scaling=scaling.get(layer.weight.value),
                 rank=self.rank,
                 seed=int(rng.integers(1 << 31)),
                 device=device,
             )
             for layer in layers
         }
-        steps = {v: LearnedGrid(n, device) for v, n in _grids(model, context)} if "activations" in self.learn else {}
-        learned = weights | {str(v.name): grid for v, grid in steps.items()}
-        vectors = _vectors(model, context, device) if "norms" in self.learn else {}
-        tensors = {name: tensor for name, (_, tensor) in vectors.items()}
+        steps = (
+            {v: LearnedGrid(n, device) for v, n in static_steps(model, context)} if "activations" in self.learn else {}
+        )
+        norms = dict.fromkeys(float_vectors(model, context)) if "norms" in self.learn else {}
+        vectors = [
+            (vector, LearnedVector(vector.numpy(), value in norms, scaling.get(value), device))
+            for value in dict.fromkeys([*scaling, *norms])
+            if (vector := read_weight(value)) is not None and vector.format is None
+        ]
+        learned = {str(layer.weight.value.name): weight for layer, weight in weights.items()}
+        learned |= {str(vector.value.name): held for vector, held in vectors}
+        learned |= {str(value.name): grid for value, grid in steps.items()}
         schedule = Schedule(self.optimizer, self.steps, self.batch, self.rate, self.range_rate)
         with _threads(context.threads):
             found = train(
-                loss(learned, tensors, device),
-                learned,
-                tensors,
+                loss(learned, device),
+                [*learned.values(), *factors],
                 schedule,
                 rng,
                 checkpoint=checkpoint,
                 tick=lambda step: context.progress(step - 1, self.steps, f"step {step}"),
             )
         if found.after < found.before:
-            for layer in layers:
-                _replace(layer.weight, weights[str(layer.weight.value.name)].export(), context)
+            for layer, weight in weights.items():
+                replace_codes(layer.weight, weight.export(), context)
             for value, grid in steps.items():
                 value.const_value = context.store.put(str(value.name), grid.stored().cpu().numpy())
-            for vector, tensor in vectors.values():
-                _replace_vector(model, vector, tensor.detach().cpu().numpy(), context)
-        return found
+            for vector, held in vectors:
+                replace_vector(model, vector, held.stored().cpu().numpy(), context)
+            if context.block is not None:
+                for layer in (layer for layer in layers if layer.weight.value in scaling):
+                    folded = scaling[layer.weight.value].folded(torch.from_numpy(np.array(layer.original)).to(device))
+                    held = float_weight(layer.weight.name, folded.cpu().numpy(), context)
+                    context.block.originals[layer.weight.value] = held
+        sites += [
+            _site(inputs.names[0], found, inputs.facts | held.facts())
+            for inputs, held in zip(groups, factors, strict=True)
+        ]
+        return found, sites
 
 
-def trained_sites(layers: Sequence[Layer], found: Trained, whole: str, facts: Mapping[str, object]) -> list[Site]:
-    """The sites of layers that were learned together; `whole` names what they are judged in."""
-    better = found.after < found.before
-    outcome, reason = (Outcome.CHANGED, "") if better else (Outcome.MATCHED, f"no step made the {whole} better")
-    return [Site(layer.name, outcome, reason, facts) for layer in layers]
+def trained_sites(layers: Sequence[Layer], found: Trained, facts: Mapping[str, object]) -> list[Site]:
+    """The sites of layers that were learned together."""
+    return [_site(layer.name, found, facts) for layer in layers]
+
+
+def _site(name: str, found: Trained, facts: Mapping[str, object]) -> Site:
+    if found.after < found.before:
+        return Site(name, Outcome.CHANGED, "", facts)
+    return Site(name, Outcome.MATCHED, "no step made what is judged better", facts)
 
 
 def require_torch() -> None:
@@ -214,57 +240,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _grids(model: ir.Model, context: Context) -> list[tuple[ir.Value, np.ndarray]]:
-    """The stored steps of static grids of activations that only this part reads, and their numbers."""
-    found = {}
-    for node in (n for n in model.graph if n.op_type == "QuantizeLinear" and not n.domain and context.covers(n)):
-        scale = node.inputs[1]
-        assert scale is not None
-        inside = all(context.covers(user) for user, _ in scale.uses())
-        if inside and scale.const_value is not None and scale.is_initializer() and scale.dtype == ir.DataType.FLOAT:
-            found[scale] = scale.const_value.numpy()
-    return list(found.items())
-
-
-def _vectors(model: ir.Model, context: Context, device: str) -> dict[str, tuple[Weight, torch.Tensor]]:
-    """Gains of norms and biases that only this part reads, by the name under which they are read."""
-    import torch
-
-    found = {}
-    for node in (n for n in model.graph if context.covers(n)):
-        for value in (node.inputs[i] for i in _VECTORS.get(node.op_type, ()) if i < len(node.inputs)):
-            weight = read_weight(value)
-            if weight is None or weight.format is not None or len(weight.shape) != 1 or weight.value.dtype is None:
-                continue
-            inside = all(context.covers(user) for user, _ in weight.value.uses())
-            if inside and weight.value.dtype == ir.DataType.FLOAT:
-                numbers = torch.from_numpy(np.array(weight.numpy(), np.float32)).to(device)
-                found[str(weight.value.name)] = weight, numbers.requires_grad_()
-    return found
-
-
-def _replace(weight: Weight, tensor: QuantizedTensor, context: Context) -> None:
-    """Puts other codes and parameters behind a decode node."""
-    node = weight.value.producer()
-    assert node is not None
-    for old, new in zip(node.inputs, emit(tensor, ir.Value(name=weight.name), context.store).inputs, strict=True):
-        assert old is not None
-        assert new is not None
-        old.const_value = new.const_value
-
-
-def _replace_vector(model: ir.Model, vector: Weight, numbers: np.ndarray, context: Context) -> None:
-    """Makes the readers of a float vector read other numbers, in single precision."""
-    old, node = vector.value, vector.value.producer()
-    if node is None:
-        old.const_value = context.store.put(str(old.name), numbers)
-        return
-    new = ir.Value(name=f"{old.name}.tuned", shape=ir.Shape(numbers.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    new.const_value = context.store.put(str(new.name), numbers)
-    model.graph.register_initializer(new)
-    old.replace_all_uses_with(new)
-    model.graph.remove(node, safe=True)
-    if not vector.data.uses():
-        model.graph.initializers.pop(str(vector.data.name), None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from qc.passes.tune._checkpoint import Checkpoint
-from qc.passes.tune._loss import Learned, Loss
+from qc.passes.tune._loss import Loss, Parameters
 
 __all__ = ["Schedule", "Trained", "train"]
 
@@ -23,6 +23,9 @@ _CHECKS = 5
 
 _WEAK = 0.05
 """Rate of everything that is no weight (gains and biases), relative to that of ranges: they are floats, and few."""
+
+_MOVED_BY = (("offset", "up", "down"), ("high", "low", "factor", "logarithm"), ("vector",))
+"""Names of parameters that are moved by ``rate``, by ``range_rate``, and by little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +62,7 @@ class Trained:
 
 def train(
     loss: Loss,
-    learned: Mapping[str, Learned],
-    vectors: Mapping[str, torch.Tensor],
+    learned: Sequence[Parameters],
     schedule: Schedule,
     rng: np.random.Generator,
     *,
@@ -71,8 +73,7 @@ def train(
 
     Args:
         loss: What is to become small.
-        learned: What it depends on, by name.
-        vectors: Float parameters that it depends on, likewise.
+        learned: What it depends on.
         schedule: How.
         rng: Chooses the batches.
         checkpoint: Where the state is written down, and read from.
@@ -80,12 +81,14 @@ def train(
     """
     judges = range(0, loss.count, max(_JUDGES, -(-loss.count // _MOST_JUDGES)))
     learners = [i for i in range(loss.count) if i not in judges] or list(judges)
+    rates = (schedule.rate, schedule.range_rate, _WEAK * schedule.range_rate)
     groups = [
-        {"params": [p for v in learned.values() for n, p in v.parameters.items() if n in names], "lr": rate}
-        for names, rate in ((("offset", "up", "down"), schedule.rate), (("high", "low", "factor"), schedule.range_rate))
+        {"params": [p for v in learned for n, p in v.parameters.items() if n in names], "lr": rate}
+        for names, rate in zip(_MOVED_BY, rates, strict=True)
     ]
-    groups.append({"params": list(vectors.values()), "lr": _WEAK * schedule.range_rate})
     groups = [g for g in groups if g["params"]]
+    if not groups:
+        return Trained(start := loss.judge(judges), start)
     optimizer = torch.optim.SGD(groups) if schedule.optimizer == "sign" else torch.optim.Adam(groups, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, schedule.steps)
     moved = [p for g in groups for p in g["params"]]
@@ -112,7 +115,7 @@ def train(
                     p.grad.sign_()
         optimizer.step()
         decay.step()
-        for value in learned.values():
+        for value in learned:
             value.bound()
         if step % max(1, schedule.steps // _CHECKS) == 0 or step == schedule.steps:
             found = loss.judge(judges)

@@ -18,17 +18,25 @@ if TYPE_CHECKING:
     from qc.passes._activations import Shelf
     from qc.passes.sweep import BlockData
 
-__all__ = ["BlockLoss", "Learned", "Loss", "NetworkLoss"]
+__all__ = ["BlockLoss", "Learned", "Loss", "NetworkLoss", "Parameters"]
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 Batch = Mapping[str, np.ndarray]
 
 
-class Learned(Protocol):
-    """A value of a network as a differentiable function of parameters."""
+class Parameters(Protocol):
+    """What is learned, by name."""
 
     parameters: dict[str, torch.Tensor]
+
+    def bound(self) -> None:
+        """Brings the parameters back into their bounds."""
+        ...
+
+
+class Learned(Parameters, Protocol):
+    """A value of a network as a differentiable function of parameters."""
 
     def __call__(self) -> torch.Tensor:
         """The value."""
@@ -36,10 +44,6 @@ class Learned(Protocol):
 
     def stored(self) -> torch.Tensor:
         """The value as it would be stored: with integers as integers."""
-        ...
-
-    def bound(self) -> None:
-        """Brings the parameters back into their bounds."""
         ...
 
 
@@ -55,7 +59,6 @@ class Loss(abc.ABC):
         model: ir.Model,
         outputs: Sequence[str],
         learned: Mapping[str, Learned],
-        vectors: Mapping[str, torch.Tensor],
         count: int,
         device: str,
     ) -> None:
@@ -65,7 +68,6 @@ class Loss(abc.ABC):
             model: What is quantized.
             outputs: Names of the values to compute.
             learned: What is learned, by the name of the value that it is of.
-            vectors: Float parameters by the name under which they are read.
             count: Number of batches.
             device: Where to compute.
         """
@@ -74,7 +76,6 @@ class Loss(abc.ABC):
         values = {str(v.name): v for n in model.graph for v in n.outputs} | dict(model.graph.initializers)
         self._values = {name: values[name] for name in learned}
         self._executor.parameters |= {v: torch.empty(0) for v in self._values.values()}  # what is behind is not read
-        self._executor.parameters |= {values[name]: tensor for name, tensor in vectors.items()}
 
     @abc.abstractmethod
     def of(self, batch: int) -> torch.Tensor:
@@ -89,6 +90,7 @@ class Loss(abc.ABC):
         for batch in batches:
             (self.of(batch) / len(batches)).backward()
         pairs = [(tensor, leaves[name].grad) for name, tensor in made.items() if tensor.requires_grad]
+        pairs = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
         torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
 
     @torch.no_grad()
@@ -103,20 +105,23 @@ class Loss(abc.ABC):
 
 
 class BlockLoss(Loss):
-    """Squared distance of a part's outputs from those of the float part, relative to the square of the latter."""
+    """Squared distance of a part's outputs from those of the float part, relative to the square of the latter.
+
+    Caches do not count: what factors of channel groups make of them is undone where they are read.
+    """
 
     def __init__(
         self,
         block: BlockData,
         learned: Mapping[str, Learned],
-        vectors: Mapping[str, torch.Tensor],
         both: bool,
         device: str,
     ) -> None:
         """Takes a part of a sweep; `both`: the distance to the float part on the quantized inputs counts too."""
         part = block.part()
-        self._names = [str(v.name) for v in part.graph.outputs if v.name in block.targets and v.dtype in _FLOATS]
-        super().__init__(part, self._names, learned, vectors, block.count, device)
+        outputs = (p for p in part.signature.outputs if p.role not in _CACHES and p.dtype in _FLOATS)
+        self._names = [p.name for p in outputs if p.name in block.targets]
+        super().__init__(part, self._names, learned, block.count, device)
         self._block, self._inputs = block, {str(v.name) for v in part.graph.inputs}
         self._float = Executor(block.reference, outputs=self._names, device=device) if both else None
 
@@ -146,14 +151,13 @@ class NetworkLoss(Loss):
         reference: Model,
         batches: Sequence[Batch],
         learned: Mapping[str, Learned],
-        vectors: Mapping[str, torch.Tensor],
         shelf: Shelf,
         device: str,
     ) -> None:
         """Takes a network and its float original; `shelf` keeps what the latter's last part reads."""
         self._logits = [p.name for p in model.signature.outputs if p.role == "logits" and p.dtype in _FLOATS]
         self._others = [p.name for p in model.signature.outputs if p.role not in _UNCOUNTED and p.dtype in _FLOATS]
-        super().__init__(model, self._logits + self._others, learned, vectors, len(batches), device)
+        super().__init__(model, self._logits + self._others, learned, len(batches), device)
         self._batches = batches
         self._tail = Executor(tail := _tail(reference, self._names), outputs=self._names, device=device)
         self._kept = _run(reference, tail, batches, shelf, device)
@@ -171,7 +175,8 @@ class NetworkLoss(Loss):
         return torch.stack(parts).sum()
 
 
-_UNCOUNTED = frozenset({"logits", "present_key", "present_value"})
+_CACHES = frozenset({"present_key", "present_value"})
+_UNCOUNTED = _CACHES | {"logits"}
 
 
 def _tail(reference: Model, outputs: Sequence[str]) -> Model:

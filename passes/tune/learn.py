@@ -30,20 +30,28 @@ class Tune(Learner, BlockPass):
 
     It goes on from the codes that the `quantize-weights` before it chose, in the same sweep. What may be learned
     together: rounding, weights, low-rank, range, scale (formulas: `qc.passes.tune._weight`), norms, the gains and
-    biases of the block, and activations, the steps of their static grids. Published methods are choices among these:
-    AutoRound is rounding and range with the optimizer sign; Block-AP of EfficientQAT is weights and range with adam;
-    OmniQuant's LWC is range with adam.
+    biases of the block, activations, the steps of their static grids, and transforms, below. Published methods are
+    choices among these: AutoRound is rounding and range with the optimizer sign; Block-AP of EfficientQAT is weights
+    and range with adam; OmniQuant's LWC is range with adam, its LET transforms.
 
-    Left alone, with the reason: parts without a weight on a uniform grid, or whose outputs are too wide to hold.
+    Transforms are positive factors ``s`` of every channel group that admits them, ``x'_k = x_k / s_k`` and
+    ``W'_nk = W_nk s_k`` as in `smooth`, from 1 on: from norms into what reads them, from values into the output
+    projection, from the linear side of a gate into the product behind it, between queries and keys where these are
+    rounded. They are equal in what a rotary embedding turns together and in all query heads on one key-value head, so
+    the float network stays the same. They are folded into gains, biases and weights, and each weight is rounded anew,
+    on its learned grid. No shifts are learned.
+
+    Left alone, with the reason: parts without a weight on a uniform grid, or whose outputs are too wide to hold; of
+    transforms, groups that forbid factors, reach into another block, or hold a weight that is not learned.
     Needs torch; computes on CUDA where there is one.
 
     Attributes:
-        learn: What is learned: rounding, weights, low-rank, range, scale, norms, activations.
+        learn: What is learned: rounding, weights, low-rank, range, scale, norms, activations, transforms.
         optimizer: sign (the sign of the gradient) or adam.
         steps: Number of steps per block.
         batch: Calibration batches in a step.
         rate: Length of a step of rounding, weights and low-rank, in code units; falls linearly to zero.
-        range_rate: Length of a step of range, scale and activations, as a factor; likewise.
+        range_rate: Length of a step of range, scale, activations and transforms, as a factor; likewise.
         loss: float, or both: the distance to the float block on the quantized inputs counts as much.
         rank: Of low-rank.
         exclude: Regular expressions of layers that are left as they are.
@@ -92,15 +100,15 @@ class Tune(Learner, BlockPass):
             return Result.of(model, [*sites, *(Site(layer.name, Outcome.SKIPPED, reason) for layer in layers)])
         from qc.passes.tune._loss import BlockLoss
 
-        found = self.train(
+        found, groups = self.train(
             model,
             context,
             layers,
             block.label,
-            lambda w, v, device: BlockLoss(block, w, v, self.loss == "both", device),
+            lambda learned, device: BlockLoss(block, learned, self.loss == "both", device),
         )
         facts = {"before_db": _db(found.before), "after_db": _db(found.after)}
-        return Result.of(model, [*sites, *trained_sites(layers, found, "block", facts)])
+        return Result.of(model, [*sites, *groups, *trained_sites(layers, found, facts)])
 
 
 def _db(loss: float) -> float | None:

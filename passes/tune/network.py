@@ -36,18 +36,19 @@ class TuneNetwork(Learner):
 
     Published methods are choices among the options: E2E-QP of EfficientQAT (arXiv 2407.11062, section 3.3) is scale
     with adam, with codes as they are; quantization-aware training with distillation (EdgeQAT, arXiv 2402.10787) is
-    weights and range; MobileQuant (arXiv 2408.13933) learns activations too, behind static `quantize-activations`.
+    weights and range; MobileQuant (arXiv 2408.13933) is transforms, range and activations, behind `smooth` and static
+    `quantize-activations`.
 
     Memory holds the whole network, each weight a few times over: `tune` needs that of one block. Left alone, with the
     reason: weights that are not on a uniform grid. Needs torch; computes on CUDA where there is one.
 
     Attributes:
-        learn: What is learned: rounding, weights, low-rank, range, scale, norms, activations.
+        learn: What is learned: rounding, weights, low-rank, range, scale, norms, activations, transforms.
         optimizer: sign (the sign of the gradient) or adam.
         steps: Number of steps.
         batch: Calibration batches in a step.
         rate: Length of a step of rounding, weights and low-rank, in code units; falls linearly to zero.
-        range_rate: Length of a step of range, scale and activations, as a factor; likewise.
+        range_rate: Length of a step of range, scale, activations and transforms, as a factor; likewise.
         rank: Of low-rank.
         exclude: Regular expressions of layers that are left as they are.
     """
@@ -70,7 +71,7 @@ class TuneNetwork(Learner):
 
     @property
     def bytes_per_parameter(self) -> int:
-        return _MOVED if {"rounding", "weights", "low-rank"} & set(self.learn) else _FROZEN
+        return _MOVED if {"rounding", "weights", "low-rank", "transforms"} & set(self.learn) else _FROZEN
 
     def call(self, model: ir.Model, context: Context | None = None) -> Result:
         context = context or Context()
@@ -111,14 +112,14 @@ class TuneNetwork(Learner):
                 "quantized model": digest_model(model),
             }
             checkpoint = Checkpoint(context.journal, facts)
-        found = self.train(
+        found, groups = self.train(
             model,
             context,
             layers,
             "",
-            lambda w, v, device: NetworkLoss(model, reference, batches, w, v, shelf, device),
+            lambda learned, device: NetworkLoss(model, reference, batches, learned, shelf, device),
             checkpoint=checkpoint,
         )
         facts = {"before": found.before, "after": found.after}
         note = f"distance from the float outputs on batches not learned from: {found.before:.4g} to {found.after:.4g}"
-        return Result.of(model, [*sites, *trained_sites(layers, found, "network", facts)], [note])
+        return Result.of(model, [*sites, *groups, *trained_sites(layers, found, facts)], [note])

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from qc.backends.inputs import cache_shape, require_tokens, text_inputs
+from qc.backends.target import Runner
 from qc.ir.errors import InputError
 from qc.ir.model import Signature
 
-__all__ = ["context_limit", "greedy", "pick", "plan"]
-
-Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+__all__ = ["context_limit", "decoder_start", "greedy", "pick", "plan"]
 
 
-def greedy(
-    run: Run,
-    signature: Signature,
-    tokens: Sequence[int],
-    max_tokens: int,
-    stop: Sequence[int] = (),
-    *,
-    limit: int | None = None,
-    start: int | None = None,
-) -> Iterator[int]:
+def greedy(runner: Runner, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
     """Yields the most probable next token, one after the other; a token of `stop` ends the text and is not yielded.
 
     Args:
-        run: Runs the model once.
-        signature: The model's.
-        tokens: The prompt.
+        runner: Runs the model once for each token.
+        tokens: The prompt, or what the encoder of an encoder-decoder reads.
         max_tokens: Largest number of tokens to yield.
         stop: Ids that end a text.
-        limit: Largest number of tokens that the model can attend to, or None.
-        start: First decoder token of an encoder-decoder model.
 
     Raises:
         InputError: If the model does not generate text, or the prompt does not fit it.
     """
-    if signature.input("decoder_tokens") is not None:
-        return _encoder_decoder(run, signature, tokens, max_tokens, stop, start)
-    max_tokens = plan(signature, tokens, max_tokens, limit)
-    return _decoder(run, signature, tokens, max_tokens, stop)
+    limit = context_limit(runner.provenance)
+    if runner.signature.input("decoder_tokens") is None:
+        return _decoder(runner, tokens, plan(runner.signature, tokens, max_tokens, limit), stop)
+    start = decoder_start(runner.provenance)
+    return _encoder_decoder(runner, tokens, start, min(max_tokens, limit or max_tokens), stop)
 
 
 def plan(signature: Signature, tokens: Sequence[int], max_tokens: int, limit: int | None) -> int:
@@ -72,14 +60,28 @@ def context_limit(provenance: Mapping[str, str]) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def decoder_start(provenance: Mapping[str, str]) -> int:
+    """The token that a decoder beside an encoder starts each text with.
+
+    Raises:
+        InputError: If it is not known.
+    """
+    text = provenance.get("decoder_start", "")
+    if not text.isdigit():
+        raise InputError(
+            "Expected decoder_start_token_id in the config.json beside the encoder-decoder, found none. Add it and "
+            "compile again, or give arrays with the decoder's inputs instead of text."
+        )
+    return int(text)
+
+
 def pick(logits: np.ndarray) -> int:
     """The most probable token at the last position; ``logits`` ``[..., vocabulary]`` of one text."""
     return int(np.argmax(logits.reshape(-1, logits.shape[-1])[-1]))
 
 
-def _decoder(
-    run: Run, signature: Signature, tokens: Sequence[int], max_tokens: int, stop: Sequence[int]
-) -> Iterator[int]:
+def _decoder(runner: Runner, tokens: Sequence[int], max_tokens: int, stop: Sequence[int]) -> Iterator[int]:
+    signature = runner.signature
     logits = signature.output("logits")
     assert logits is not None
     pairs = signature.caches
@@ -88,7 +90,7 @@ def _decoder(
     past = 0
     for _ in range(max_tokens):
         inputs = text_inputs(signature, np.array([text[past:]]), past=past)
-        results = run(inputs | caches)
+        results = runner.run(inputs | caches)
         if pairs:
             caches = {port.name: results[present.name] for port, present in pairs}
             past = len(text)
@@ -100,23 +102,15 @@ def _decoder(
 
 
 def _encoder_decoder(
-    run: Run, signature: Signature, tokens: Sequence[int], max_tokens: int, stop: Sequence[int], start: int | None
+    runner: Runner, tokens: Sequence[int], start: int, max_tokens: int, stop: Sequence[int]
 ) -> Iterator[int]:
-    decoder, logits = signature.input("decoder_tokens"), signature.output("logits")
-    if decoder is None or logits is None or start is None:
-        raise InputError(
-            "Expected an encoder-decoder model with logits and decoder_start_token_id in its config.json, found one "
-            "without. Run it with arrays instead."
-        )
-    own = [p for p in signature.inputs if p.role not in ("decoder_tokens", "decoder_mask")]
-    encoder = text_inputs(Signature(tuple(own), ()), np.array([tokens]))
-    mask, ends = signature.input("decoder_mask"), frozenset(stop)
-    text = [start]
+    plan(runner.signature, tokens, max_tokens, None)
+    logits = runner.signature.output("logits")
+    assert logits is not None
+    text, ends = [start], frozenset(stop)
     for _ in range(max_tokens):
-        inputs = encoder | {decoder.name: np.array([text], decoder.dtype.numpy())}
-        if mask is not None:
-            inputs[mask.name] = np.ones((1, len(text)), mask.dtype.numpy())
-        token = pick(run(inputs)[logits.name])
+        inputs = text_inputs(runner.signature, np.array([tokens]), decoder=np.array([text]))
+        token = pick(runner.run(inputs)[logits.name])
         if token in ends:
             return
         text.append(token)

@@ -2,20 +2,20 @@
 
 Language models, on a text (`text_tokens`): perplexity, Kullback-Leibler divergence and top-1 agreement. One BOS, the
 text is tokenized once and cut into windows that do not overlap; each is run alone; its first token is not scored, since
-nothing precedes it. All other models, on arrays (`inputs`): cosine, SQNR and largest difference, per output.
+nothing precedes it. All other models, on arrays (`inputs`): cosine, SQNR and largest difference, per output; and
+encoder-decoders the figures of a text as well, on what their decoder reads.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qc.backends.decoding import context_limit
 from qc.backends.inputs import text_inputs
+from qc.backends.scores import Gap, Scores
 from qc.backends.target import Runner
 from qc.ir.errors import InputError
 from qc.ir.model import Signature
@@ -45,9 +45,6 @@ KEYS = (
 )
 """Keys of every evaluation; None where a figure does not apply."""
 
-_CHUNK_BYTES = 1 << 17
-"""Of float64 logits at a time, of which five copies live in the cache; a whole window can have 256 MiB."""
-
 _CACHE_ROLES = frozenset({"present_key", "present_value"})
 
 
@@ -64,7 +61,7 @@ def evaluate(
 
     Args:
         runner: What is measured.
-        reference: What it should have computed; needed for all figures but ``ppl``.
+        reference: What it should have computed; needed for all figures but ``ppl`` and ``tokens``.
         text_tokens: Ids of a text, BOS first; for models with logits over a vocabulary at each position.
         inputs: Batches of all inputs by name; for any model, instead of `text_tokens`.
         window: Tokens in a window; fewer where the text, or the context that the model was made for, is shorter.
@@ -85,8 +82,6 @@ def evaluate(
     found: dict[str, Any] = dict.fromkeys(KEYS)
     if text_tokens is not None:
         return found | _text(runner, reference, text_tokens, window, windows)
-    if reference is None:
-        raise InputError("Expected a reference to compare the outputs with, found none. Give the float model.")
     return found | _arrays(runner, reference, inputs or ())
 
 
@@ -107,8 +102,7 @@ def text_windows(runner: Runner, tokens: Sequence[int], window: int, windows: in
 
 def _text(runner: Runner, reference: Runner | None, tokens: Sequence[int], window: int, windows: int) -> dict[str, Any]:
     ids = text_windows(runner, tokens, window, windows)
-    count, window = ids.shape
-    nll, nll_reference, divergence, agreed = [], [], [], []
+    scores = Scores()
     for row in ids:
         own = _logits(runner, row)
         other = None if reference is None else _logits(reference, row)
@@ -117,24 +111,10 @@ def _text(runner: Runner, reference: Runner | None, tokens: Sequence[int], windo
                 f"Expected logits of equal shape, found {list(own.shape)} and {list(other.shape)} of the reference. "
                 "Compare an artifact with the model that it was compiled from."
             )
-        for part in _chunks(*own.shape):
-            targets = row[1:][part]
-            q = _Softmax(own[part])
-            nll.append(q.surprise(targets))
-            if other is None:
-                continue
-            p = _Softmax(other[part])
-            nll_reference.append(p.surprise(targets))
-            divergence.append(p.divergence(q))
-            agreed.append(int(np.count_nonzero(other[part].argmax(1) == own[part].argmax(1))))
+        scores.add(own, other, row[1:])
         del own, other  # so that the next ones can take their place
-    scored = count * (window - 1)
-    found = {"ppl": _exp(sum(nll) / scored), "tokens": scored, "window": window, "windows": count}
-    if reference is not None:
-        found["ppl_reference"] = _exp(sum(nll_reference) / scored)
-        found["kl"] = float(sum(divergence) / scored)
-        found["top1"] = sum(agreed) / scored
-    return found
+    count, window = ids.shape
+    return scores.figures() | {"window": window, "windows": count}
 
 
 def _logits(runner: Runner, row: np.ndarray) -> np.ndarray:
@@ -150,105 +130,28 @@ def _logits(runner: Runner, row: np.ndarray) -> np.ndarray:
     return logits[0, :-1]
 
 
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_BYTES // (8 * columns))
-    return (slice(start, start + step) for start in range(0, rows, step))
-
-
-class _Softmax:
-    """Distributions over the vocabulary, ``exp(x - log sum exp x)``, one for each row of logits."""
-
-    def __init__(self, logits: np.ndarray) -> None:
-        self._shifted = logits.astype(np.float64)
-        self._shifted -= self._shifted.max(1, keepdims=True)
-        self._weights = np.exp(self._shifted)
-        self._total = self._weights.sum(1)
-
-    def surprise(self, targets: np.ndarray) -> float:
-        """``-sum log p`` of a token of each row."""
-        return float((np.log(self._total) - self._shifted[np.arange(len(targets)), targets]).sum())
-
-    def divergence(self, other: _Softmax) -> float:
-        """``sum KL(self || other)`` over the rows."""
-        with np.errstate(invalid="ignore"):  # a token that both exclude: 0 * (-inf + inf) counts nothing
-            gap = self._shifted - other._shifted
-        gap[self._weights == 0] = 0
-        expected = np.einsum("ij,ij->i", self._weights, gap) / self._total
-        return float((expected + np.log(other._total / self._total)).sum())
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-@dataclasses.dataclass
-class _Gap:
-    """Running figures of one output."""
-
-    cosines: float = 0.0
-    rows: int = 0
-    lowest: float = math.inf
-    signal: float = 0.0
-    noise: float = 0.0
-    largest: float = 0.0
-
-    def add(self, reference: np.ndarray, found: np.ndarray) -> None:
-        """Adds rows ``[n, width]``."""
-        reference, found = reference.astype(np.float64), found.astype(np.float64)
-        norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(found, axis=1)
-        equal = (reference == found).all(1)  # also rows of zeros, which have no direction
-        cosines = np.where(equal, 1.0, (reference * found).sum(1) / np.where(norms > 0, norms, 1.0))
-        self.cosines += float(cosines.sum())
-        self.rows += len(cosines)
-        self.lowest = min(self.lowest, float(cosines.min(initial=math.inf)))
-        self.signal += float((reference**2).sum())
-        self.noise += float(((reference - found) ** 2).sum())
-        self.largest = max(self.largest, float(np.abs(reference - found).max(initial=0.0)))
-
-    def figures(self) -> dict[str, float]:
-        if self.noise == 0:
-            sqnr = math.inf
-        else:
-            sqnr = 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
-        return {
-            "cosine": self.cosines / self.rows,
-            "cosine_min": self.lowest,
-            "sqnr_db": sqnr,
-            "max_abs": self.largest,
-        }
-
-
-def _arrays(runner: Runner, reference: Runner, inputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    gaps: dict[str, _Gap] = {}
-    pooled = None
+def _arrays(runner: Runner, reference: Runner | None, inputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    gaps: dict[str, Gap] = {}
+    scores = Scores()
     for batch in inputs:
-        ours, theirs = runner.run(batch), reference.run(batch)
-        mask = _mask(runner.signature, batch)
-        pooled = _pooling(runner, mask)
-        roles = {p.name: p.role for p in runner.signature.outputs}
-        shared = [n for n in ours if n in theirs and roles.get(n) not in _CACHE_ROLES]
-        floats = [n for n in shared if ours[n].dtype.kind in "fV"]
-        for name in floats or [n for n in shared if ours[n].dtype.kind in "biu"]:
-            a, b = theirs[name], ours[name]
-            if a.shape != b.shape:
-                raise InputError(
-                    f"Output {name!r} has shape {list(b.shape)}, and {list(a.shape)} in the reference. Compare an "
-                    "artifact with the model that it was compiled from."
-                )
-            if roles.get(name) == "hidden" and pooled is not None and mask is not None and a.ndim == 3:
-                normalize = runner.provenance.get("normalize", "true") == "true"
-                a, b = (embedding(x, mask, pooled, normalize=normalize) for x in (a, b))
-                gaps.setdefault("embedding", _Gap()).add(_rows(a, mask), _rows(b, mask))
-                continue
-            gaps.setdefault(name, _Gap()).add(_rows(a, mask), _rows(b, mask))
+        ours, theirs = runner.run(batch), None if reference is None else reference.run(batch)
+        if theirs is not None:
+            _compare(gaps, runner, batch, ours, theirs)
+        _score(scores, runner.signature, batch, ours, theirs)
+    found = scores.figures() if scores.tokens else {}
+    if reference is None:
+        if not found:
+            raise InputError("Expected a reference to compare the outputs with, found none. Give the float model.")
+        return found
     judged = {name: gap.figures() for name, gap in gaps.items() if gap.rows}
     if not judged:
         raise InputError(
             "Found no numbers that the artifact and its reference both yield. Check that both are the same model, and "
             "that the input is not empty."
         )
-    main = [judged["embedding"]] if pooled is not None and "embedding" in judged else list(judged.values())
-    return {
+    pooled = "embedding" in judged and all(p.name != "embedding" for p in runner.signature.outputs)
+    main = [judged["embedding"]] if pooled else list(judged.values())
+    return found | {
         "cosine": min(f["cosine"] for f in main),
         "cosine_min": min(f["cosine_min"] for f in main),
         "sqnr_db": min(f["sqnr_db"] for f in main),
@@ -257,13 +160,63 @@ def _arrays(runner: Runner, reference: Runner, inputs: Sequence[Mapping[str, np.
     }
 
 
+def _compare(
+    gaps: dict[str, Gap],
+    runner: Runner,
+    batch: Mapping[str, np.ndarray],
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray],
+) -> None:
+    """Adds what the outputs of a batch say; those of a sentence encoder whose pooling is known as ``embedding``."""
+    mask = _mask(runner.signature, batch)
+    pooled = _pooling(runner, mask)
+    roles = {p.name: p.role for p in runner.signature.outputs}
+    shared = [n for n in ours if n in theirs and roles.get(n) not in _CACHE_ROLES]
+    floats = [n for n in shared if ours[n].dtype.kind in "fV"]
+    for name in floats or [n for n in shared if ours[n].dtype.kind in "biu"]:
+        a, b = theirs[name], ours[name]
+        if a.shape != b.shape:
+            raise InputError(
+                f"Output {name!r} has shape {list(b.shape)}, and {list(a.shape)} in the reference. Compare an "
+                "artifact with the model that it was compiled from."
+            )
+        key = name
+        if roles.get(name) == "hidden" and pooled is not None and mask is not None and a.ndim == 3:
+            normalize = runner.provenance.get("normalize", "true") == "true"
+            a, b = (embedding(x, mask, pooled, normalize=normalize) for x in (a, b))
+            key = "embedding"
+        gaps.setdefault(key, Gap()).add(_rows(a, mask), _rows(b, mask))
+
+
+def _score(
+    scores: Scores,
+    signature: Signature,
+    batch: Mapping[str, np.ndarray],
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray] | None,
+) -> None:
+    """Adds each token that the decoder beside an encoder read, but the first, by the logits before it."""
+    port, logits = signature.input("decoder_tokens"), signature.output("logits")
+    if port is None or logits is None:
+        return
+    tokens, own = np.asarray(batch[port.name]), ours[logits.name]
+    if own.ndim != 3 or own.shape[:2] != tokens.shape or tokens.max(initial=0) >= own.shape[2]:
+        return
+    mask = _mask(signature, batch)
+    there = np.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    for row, kept in enumerate(there[:, 1:]):
+        other = None if theirs is None else theirs[logits.name][row, :-1][kept]
+        scores.add(own[row, :-1][kept], other, tokens[row, 1:][kept])
+
+
 def _pooling(runner: Runner, mask: np.ndarray | None) -> str | None:
     how = runner.provenance.get("pooling", "")
     return how if how in POOLINGS and mask is not None else None
 
 
 def _mask(signature: Signature, batch: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    port = signature.input("mask")
+    """Which positions of the outputs have a token: those of an encoder-decoder follow the decoder's."""
+    port = signature.input("mask" if signature.input("decoder_tokens") is None else "decoder_mask")
     return None if port is None else np.asarray(batch[port.name])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qc.backends import evaluate as module
+from qc.backends import scores
 from qc.backends.evaluate import KEYS, evaluate
 from qc.backends.inputs import text_batches, text_inputs
 from qc.backends.reference import ModelRunner
@@ -76,7 +76,7 @@ def test_chunks_of_logits_change_nothing(monkeypatch):
     tokens = rng.integers(0, 10, 40).tolist()
     pair = [Scripted(rng.standard_normal((10, 10))) for _ in range(2)]
     whole = evaluate(*pair, text_tokens=tokens, window=20)
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 8 * 10 * 3)
+    monkeypatch.setattr(scores, "_CHUNK_BYTES", 8 * 10 * 3)
     parts = evaluate(*pair, text_tokens=tokens, window=20)
     for key in ("ppl", "ppl_reference", "kl", "top1"):
         assert parts[key] == pytest.approx(whole[key], rel=1e-12)
@@ -125,6 +125,49 @@ def test_the_error_of_an_output_is_measured_per_row(build):
     assert found["cosine_min"] == pytest.approx(cosines.min())
     assert found["sqnr_db"] == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()))
     assert found["outputs"].keys() == {"last_hidden_state"}
+
+
+class Answering:
+    """An encoder-decoder that yields the logits it was given, row by the decoder's token."""
+
+    def __init__(self, table: np.ndarray, *, masked: bool = False) -> None:
+        self.table = table.astype(np.float32)
+        self.provenance: dict[str, str] = {}
+        roles = ("tokens", "decoder_tokens", *(["decoder_mask"] if masked else []))
+        self.signature = Signature(
+            tuple(Port(role, ir.DataType.INT64, ("batch", role), role) for role in roles),
+            (Port("logits", ir.DataType.FLOAT, ("batch", "target", table.shape[1]), "logits"),),
+        )
+
+    def run(self, inputs):
+        return {"logits": self.table[inputs["decoder_tokens"]]}
+
+    def generate(self, tokens, max_tokens, stop=()):
+        raise AssertionError
+
+
+def test_an_encoder_decoder_is_scored_on_what_its_decoder_reads_behind_the_first_token():
+    # After 0 the reference gives (1/2, 1/4, 1/4), the artifact (1/4, 1/2, 1/4); after 1 both know nothing.
+    tables = np.log([[1.0, 2, 1], [1, 1, 1], [1, 1, 1]]), np.log([[2.0, 1, 1], [1, 1, 1], [1, 1, 1]])
+    runner, reference = (Answering(table) for table in tables)
+    batch = text_inputs(runner.signature, np.array([[2, 2, 2]]), decoder=np.array([[0, 1, 2]]))
+    found = evaluate(runner, reference, inputs=[batch])
+    assert found["tokens"] == 2
+    assert found["ppl"] == pytest.approx(math.sqrt(2 * 3))
+    assert found["ppl_reference"] == pytest.approx(math.sqrt(4 * 3))
+    assert found["kl"] == pytest.approx(0.25 * math.log(2) / 2, rel=1e-6)
+    assert found["top1"] == 0.5
+    assert found["outputs"].keys() == {"logits"}
+    assert evaluate(runner, inputs=[batch])["ppl"] == found["ppl"], "which needs no reference"
+
+
+def test_what_the_mask_of_a_decoder_leaves_out_is_not_scored():
+    runner = Answering(np.log([[1.0, 2, 1], [1, 1, 1], [1, 1, 1]]), masked=True)
+    batch = text_inputs(runner.signature, np.array([[2]]), decoder=np.array([[0, 1, 2], [0, 1, 1]]))
+    batch["decoder_mask"][1, 2] = 0
+    found = evaluate(runner, runner, inputs=[batch])
+    assert found["tokens"] == 3
+    assert found["ppl"] == pytest.approx((2 * 3 * 2) ** (1 / 3))
 
 
 def test_padding_is_not_compared(build):

@@ -76,13 +76,16 @@ def require_tokens(signature: Signature) -> Port:
     return port
 
 
-def text_inputs(signature: Signature, tokens: np.ndarray, *, past: int = 0) -> dict[str, np.ndarray]:
+def text_inputs(
+    signature: Signature, tokens: np.ndarray, *, past: int = 0, decoder: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Makes all inputs of a text model for unpadded token ids: full masks, running positions, an empty cache.
 
     Args:
         signature: The model's.
         tokens: ``[batch, seq]`` ids.
         past: Number of tokens that the cache holds; cache inputs are made only if 0, else the caller adds them.
+        decoder: ``[batch, length]`` ids that the decoder of an encoder-decoder reads.
 
     Raises:
         InputError: If the model takes no tokens, or an input that nothing is known about.
@@ -100,6 +103,10 @@ def text_inputs(signature: Signature, tokens: np.ndarray, *, past: int = 0) -> d
                 value = np.broadcast_to(np.arange(past, past + length), (batch, length))
             case "token_types":
                 value = np.zeros((batch, length))
+            case "decoder_tokens" if decoder is not None:
+                value = decoder
+            case "decoder_mask" if decoder is not None:
+                value = np.ones(decoder.shape)
             case "past_key" | "past_value":
                 if past:
                     continue
@@ -114,19 +121,28 @@ def text_inputs(signature: Signature, tokens: np.ndarray, *, past: int = 0) -> d
     return made
 
 
-def text_batches(signature: Signature, texts: Sequence[Sequence[int]], size: int = 16) -> list[dict[str, np.ndarray]]:
-    """Makes the inputs for several texts; texts of equal length share a batch, so that nothing is padded.
+def text_batches(
+    signature: Signature,
+    texts: Sequence[Sequence[int]],
+    decoder: Sequence[Sequence[int]] | None = None,
+    *,
+    size: int = 16,
+) -> list[dict[str, np.ndarray]]:
+    """Makes the inputs for several texts; those of equal lengths share a batch, so that nothing is padded.
 
     Args:
         signature: The model's.
         texts: Token ids of each text.
+        decoder: What the decoder of an encoder-decoder reads beside each.
         size: Largest number of texts in a batch.
     """
     batches = []
-    for length in sorted({len(t) for t in texts if t}):
-        rows = [t for t in texts if len(t) == length]
-        parts = (rows[start : start + size] for start in range(0, len(rows), size))
-        batches.extend(text_inputs(signature, np.array(part, np.int64)) for part in parts)
+    rows = [(t, d) for t, d in zip(texts, texts if decoder is None else decoder, strict=True) if t]
+    for lengths in sorted({(len(t), len(d)) for t, d in rows}):
+        alike = [row for row in rows if (len(row[0]), len(row[1])) == lengths]
+        for start in range(0, len(alike), size):
+            tokens, read = (np.array(part, np.int64) for part in zip(*alike[start : start + size], strict=True))
+            batches.append(text_inputs(signature, tokens, decoder=None if decoder is None else read))
     return batches
 
 

@@ -64,17 +64,21 @@ class Counting:
         (port("logits", "logits", ("batch", "dec", 50), ir.DataType.FLOAT),),
     )
 
+    def __init__(self, **provenance):
+        self.provenance = provenance
+
     def run(self, inputs):
         following = inputs["decoder_ids"] + inputs["ids"].shape[1]
         return {"logits": np.eye(50, dtype=np.float32)[following]}
 
 
 def test_an_encoder_decoder_generates_from_its_start_token():
-    model = Counting()
-    assert list(greedy(model.run, model.signature, [8, 8, 8], 4, start=1)) == [4, 7, 10, 13]
-    assert list(greedy(model.run, model.signature, [8, 8, 8], 9, [10], start=1)) == [4, 7]
+    model = Counting(decoder_start="1")
+    assert list(greedy(model, [8, 8, 8], 4)) == [4, 7, 10, 13]
+    assert list(greedy(model, [8, 8, 8], 9, [10])) == [4, 7]
+    assert list(greedy(Counting(decoder_start="1", max_positions="2"), [8, 8, 8], 9)) == [4, 7], "no more than fit"
 
 
 def test_an_encoder_decoder_without_a_start_token_is_refused():
     with pytest.raises(InputError, match="decoder_start_token_id"):
-        list(greedy(Counting().run, Counting.signature, [8], 4))
+        greedy(Counting(), [8], 4)

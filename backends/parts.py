@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from qc.backends.decoding import context_limit, greedy
+from qc.backends.decoding import greedy
 from qc.backends.inputs import check_inputs
 from qc.ir.digest import digest_batch
 from qc.ir.model import Model
@@ -80,4 +80,4 @@ class PartRunner:
 
     def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
         """Yields greedily chosen tokens after `tokens`, slowly, until one is in `stop`, which is not yielded."""
-        return greedy(self.run, self.signature, tokens, max_tokens, stop, limit=context_limit(self.provenance))
+        return greedy(self, tokens, max_tokens, stop)

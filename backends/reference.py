@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.decoding import context_limit, greedy
+from qc.backends.decoding import greedy
 from qc.backends.inputs import check_inputs
 from qc.backends.target import Runner
 from qc.ir.digest import digest_batch
@@ -66,8 +66,7 @@ class ModelRunner:
         Raises:
             InputError: If the model does not generate text, or the prompt does not fit it.
         """
-        limit = context_limit(self.provenance)
-        return greedy(self.run, self.signature, tokens, max_tokens, stop, limit=limit)
+        return greedy(self, tokens, max_tokens, stop)
 
 
 class Remembered:

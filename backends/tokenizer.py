@@ -9,7 +9,7 @@ from typing import Any
 
 from qc.ir.errors import InputError
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "stop_tokens"]
 
 _INCOMPLETE = "�"  # what a decoder puts where the bytes of a character are not yet complete
 
@@ -45,9 +45,8 @@ class Tokenizer:
             raise InputError(f"{file} is not a readable tokenizer ({error}). Copy it again.") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        configs = [_read(directory / n) for n in ("config.json", "generation_config.json")]
-        self.bos = self._bos(configs, _read(directory / "tokenizer_config.json"))
-        self.stop = _stop(configs)
+        self.bos = self._bos(_configurations(directory), _read(directory / "tokenizer_config.json"))
+        self.stop = stop_tokens(directory)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Turns a text into ids, as an input of a decoder.
@@ -97,12 +96,17 @@ class Tokenizer:
         return found if found is not None and found < self._tokenizer.get_vocab_size() else None
 
 
-def _stop(configs: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+def stop_tokens(directory: Path) -> tuple[int, ...]:
+    """Ids that end a generated text, from the configuration files of a model directory or artifact."""
     ids: list[int] = []
-    for config in configs:
+    for config in _configurations(directory):
         eos = config.get("eos_token_id")
         ids += eos if isinstance(eos, list) else [eos]
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
+
+
+def _configurations(directory: Path) -> list[dict[str, Any]]:
+    return [_read(directory / n) for n in ("config.json", "generation_config.json")]
 
 
 def _read(file: Path) -> dict[str, Any]:

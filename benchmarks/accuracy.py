@@ -36,9 +36,9 @@ from qc.backends.evaluate import evaluate
 from qc.backends.inputs import text_inputs
 from qc.backends.reference import ModelRunner
 from qc.backends.tokenizer import Tokenizer
+from qc.data import read_data
 from qc.frontend import load
 from qc.ir.model import Model
-from qc.measurement import read_data
 from qc.passes.base import Context, Pass
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager

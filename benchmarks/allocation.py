@@ -18,9 +18,9 @@ from pathlib import Path
 
 from qc.backends.evaluate import evaluate
 from qc.backends.reference import ModelRunner
+from qc.data import Data, read_data
 from qc.frontend import load
 from qc.ir.model import Model
-from qc.measurement import Data, read_data
 from qc.passes.allocate.allocate import Allocate
 from qc.passes.base import Context, Pass
 from qc.passes.canonicalize import canonicalize_passes

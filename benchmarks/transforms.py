@@ -25,10 +25,10 @@ from planting import plant_outliers  # pyright: ignore[reportMissingImports]  fo
 
 from qc.backends.evaluate import evaluate
 from qc.backends.reference import ModelRunner
+from qc.data import Data, read_data
 from qc.frontend import load
 from qc.ir import dialect
 from qc.ir.model import Model
-from qc.measurement import Data, read_data
 from qc.passes.base import site_name
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager

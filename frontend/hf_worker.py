@@ -140,6 +140,7 @@ def _facts(config: Any) -> dict[str, Any]:
         "vocab_size": getattr(text, "vocab_size", None),
         "bos": getattr(text, "bos_token_id", None),
         "eos": getattr(text, "eos_token_id", None),
+        "decoder_start": getattr(config, "decoder_start_token_id", None),
     }
     return {key: value for key, value in facts.items() if value is not None}
 

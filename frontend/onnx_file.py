@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def load_onnx(path: Path) -> Model:
     clean(model)
     infer_shapes(model)
     assign_roles(model)
+    _record_decoder_start(model)
     return model
 
 
@@ -93,6 +95,20 @@ def _drop_ours(model: Model) -> None:
     """Removes metadata that looks like ours but was not written by us, so that nobody takes it for a fact."""
     for key in [k for k in model.metadata_props if k.startswith("qc.")]:
         del model.metadata_props[key]
+
+
+def _record_decoder_start(model: Model) -> None:
+    """Of an encoder-decoder, what its configuration says about the beginning of each text."""
+    file = model.assets.get("config.json")
+    if file is None or model.signature.input("decoder_tokens") is None:
+        return
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not readable JSON ({error}). Copy it again.") from error
+    start = config.get("decoder_start_token_id") if isinstance(config, dict) else None
+    if isinstance(start, int):
+        model.record(decoder_start=start)
 
 
 def _obstacle(model: ir.Model, opset: int) -> str | None:

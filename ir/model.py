@@ -135,6 +135,13 @@ class Signature:
         """Whether the model carries a key-value cache and yields logits."""
         return self.input("past_key") is not None and self.output("logits") is not None
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model generates text: a decoder, or an encoder-decoder with logits at each position."""
+        logits = self.output("logits")
+        answers = self.input("tokens") is not None and self.input("decoder_tokens") is not None
+        return self.is_decoder or (answers and logits is not None and len(logits.shape) == 3)
+
 
 class Model(ir.Model):
     """An ``onnx_ir.Model`` with a signature, assets and provenance. Build one with `Model.of`, `Model.load`.

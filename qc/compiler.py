@@ -19,13 +19,14 @@ from qc.backends.artifact import ArtifactWriter
 from qc.backends.reference import ModelRunner, Remembered
 from qc.backends.target import Coverage, backend_for
 from qc.backends.workspace import sweep, work_directory
+from qc.data import read_data
 from qc.emission import Clock, CompileResult, Prepared, canonicalize_steps, finish
 from qc.frontend import load
 from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.probe import Found, find_inputs
 from qc.ir.store import Store
-from qc.measurement import measured_batches, read_data
+from qc.measurement import measured_batches
 from qc.passes.base import CALIBRATION_TOKENS, Context
 from qc.passes.journal import Journal
 from qc.passes.manager import PassManager, PassReport
@@ -64,9 +65,9 @@ def compile(  # noqa: A001  the verb of the product
         target: Name of a target.
         recipe: Name or file of a recipe; the target's own if None; ignored if `passes` is given.
         passes: A pipeline as a string, in place of a recipe.
-        calib: What to calibrate on, see `qc.calibration`: a text file (its end calibrates, its beginning measures),
-            JSON lines, token ids, arrays, images, or any iterable of inputs by name. Else the model's own sample text,
-            else random inputs.
+        calib: What to calibrate on: a text file (its end calibrates, its beginning measures), JSON lines or token ids,
+            see `qc.documents`; arrays, images, or any iterable of inputs by name, see `qc.calibration`. Else the
+            model's own sample text, else random inputs.
         samples: How many windows, texts or batches of it to use at most.
         memory: Bytes of anonymous memory that the compile may use.
         exclude: Regular expressions of sites to leave in float.

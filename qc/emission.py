@@ -15,12 +15,13 @@ from qc.backends.decoding import context_limit
 from qc.backends.manifest import Manifest, source_files
 from qc.backends.reference import ModelRunner, Remembered
 from qc.backends.target import Runner, Target, backend_for
+from qc.data import Data, fitted, shortened
 from qc.ir.digest import digest_batches
 from qc.ir.errors import ContractError
 from qc.ir.model import Model
 from qc.ir.probe import Found, run_in_turn
 from qc.ir.verify import STAGES, check_structure, compare
-from qc.measurement import Data, fitted, measure, measured_batches, rehearse, shortened, speed
+from qc.measurement import measure, measured_batches, rehearse, speed
 from qc.passes.base import Context
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager, PassReport

@@ -1,177 +1,24 @@
-"""The data of a compile: what statistics are collected on, and what the artifact is measured on."""
+"""Measures an artifact against the float model, on the data of a compile."""
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from qc.backends.bench import Protocol, take_turns
-from qc.backends.decoding import context_limit
-from qc.backends.evaluate import WINDOW, evaluate, text_windows
-from qc.backends.inputs import text_batches, text_inputs
+from qc.backends.evaluate import evaluate, text_windows
+from qc.backends.inputs import text_inputs
 from qc.backends.target import Runner
-from qc.calibration import read_batches, read_documents
-from qc.ir.errors import InputError
-from qc.ir.model import Model, Signature
+from qc.data import Data
 from qc.ir.probe import Found
-from qc.passes.base import CALIBRATION_TOKENS
 from qc.plan import Plan, evaluation_windows
 
-__all__ = ["Data", "fitted", "measure", "measured_batches", "read_data", "rehearse", "shortened", "speed"]
-
-_MOST_BATCHES = 128
-"""Batches of arrays to calibrate on."""
-
-_OTHER_SUFFIXES = frozenset(
-    {".jsonl", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-)
-"""Files that are no plain text."""
-
-_LONGEST = 2048
-"""Token ids of one text: the memory of attention grows with the square of its length."""
-
-_MOST_SENTENCES = 256
-"""Sentences that an encoder is calibrated on, and as many that it is measured on: several thousand tokens each."""
-
-_SIMULATED_WINDOWS, _SIMULATED_ROWS = 1, 4
-"""What is measured in a simulator of the hardware, where a layer takes a tenth of a second or more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What a compile calibrates and measures on.
-
-    Attributes:
-        name: Where it comes from, for the report.
-        tokens: Token ids of the part of a text to measure a decoder on; None for other models.
-        batches: Inputs to measure any other model on; None: the probe.
-        calibration: Batches to collect statistics on; None: synthetic ones.
-    """
-
-    name: str
-    tokens: Sequence[int] | None = None
-    batches: Sequence[Mapping[str, np.ndarray]] | None = None
-    calibration: Sequence[Mapping[str, np.ndarray]] | None = None
-
-
-def read_data(
-    model: Model,
-    calib: str | Path | Iterable[Mapping[str, object]] | None,
-    *,
-    samples: int | None = None,
-    tokens: int = CALIBRATION_TOKENS,
-    seed: int = 0,
-) -> Data:
-    """Finds the data for `model`: the end of a text calibrates, its beginning measures, and they do not overlap.
-
-    An encoder reads each line as a sentence, a decoder the whole text in windows. Other data, see `qc.calibration`:
-    of several texts, half of them, chosen by `seed`, calibrate and the others measure; arrays only calibrate.
-
-    Args:
-        model: The model.
-        calib: A file, a directory, or inputs by name; None for the sample text that travels with the model, or random
-            data.
-        samples: Windows, texts or batches to calibrate on at most; None for as many windows as hold `tokens`.
-        tokens: How many tokens of a continuous text the statistics want.
-        seed: Of the choice among more of them.
-
-    Raises:
-        InputError: If the data are missing, unreadable, or do not fit the model.
-    """
-    decoder = model.signature.is_decoder
-    if calib is not None and not isinstance(calib, (str, Path)):
-        batches = read_batches(calib, model, samples or _MOST_BATCHES, seed)
-        return _with_measured(model, Data("given inputs", calibration=batches))
-    if not decoder and model.signature.input("tokens") is None and calib is None:
-        return Data("random inputs")
-    path = Path(calib) if calib is not None else model.assets.get("sample.txt")
-    if path is None and not decoder:
-        return Data("random inputs")
-    if path is None:
-        return Data("random tokens", _random_tokens(model))
-    if not path.exists():
-        raise InputError(f"Expected calibration data at {path}, found none. Check --calib.")
-    documents = read_documents(path, model)
-    if documents is None:
-        batches = read_batches(path, model, samples or _MOST_BATCHES, seed)
-        return _with_measured(model, Data(path.name, calibration=batches))
-    if documents.continuous:
-        return _windows(model, path, documents.ids[0], samples or -(-tokens // WINDOW))
-    return _texts(model, path, documents.ids, samples or _MOST_SENTENCES, seed)
-
-
-def fitted(data: Data, signature: Signature, longest: int) -> Data:
-    """The same data with texts to measure on that are cut to `longest` tokens."""
-    if data.batches is None:
-        return data
-    along = {p.name for p in signature.inputs if p.role in ("tokens", "mask", "positions", "token_types")}
-    batches = [{k: v[..., :longest] if k in along else v for k, v in b.items()} for b in data.batches]
-    return dataclasses.replace(data, batches=batches)
-
-
-def shortened(data: Data, plan: Plan) -> Data:
-    """The same data with so little to measure on that a simulator comes to an end: a window, or 4 rows."""
-    if data.tokens is not None:
-        window, _ = evaluation_windows(plan.parameters)
-        return dataclasses.replace(data, tokens=data.tokens[: _SIMULATED_WINDOWS * window])
-    if data.batches is None:
-        return data
-    rows = [{k: v[i : i + 1] for k, v in b.items()} for b in data.batches for i in range(len(next(iter(b.values()))))]
-    step = max(1, len(rows) // _SIMULATED_ROWS)
-    return dataclasses.replace(data, batches=rows[::step][:_SIMULATED_ROWS])
-
-
-def _random_tokens(model: Model) -> list[int]:
-    bound = int(model.provenance.get("vocab_size", 0)) or 256
-    return np.random.default_rng(0).integers(0, bound, 4 * WINDOW).tolist()
-
-
-def _with_measured(model: Model, data: Data) -> Data:
-    """What is calibrated on arrays is measured on the text that travels with the model, else on random inputs."""
-    measured = read_data(model, None)
-    return dataclasses.replace(
-        measured, name=f"{measured.name}, calibrated on {data.name}", calibration=data.calibration
-    )
-
-
-def _texts(model: Model, path: Path, texts: Sequence[Sequence[int]], most: int, seed: int) -> Data:
-    """Texts that have nothing to do with each other, cut to the model's context."""
-    limit = context_limit(model.provenance)
-    if model.signature.is_decoder:
-        limit = min(limit or _LONGEST, _LONGEST)
-    texts = [list(t[:limit]) for t in texts]
-    count = min(most, len(texts) // 2)
-    if not count:
-        unit = "texts" if path.suffix in _OTHER_SUFFIXES else "lines, one sentence each,"
-        raise InputError(f"Expected at least 2 {unit} in {path}, to calibrate on one and measure on another; found 1.")
-    if path.suffix in _OTHER_SUFFIXES:  # a file of lines is in an order; one of records often is not
-        order = np.random.default_rng([seed, len(texts)]).permutation(len(texts))
-        texts = [texts[i] for i in order.tolist()]
-    measured, calibration = texts[:count], texts[-count:]
-    if model.signature.is_decoder:
-        tokens = [i for text in texts[:-count] for i in text]
-        return Data(path.name, tokens, calibration=text_batches(model.signature, calibration))
-    batches = (text_batches(model.signature, part) for part in (measured, calibration))
-    return Data(path.name, batches=next(batches), calibration=next(batches))
-
-
-def _windows(model: Model, path: Path, tokens: Sequence[int], most: int) -> Data:
-    """A text as windows of consecutive tokens."""
-    # A short text still gives each side something: half of its windows, down to windows of half the text.
-    window = min(WINDOW, len(tokens) // 2, context_limit(model.provenance) or WINDOW)
-    if window < 2:
-        raise InputError(f"Expected at least 4 tokens of text in {path}, found {len(tokens)}. Give a longer text.")
-    count = min(most, len(tokens) // window // 2)
-    rows = np.array(tokens[-count * window :], np.int64).reshape(count, 1, window)
-    batches = [text_inputs(model.signature, row) for row in rows]
-    return Data(path.name, tokens[: -count * window], calibration=batches)
+__all__ = ["measure", "measured_batches", "rehearse", "speed"]
 
 
 def rehearse(reference: Runner, plan: Plan, data: Data) -> None:

@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from architectures import exported
 
+from qc.backends.evaluate import evaluate
+from qc.backends.reference import ModelRunner
 from qc.backends.tokenizer import Tokenizer
 from qc.calibration import read_batches
+from qc.data import Data, read_data
 from qc.frontend import load
 from qc.ir.errors import InputError
 from qc.ir.model import Model, set_role
 from qc.ir.text import parse
-from qc.measurement import Data, read_data
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Model:
     return load("builtin:tiny-llama")
+
+
+@pytest.fixture
+def translator(tmp_path: Path) -> Model:
+    """An encoder-decoder that always adds the last word of the source to what it said last, from 0, modulo 8."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(("[PAD]", "[EOS]", *"abcdef"))}, "[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 1)])
+    source = tmp_path / "translator"
+    source.mkdir()
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "config.json").write_text(json.dumps({"decoder_start_token_id": 0, "eos_token_id": 1}))
+    text = """g (int64[batch,seq] input_ids, int64[batch,target] decoder_input_ids) => (float[batch,target,8] logits) {
+        first = Constant <value_ints = [-2]> ()  last = Constant <value_ints = [-1]> ()
+        axis = Constant <value_ints = [1]> ()  eight = Constant <value_int = 8> ()
+        word = Slice(input_ids, first, last, axis)
+        a = Gather(numbers, word)  b = Gather(numbers, decoder_input_ids)
+        sum = Add(a, b)  next = Mod(sum, eight)  logits = Gather(table, next)
+    }"""
+    model = parse(text, weights={"numbers": np.arange(8), "table": 4 * np.eye(8, dtype=np.float32)})
+    ir.save(model, source / "model.onnx")
+    return load(source)
 
 
 @pytest.fixture
@@ -92,6 +121,13 @@ def test_token_ids_come_as_a_stream_or_as_rows(decoder: Model, tmp_path: Path) -
     assert data.tokens == stream[: -3 * 256].tolist()
     np.save(tmp_path / "rows.npy", stream.reshape(-1, 64))
     assert {len(row) for row in ids(read_data(decoder, tmp_path / "rows.npy"))} == {64}
+
+
+def test_marks_and_ends_of_lines_of_other_systems_are_no_text(decoder: Model, tmp_path: Path) -> None:
+    lines(tmp_path / "unix.jsonl", [{"text": "A cat sat."}, {"text": "A dog."}])
+    text = (tmp_path / "unix.jsonl").read_text()
+    (tmp_path / "other.JSONL").write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert ids(read_data(decoder, tmp_path / "other.JSONL")) == ids(read_data(decoder, tmp_path / "unix.jsonl"))
 
 
 def test_any_iterable_of_inputs_calibrates(vision: Model) -> None:
@@ -169,6 +205,8 @@ def test_lines_that_say_nothing_are_refused(decoder: Model, tmp_path: Path, cont
     [
         ("c.txt", b"", "found none"),
         ("c.txt", b" \n\t\n", "found none"),
+        ("c.txt", "text".encode("utf-16"), "UTF-8 text"),
+        ("c.jsonl", b'{"text": "a"}\n\xff', "JSON in line 2"),
         ("c.npz", b"PK no archive", "cannot be read: it is not one of numpy's"),
         ("c.npy", b"", "cannot be read: it is not one of numpy's"),
     ],
@@ -210,3 +248,108 @@ def test_what_is_calibrated_on_arrays_is_measured_on_something_else(vision: Mode
     np.save(tmp_path / "a.npy", np.ones((1, 3, 8, 6), np.float32))
     data = read_data(vision, tmp_path / "a.npy")
     assert (data.name, data.batches) == ("random inputs, calibrated on a.npy", None)
+
+
+def pairs(batches: Sequence[Mapping[str, np.ndarray]] | None) -> list[tuple[list[int], list[int]]]:
+    """What the encoder and the decoder read, row by row."""
+    inputs = ("input_ids", "decoder_input_ids")
+    return sorted(
+        (source.tolist(), read.tolist())
+        for batch in batches or ()
+        for source, read in zip(*(batch[name] for name in inputs), strict=True)
+    )
+
+
+def test_a_decoder_beside_an_encoder_reads_the_target_behind_its_start_token(translator: Model, tmp_path: Path) -> None:
+    records = [
+        {"text": "a b", "target": "c d"},
+        {"input_ids": [3, 1], "labels": [5, 6, 7, 1]},
+        {"text": "", "target": "a"},
+    ]
+    data = read_data(translator, lines(tmp_path / "c.jsonl", [*records, {"text": "a", "target": " "}]))
+    whole = {(2, 3, 1): [0, 4, 5, 1], (3, 1): [0, 5, 6, 7, 1]}
+    (source, read), *more = pairs(data.calibration)
+    assert not more
+    assert read == whole.pop(tuple(source))[:-1], "the last token is what it says, and never read"
+    assert pairs(data.batches) == [(list(s), w) for s, w in whole.items()], "where it is read, it is scored"
+    assert data.tokens is None
+
+
+def test_sources_without_targets_are_answered_by_the_float_model(translator: Model, tmp_path: Path) -> None:
+    (tmp_path / "sources.txt").write_text("a b\n\nc d\na\n", encoding="utf-8-sig")
+    data = read_data(translator, tmp_path / "sources.txt")
+    assert data.name == "sources.txt, answered by the float model"
+    assert pairs(data.batches) == [([2, 3, 1], [0, 3, 6, 1])]
+    assert pairs(data.calibration) == [([2, 1], [0, *[2, 4, 6, 0] * 16][:-1])], "64 tokens, as none ends it"
+
+
+def test_the_targets_of_an_encoder_decoder_are_scored(translator: Model, tmp_path: Path) -> None:
+    records = [{"text": "a b", "target": "b e"}] * 2
+    data = read_data(translator, lines(tmp_path / "c.jsonl", records))
+    runner = ModelRunner(translator, threads=1)
+    found = evaluate(runner, runner, inputs=data.batches)
+    assert found["tokens"] == 3, "the last one ends the text"
+    assert found["ppl"] == pytest.approx((math.exp(4) + 7) / math.exp(4))
+    assert (found["kl"], found["top1"]) == (0, 1)
+
+
+def test_arrays_of_an_encoder_decoder_may_leave_out_what_follows(translator: Model) -> None:
+    (found,) = read_batches([{"input_ids": [[2, 1]], "decoder_input_ids": [[0, 5]]}], translator, 10, 0)
+    assert pairs([found]) == [([2, 1], [0, 5])]
+    with pytest.raises(InputError, match="decoder_input_ids: expected int64"):
+        read_batches([{"input_ids": [[2, 1]]}], translator, 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"text": "a", "target": "b"}], "at least 2 texts"),
+        ([{"text": "a", "target": "b"}, {"text": "a"}], "target .* in line 2"),
+        ([{"text": "a", "target": None}], r"target \(a string\) or labels .*found text \(str\), target \(NoneType\)"),
+        ([{"text": "a", "labels": [[1, 2]]}], r"found text \(str\), labels \(list\)"),
+        ([{"text": "a", "labels": [2, -100]}] * 2, "token ids from 0 to 7 .*found -100"),
+        ([{"text": "a", "labels": [2, 8]}] * 2, "token ids from 0 to 7 .*found 8"),
+        ([{"target": "a"}], r"Expected text \(a string\)"),
+        ([{"text": " ", "target": "a"}], "found none"),
+    ],
+)
+def test_pairs_that_say_nothing_are_refused(
+    translator: Model, tmp_path: Path, records: list[object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_data(translator, lines(tmp_path / "c.jsonl", records))
+
+
+def test_an_encoder_decoder_that_does_not_say_how_texts_start_is_not_given_any(
+    translator: Model, tmp_path: Path
+) -> None:
+    file = lines(tmp_path / "c.jsonl", [{"text": "a", "target": "b"}] * 2)
+    del translator.metadata_props["qc.decoder_start"]
+    with pytest.raises(InputError, match=r"decoder_start_token_id in the config\.json"):
+        read_data(translator, file)
+    translator.assets["sample.txt"] = file
+    assert read_data(translator, None).name == "random inputs"
+
+
+@pytest.mark.slow
+def test_the_perplexity_of_targets_is_that_of_transformers(models: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the models come from transformers")
+    import torch
+
+    directory, model = exported("t5", models)
+    rng = np.random.default_rng(0)
+    records = [
+        {"input_ids": rng.integers(2, 128, n).tolist(), "labels": [*rng.integers(2, 128, m).tolist(), 1]}
+        for n, m in ((5, 3), (5, 3), (7, 1), (4, 6))
+    ]
+    data = read_data(model, lines(tmp_path / "c.jsonl", records))
+    found = evaluate(ModelRunner(model, threads=1), inputs=data.batches)
+    measured = [tuple(source) for source, _ in pairs(data.batches)]
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(directory).eval()
+    total = 0.0
+    for record in records:
+        if tuple(record["input_ids"]) in measured:
+            given = {name: torch.tensor([values]) for name, values in record.items()}
+            total += len(record["labels"]) * theirs(**given).loss.item()
+    assert found["tokens"] == sum(len(r["labels"]) for r in records if tuple(r["input_ids"]) in measured)
+    assert math.log(found["ppl"]) * found["tokens"] == pytest.approx(total, rel=1e-5)

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qc.data import read_data
 from qc.ir.errors import InputError
 from qc.ir.model import Model, set_role
-from qc.measurement import read_data
 
 _WORDS = ("[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "four")
 
@@ -48,6 +48,16 @@ def test_the_lines_of_a_text_are_sentences_and_no_line_serves_twice(encoder: Mod
     assert calibrated == [[1, 5, 6, 2], [1, 6, 2]]
     assert all(np.all(b["mask"] == 1) for b in data.calibration)
     assert data.tokens is None
+
+
+def test_records_are_sentences_too_and_a_stream_of_ids_is_cut_into_texts(encoder: Model, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "one two"}\n' * 2)
+    np.save(tmp_path / "c.npy", np.array([3, 4, 5, 6] * 128))
+    for name, row in (("c.jsonl", [1, 3, 4, 2]), ("c.npy", [3, 4, 5, 6])):
+        data = read_data(encoder, tmp_path / name)
+        for batches in (data.batches, data.calibration):
+            assert batches is not None
+            assert [b["ids"].tolist() for b in batches] == [[row]]
 
 
 def test_one_line_is_too_few(encoder: Model, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from planting import plant_outliers
 from qc.backends.evaluate import evaluate
 from qc.backends.reference import ModelRunner
 from qc.backends.target import backend_for
+from qc.data import Data, read_data
 from qc.frontend import load
 from qc.ir.model import Model
-from qc.measurement import Data, read_data
 from qc.passes.base import Outcome
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager, PassReport

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -50,7 +49,6 @@ class OrtRunner:
         self.signature = model.signature
         self.provenance = model.provenance
         self.threads = threads
-        self._directory = directory
         self._shared = shares_buffer(model)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised, and said once
@@ -85,10 +83,9 @@ class OrtRunner:
         Raises:
             InputError: If the model does not generate text, or the prompt does not fit it.
         """
-        limit = context_limit(self.provenance)
         if not self.signature.caches:
-            start = _start_token(self._directory)
-            return greedy(self.run, self.signature, tokens, max_tokens, stop, limit=limit, start=start)
+            return greedy(self, tokens, max_tokens, stop)
+        limit = context_limit(self.provenance)
         return self._cached(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop))
 
     def _cached(self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int]) -> Iterator[int]:
@@ -158,10 +155,3 @@ def _logits_shape(signature: Signature, length: int) -> tuple[int, ...] | None:
 def _refused(inputs: Mapping[str, np.ndarray], error: Exception) -> InputError:
     shapes = ", ".join(f"{k} {list(np.shape(v))}" for k, v in inputs.items() if not isinstance(v, list)) or "lists"
     return InputError(f"ONNX Runtime cannot run the model on {shapes}: {describe(error)}. Check the values and shapes.")
-
-
-def _start_token(directory: Path) -> int | None:
-    """The first token of a decoder beside an encoder, from the model's configuration."""
-    file = directory / "config.json"
-    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return next((config[k] for k in ("decoder_start_token_id", "pad_token_id") if isinstance(config.get(k), int)), None)

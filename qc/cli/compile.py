@@ -87,7 +87,7 @@ def _print(result: CompileResult, output: str) -> None:
         ("time", ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())),
     ]
     print_table("", ("", ""), rows)
-    text = result.artifact is not None and result.artifact.signature.is_decoder
+    text = result.artifact is not None and result.artifact.signature.generates
     use = f"qc run {output} --prompt TEXT" if text else f"qc run {output} --input IN.npz"
     print(f"\nnext: qc report {output}; {use}; qc bench {output}")
 

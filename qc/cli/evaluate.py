@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 
 from qc.backends.artifact import Artifact
-from qc.backends.decoding import context_limit
 from qc.backends.evaluate import evaluate
-from qc.backends.inputs import text_batches
 from qc.backends.reference import ModelRunner
 from qc.backends.target import Runner
-from qc.backends.tokenizer import Tokenizer
 from qc.cli.arrays import read_arrays
 from qc.cli.output import accuracy_rows, print_json, print_table
+from qc.data import batches_to_measure
+from qc.documents import read_documents
 from qc.frontend import load
 from qc.ir.errors import InputError
 
@@ -41,14 +40,13 @@ def _on_text(runner: Runner, reference: Runner | None, directory: Path, argument
     path = Path(arguments.text) if arguments.text is not None else directory / "sample.txt"
     if not path.is_file():
         raise InputError(f"Expected a text at {path}, found none. Give one with --text, or arrays with --input.")
-    tokenizer = Tokenizer(directory)
-    text = path.read_text(encoding="utf-8")
-    if runner.signature.output("logits") is not None:
-        tokens = tokenizer.encode(text)
+    signature = runner.signature
+    predicts = signature.output("logits") is not None and signature.input("decoder_tokens") is None
+    documents = read_documents(path, signature, directory, whole=predicts)
+    if predicts:
+        tokens = [i for text in documents.ids for i in text]
         return evaluate(runner, reference, text_tokens=tokens, window=arguments.window, windows=arguments.windows)
-    limit = context_limit(runner.provenance)
-    sentences = [tokenizer.encode_sentence(line)[:limit] for line in text.splitlines() if line.strip()]
-    return evaluate(runner, reference, inputs=text_batches(runner.signature, sentences))
+    return evaluate(runner, reference, inputs=batches_to_measure(reference or runner, documents, directory))
 
 
 def _open(source: str, threads: int) -> tuple[Runner, Path]:

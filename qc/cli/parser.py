@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--calib",
         metavar="FILE",
         help="what to calibrate on: text (a sentence a line for encoders; it is measured on too), .jsonl with text, "
-        "messages or input_ids, .npy token ids, .npz arrays, an image, or a directory of arrays or images; default: "
-        "sample.txt beside the model, else random inputs",
+        "messages or input_ids (with target or labels for encoder-decoders), .npy token ids, .npz arrays, an image, or "
+        "a directory of arrays or images; default: sample.txt beside the model, else random inputs",
     )
     c.add_argument(
         "--samples", type=_positive, metavar="N", help="calibrate on at most so many windows, texts or batches"
@@ -90,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     c = _command(commands, "run", "run an artifact: generate text, or map an .npz to an .npz", "run:run")
     c.add_argument("artifact", metavar="DIR", help=_ARTIFACT)
     what = c.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", metavar="TEXT", help="generate a continuation, greedily")
+    what.add_argument(
+        "--prompt", metavar="TEXT", help="generate a continuation, or an encoder-decoder's answer, greedily"
+    )
     what.add_argument("--input", metavar="IN.npz", help="arrays by input name")
     c.add_argument("--output", metavar="OUT.npz", help="where the outputs go, with --input")
     c.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="with --prompt (default: %(default)s)")
@@ -103,8 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--text",
         metavar="FILE",
-        help="text: perplexity, KL and top-1 agreement; for sentence encoders one sentence per line; default: "
-        "sample.txt beside the model",
+        help="text or .jsonl as for `qc compile --calib`: perplexity, KL and top-1 agreement; for sentence encoders "
+        "one sentence per line; default: sample.txt beside the model",
     )
     data.add_argument("--input", metavar="FILE.npz", help="arrays by input name: cosine, SQNR")
     c.add_argument(

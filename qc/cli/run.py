@@ -15,7 +15,7 @@ __all__ = ["run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Streams a continuation of the prompt, or maps arrays to arrays."""
+    """Streams a continuation of the prompt, or what an encoder-decoder answers; or maps arrays to arrays."""
     artifact = Artifact.open(Path(arguments.artifact))
     if arguments.prompt is not None:
         return _generate(artifact, arguments)
@@ -29,12 +29,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _generate(artifact: Artifact, arguments: argparse.Namespace) -> int:
-    if not artifact.signature.is_decoder:
-        raise InputError(f"{arguments.artifact} is not a text decoder; use --input and --output.")
+    signature = artifact.signature
+    if not signature.generates:
+        raise InputError(f"{arguments.artifact} generates no text; use --input and --output.")
     tokenizer = Tokenizer(artifact.directory)
     runner = artifact.runner(threads=arguments.threads)
-    tokens = tokenizer.encode(arguments.prompt)
-    sys.stdout.write(arguments.prompt)
+    if signature.is_decoder:
+        tokens = tokenizer.encode(arguments.prompt)
+        sys.stdout.write(arguments.prompt)
+    else:
+        tokens = tokenizer.encode_sentence(arguments.prompt)
     for piece in tokenizer.stream(runner.generate(tokens, arguments.max_tokens, stop=tokenizer.stop)):
         sys.stdout.write(piece)
         sys.stdout.flush()

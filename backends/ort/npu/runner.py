@@ -81,9 +81,9 @@ class FixedRunner:
         Raises:
             InputError: If the model does not generate text, or the prompt does not fit it.
         """
-        limit = context_limit(self.provenance)
         if not self.signature.caches:
-            return greedy(self.run, self.signature, tokens, max_tokens, stop, limit=limit)
+            return greedy(self, tokens, max_tokens, stop)
+        limit = context_limit(self.provenance)
         return self._generate(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop))
 
     def _generate(self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int]) -> Iterator[int]:

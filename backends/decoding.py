@@ -1,4 +1,4 @@
-"""Greedy generation over anything that runs: with a cache that is fed back, or by running the whole text again."""
+"""Generation of text over anything that runs: with a cache that is fed back, or by running the whole text again."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from qc.backends.inputs import cache_shape, require_tokens, text_inputs
+from qc.backends.sampling import GREEDY, Sampling
 from qc.backends.target import Runner
 from qc.ir.errors import InputError
 from qc.ir.model import Signature
 
-__all__ = ["context_limit", "decoder_start", "greedy", "pick", "plan"]
+__all__ = ["context_limit", "decoder_start", "generate", "plan"]
 
 
-def greedy(runner: Runner, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-    """Yields the most probable next token, one after the other; a token of `stop` ends the text and is not yielded.
+def generate(
+    runner: Runner, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = (), sampling: Sampling = GREEDY
+) -> Iterator[int]:
+    """Yields one token after the other; a token of `stop` ends the text and is not yielded.
 
     Args:
         runner: Runs the model once for each token.
         tokens: The prompt, or what the encoder of an encoder-decoder reads.
         max_tokens: Largest number of tokens to yield.
         stop: Ids that end a text.
+        sampling: How each token is chosen.
 
     Raises:
         InputError: If the model does not generate text, or the prompt does not fit it.
     """
     limit = context_limit(runner.provenance)
     if runner.signature.input("decoder_tokens") is None:
-        return _decoder(runner, tokens, plan(runner.signature, tokens, max_tokens, limit), stop)
+        return _decoder(runner, tokens, plan(runner.signature, tokens, max_tokens, limit), stop, sampling)
     start = decoder_start(runner.provenance)
-    return _encoder_decoder(runner, tokens, start, min(max_tokens, limit or max_tokens), stop)
+    return _encoder_decoder(runner, tokens, start, min(max_tokens, limit or max_tokens), stop, sampling)
 
 
 def plan(signature: Signature, tokens: Sequence[int], max_tokens: int, limit: int | None) -> int:
@@ -75,16 +79,13 @@ def decoder_start(provenance: Mapping[str, str]) -> int:
     return int(text)
 
 
-def pick(logits: np.ndarray) -> int:
-    """The most probable token at the last position; ``logits`` ``[..., vocabulary]`` of one text."""
-    return int(np.argmax(logits.reshape(-1, logits.shape[-1])[-1]))
-
-
-def _decoder(runner: Runner, tokens: Sequence[int], max_tokens: int, stop: Sequence[int]) -> Iterator[int]:
+def _decoder(
+    runner: Runner, tokens: Sequence[int], max_tokens: int, stop: Sequence[int], sampling: Sampling
+) -> Iterator[int]:
     signature = runner.signature
     logits = signature.output("logits")
     assert logits is not None
-    pairs = signature.caches
+    pairs, choose = signature.caches, sampling.chooser()
     text, ends = [int(t) for t in tokens], frozenset(stop)
     caches = {past.name: np.zeros(cache_shape(past, 1, 0), past.dtype.numpy()) for past, _ in pairs}
     past = 0
@@ -94,7 +95,7 @@ def _decoder(runner: Runner, tokens: Sequence[int], max_tokens: int, stop: Seque
         if pairs:
             caches = {port.name: results[present.name] for port, present in pairs}
             past = len(text)
-        token = pick(results[logits.name])
+        token = choose(results[logits.name])
         if token in ends:
             return
         text.append(token)
@@ -102,15 +103,15 @@ def _decoder(runner: Runner, tokens: Sequence[int], max_tokens: int, stop: Seque
 
 
 def _encoder_decoder(
-    runner: Runner, tokens: Sequence[int], start: int, max_tokens: int, stop: Sequence[int]
+    runner: Runner, tokens: Sequence[int], start: int, max_tokens: int, stop: Sequence[int], sampling: Sampling
 ) -> Iterator[int]:
     plan(runner.signature, tokens, max_tokens, None)
     logits = runner.signature.output("logits")
     assert logits is not None
-    text, ends = [start], frozenset(stop)
+    text, ends, choose = [start], frozenset(stop), sampling.chooser()
     for _ in range(max_tokens):
         inputs = text_inputs(runner.signature, np.array([tokens]), decoder=np.array([text]))
-        token = pick(runner.run(inputs)[logits.name])
+        token = choose(runner.run(inputs)[logits.name])
         if token in ends:
             return
         text.append(token)

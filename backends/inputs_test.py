@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qc.backends.decoding import greedy
+from qc.backends.decoding import generate
 from qc.backends.inputs import check_inputs, text_batches, text_inputs
 from qc.ir.errors import InputError
 from qc.ir.model import Port, Signature
@@ -74,11 +74,11 @@ class Counting:
 
 def test_an_encoder_decoder_generates_from_its_start_token():
     model = Counting(decoder_start="1")
-    assert list(greedy(model, [8, 8, 8], 4)) == [4, 7, 10, 13]
-    assert list(greedy(model, [8, 8, 8], 9, [10])) == [4, 7]
-    assert list(greedy(Counting(decoder_start="1", max_positions="2"), [8, 8, 8], 9)) == [4, 7], "no more than fit"
+    assert list(generate(model, [8, 8, 8], 4)) == [4, 7, 10, 13]
+    assert list(generate(model, [8, 8, 8], 9, [10])) == [4, 7]
+    assert list(generate(Counting(decoder_start="1", max_positions="2"), [8, 8, 8], 9)) == [4, 7], "no more than fit"
 
 
 def test_an_encoder_decoder_without_a_start_token_is_refused():
     with pytest.raises(InputError, match="decoder_start_token_id"):
-        greedy(Counting(), [8], 4)
+        generate(Counting(), [8], 4)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from qc.backends.decoding import greedy
+from qc.backends.decoding import generate
 from qc.backends.inputs import check_inputs
+from qc.backends.sampling import GREEDY, Sampling
 from qc.ir.digest import digest_batch
 from qc.ir.model import Model
 from qc.passes._activations import Shelf, Stream
@@ -78,6 +79,8 @@ class PartRunner:
             self.prepare([inputs])
         return {port.name: self._known[key][port.name] for port in self.signature.outputs}
 
-    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        """Yields greedily chosen tokens after `tokens`, slowly, until one is in `stop`, which is not yielded."""
-        return greedy(self, tokens, max_tokens, stop)
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = (), sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """Yields tokens after `tokens`, slowly, until one is in `stop`, which is not yielded."""
+        return generate(self, tokens, max_tokens, stop, sampling)

@@ -8,8 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.decoding import greedy
+from qc.backends.decoding import generate
 from qc.backends.inputs import check_inputs
+from qc.backends.sampling import GREEDY, Sampling
 from qc.backends.target import Runner
 from qc.ir.digest import digest_batch
 from qc.ir.errors import InternalError, UnsupportedError
@@ -60,13 +61,15 @@ class ModelRunner:
         """
         return self._session.run(check_inputs(self.signature, inputs))
 
-    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        """Yields greedily chosen tokens after `tokens` until one is in `stop`, which is not yielded.
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = (), sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """Yields tokens after `tokens`, chosen by `sampling`, until one is in `stop`, which is not yielded.
 
         Raises:
             InputError: If the model does not generate text, or the prompt does not fit it.
         """
-        return greedy(self, tokens, max_tokens, stop)
+        return generate(self, tokens, max_tokens, stop, sampling)
 
 
 class Remembered:
@@ -104,9 +107,11 @@ class Remembered:
         """Runs once, or returns what the same inputs yielded before."""
         return {k: v if isinstance(v, np.ndarray) else v.numpy() for k, v in self.begin(inputs).result().items()}
 
-    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = (), sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
         """As the runner does; nothing is kept."""
-        return self._runner.generate(tokens, max_tokens, stop)
+        return self._runner.generate(tokens, max_tokens, stop, sampling)
 
     def close(self) -> None:
         """Stops after the inputs at hand; nothing more can be asked."""

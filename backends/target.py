@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.sampling import GREEDY, Sampling
 from qc.ir.errors import InputError
 from qc.ir.model import Model, Signature
 from qc.passes.pipeline import Step
@@ -101,8 +102,10 @@ class Runner(Protocol):
         """Runs once. Inputs that the artifact does not have are ignored; a missing one is an `InputError`."""
         ...
 
-    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        """Yields greedily chosen tokens after `tokens` until one is in `stop`, which is not yielded."""
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = (), sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """Yields tokens after `tokens`, chosen by `sampling`, until one is in `stop`, which is not yielded."""
         ...
 
 

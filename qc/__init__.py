@@ -25,6 +25,7 @@ _EXPORTS = {
     "Pass": "qc.passes.base",
     "PassManager": "qc.passes.manager",
     "QcError": "qc.ir.errors",
+    "Sampling": "qc.backends.sampling",
     "Step": "qc.passes.pipeline",
     "UnsupportedError": "qc.ir.errors",
     "compile": "qc.compiler",

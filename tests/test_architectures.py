@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qc.backends.decoding import pick
 from qc.backends.inputs import text_inputs
 from qc.backends.reference import ModelRunner
+from qc.backends.sampling import GREEDY
 from qc.backends.target import Runner
 from qc.compiler import CompileResult
 from qc.compiler import compile as compile_model
@@ -126,7 +126,7 @@ def check_cache(runner: Runner) -> None:
     logits = runner.signature.output("logits")
     assert logits is not None
     for token in generated:
-        assert token == pick(runner.run(text_inputs(runner.signature, np.array([text])))[logits.name])
+        assert token == GREEDY.chooser()(runner.run(text_inputs(runner.signature, np.array([text])))[logits.name])
         text.append(token)
     assert len(generated) == 6
 

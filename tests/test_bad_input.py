@@ -181,12 +181,12 @@ TABLE: dict[str, tuple[str, int, list[str]]] = {
     "a number below zero": ("bench {d}/artifact --threads -2", 2, ["0 or more"]),
     "no artifact to run": ("run {d}/empty --prompt x", 2, ["manifest.json", "qc compile"]),
     "nothing to run": ("run {d}/nowhere --prompt x", 2, ["nowhere", "found none"]),
-    "a prompt for a network of numbers": ("run {d}/artifact --prompt x", 2, ["not a text decoder", "--input"]),
+    "a prompt for a network of numbers": ("run {d}/artifact --prompt x", 2, ["generates no text", "--input"]),
     "input without output": ("run {d}/artifact --input {d}/in.npz", 2, ["--output"]),
     "no such input": ("run {d}/artifact --input {d}/in.npz --output {d}/out.npz", 2, ["in.npz", "found none"]),
     "a text as arrays": ("run {d}/artifact --input {d}/file --output {d}/out.npz", 2, ["cannot be read"]),
     "no model to evaluate": ("eval {d}/nothing", 2, ["found nothing there"]),
-    "text without tokenizer": ("eval {d}/artifact --text {d}/file", 2, ["tokenizer"]),
+    "text to measure what reads none": ("eval {d}/artifact --text {d}/file", 2, ["no tokens", ".npz"]),
     "no text": ("eval {d}/artifact", 2, ["--text", "--input"]),
     "nothing to bench": ("bench {d}/foreign", 2, ["manifest.json"]),
     "nothing to compare with": ("bench {d}/artifact --vs {d}/foreign", 2, ["foreign", "manifest.json"]),
@@ -227,6 +227,21 @@ def test_arrays_that_do_not_fit_are_named(
     refused([command, place / "artifact", "--input", tmp_path / "in.npz", *more], words, capsys)
     assert (tmp_path / "out.npz").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", "a", "--top-p", "1.5"], ["top-p above 0 and up to 1", "1.5"]),
+        (["--prompt", "a", "--temperature=-1"], ["temperature of 0", "-1"]),
+        (["--input", "in.npz", "--output", "out.npz", "--top-k", "3"], ["--prompt together with", "--top-k"]),
+        (["--prompt", "a", "--seed", "1"], ["generates no text"]),
+    ],
+)
+def test_ways_to_draw_that_do_not_fit_are_named(
+    options: list[str], words: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["run", place / "artifact", *options], words, capsys)
 
 
 def damage_weights(artifact: Path) -> None:

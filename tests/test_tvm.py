@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from qc.backends.inputs import text_inputs
 from qc.backends.ort.backend import OrtCpu
+from qc.backends.sampling import Sampling
 from qc.backends.target import backend_for
 from qc.backends.tvm import toolchain
 from qc.backends.tvm.backend import TvmCpu
@@ -92,12 +94,23 @@ def test_a_run_with_a_cache_is_that_of_onnx_runtime(emitted: dict[str, Path]) ->
 def test_sampling_is_greedy_at_temperature_zero_and_repeats_with_its_seed(emitted: dict[str, Path]) -> None:
     runner = open_runner(emitted["tvm"], threads=1)
     greedy = list(runner.generate(PROMPT, 12))
-    assert list(runner.sample(PROMPT, 12, temperature=0.0)) == greedy
-    assert list(runner.sample(PROMPT, 12, temperature=1.0, top_k=1)) == greedy
-    assert list(runner.sample(PROMPT, 12, temperature=1.0, top_p=1e-6)) == greedy
-    draws = {seed: list(runner.sample(PROMPT, 12, top_k=50, top_p=0.9, seed=seed)) for seed in (1, 2)}
-    assert draws[1] != draws[2]
-    assert draws[1] == list(runner.sample(PROMPT, 12, top_k=50, top_p=0.9, seed=1))
+    for sampling in (Sampling(temperature=0), Sampling(top_k=1), Sampling(top_p=1e-6)):
+        assert list(runner.generate(PROMPT, 12, sampling=sampling)) == greedy
+    one, two, again = (
+        list(runner.generate(PROMPT, 12, sampling=Sampling(top_k=50, top_p=0.9, seed=seed))) for seed in (1, 2, 1)
+    )
+    assert one == again != two
+
+
+def test_the_library_draws_from_the_distribution_that_we_draw_from(emitted: dict[str, Path]) -> None:
+    runner = open_runner(emitted["tvm"], threads=1)
+    logits = runner.run(text_inputs(runner.signature, np.array([PROMPT])))["logits"][0, -1]
+    sampling = Sampling(temperature=0.7, top_k=9, top_p=0.8)
+    tokens, probabilities = sampling.distribution(logits)
+    drawn = [next(runner.generate(PROMPT, 1, sampling=replace(sampling, seed=seed))) for seed in range(300)]
+    assert set(drawn) <= set(tokens.tolist())
+    found = np.array([drawn.count(token) for token in tokens]) / len(drawn)
+    np.testing.assert_allclose(found, probabilities, atol=0.1)
 
 
 def test_several_threads_and_parts_of_a_prompt_change_nothing(emitted: dict[str, Path]) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qc.backends.decoding import context_limit, greedy, pick, plan
+from qc.backends.decoding import context_limit, generate, plan
 from qc.backends.inputs import cache_shape, check_inputs, text_inputs
 from qc.backends.ort.emit import MODEL
 from qc.backends.ort.genai import shares_buffer
+from qc.backends.sampling import GREEDY, Sampling
 from qc.ir.errors import InputError
 from qc.ir.model import Model, Signature
 from qc.ir.runtime import describe, flatten
@@ -77,18 +78,22 @@ class OrtRunner:
         except Exception as error:
             raise _refused(checked, error) from error
 
-    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        """Yields greedily chosen tokens after `tokens`, until `max_tokens` or one of `stop`, which is not yielded.
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = (), sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """Yields tokens after `tokens`, until `max_tokens` or one of `stop`, which is not yielded.
 
         Raises:
             InputError: If the model does not generate text, or the prompt does not fit it.
         """
         if not self.signature.caches:
-            return greedy(self, tokens, max_tokens, stop)
+            return generate(self, tokens, max_tokens, stop, sampling)
         limit = context_limit(self.provenance)
-        return self._cached(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop))
+        return self._cached(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop), sampling)
 
-    def _cached(self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int]) -> Iterator[int]:
+    def _cached(
+        self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int], sampling: Sampling
+    ) -> Iterator[int]:
         """Past and present are bound as buffers of the runtime.
 
         Attention that writes into its past (shared) gets one buffer per layer, long enough for the whole text, as both;
@@ -112,7 +117,7 @@ class OrtRunner:
             else:
                 binding.bind_output(present.name, "cpu")
         own = Signature(tuple(p for p in self.signature.inputs if p.role not in ("past_key", "past_value")), ())
-        new, done = [int(t) for t in tokens], 0
+        new, done, choose = [int(t) for t in tokens], 0, sampling.chooser()
         found = np.empty(0, logits.dtype.numpy())
         for _ in range(max_tokens):
             inputs = text_inputs(own, np.array([new]), past=done)
@@ -130,7 +135,7 @@ class OrtRunner:
                 raise _refused(inputs, error) from error
             # Asking for the results takes a tenth of a millisecond: not where all of them are buffers of ours.
             results = [] if self._shared and shape is not None else binding.get_outputs()
-            token = pick(found if shape is not None else results[-1].numpy())
+            token = choose(found if shape is not None else results[-1].numpy())
             if token in stop:
                 return
             yield token

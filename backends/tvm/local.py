@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from qc.backends.sampling import Sampling
 from qc.ir.errors import UnsupportedError
 
-__all__ = ["LocalLibrary", "Sampling"]
+__all__ = ["Draws", "LocalLibrary"]
 
 
 class _Options(ctypes.Structure):
     _fields_ = (("threads", ctypes.c_int32), ("parallel_for", ctypes.c_void_p), ("user", ctypes.c_void_p))
 
 
-class Sampling(ctypes.Structure):
-    """How tokens are drawn, as the library takes it: ``temperature``, ``top_k``, ``top_p``, ``seed``."""
+class Draws(ctypes.Structure):
+    """How tokens are drawn, as the library takes it, which advances the seed with each."""
 
     _fields_ = (
         ("temperature", ctypes.c_float),
@@ -27,6 +28,11 @@ class Sampling(ctypes.Structure):
         ("top_p", ctypes.c_float),
         ("seed", ctypes.c_uint64),
     )
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Draws:
+        """Before the first of them."""
+        return cls(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
 
 
 class LocalLibrary:
@@ -91,11 +97,10 @@ class LocalLibrary:
         """Appends tokens."""
         return self._c.qc_feed(self._instance, _numbers(tokens), len(tokens))
 
-    def sample(self, sampling: Sampling | None) -> tuple[int, int]:
+    def sample(self, draws: Draws) -> tuple[int, int]:
         """A code and the next token."""
         token = ctypes.c_int64()
-        chosen = None if sampling is None else ctypes.byref(sampling)
-        code = self._c.qc_sample(self._instance, chosen, ctypes.byref(token))
+        code = self._c.qc_sample(self._instance, ctypes.byref(draws), ctypes.byref(token))
         return code, token.value
 
     def error(self, code: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from qc.backends.tvm.host import template
-from qc.backends.tvm.local import Sampling
+from qc.backends.tvm.local import Draws
 from qc.backends.tvm.toolchain import run_tool
 from qc.ir.errors import InternalError, UnsupportedError
 
@@ -105,12 +105,11 @@ class RemoteLibrary:
         self._send(b"f", struct.pack("<q", len(tokens)), _numbers(tokens))
         return self._integer()
 
-    def sample(self, sampling: Sampling | None) -> tuple[int, int]:
+    def sample(self, draws: Draws) -> tuple[int, int]:
         """A code and the next token."""
-        held = Sampling() if sampling is None else sampling
-        self._send(b"n", bytes(held))
+        self._send(b"n", bytes(draws))
         code, token = self._integer(), self._integer()
-        ctypes.memmove(ctypes.byref(held), self._read(ctypes.sizeof(Sampling)), ctypes.sizeof(Sampling))
+        ctypes.memmove(ctypes.byref(draws), self._read(ctypes.sizeof(Draws)), ctypes.sizeof(Draws))
         return code, token
 
     def error(self, code: int) -> str:

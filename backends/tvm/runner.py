@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.decoding import context_limit, greedy, plan
+from qc.backends.decoding import context_limit, generate, plan
 from qc.backends.inputs import check_inputs
+from qc.backends.sampling import GREEDY, Sampling
 from qc.backends.tvm.emit import EMULATED, FACTS, LIBRARY, WEIGHTS, library_directory
 from qc.backends.tvm.isa import best_for_host, level
-from qc.backends.tvm.local import LocalLibrary, Sampling
+from qc.backends.tvm.local import Draws, LocalLibrary
 from qc.backends.tvm.remote import RemoteLibrary
 from qc.backends.tvm.toolchain import Platform
 from qc.ir.errors import InputError, UnsupportedError
@@ -123,57 +124,28 @@ class TvmRunner:
     def prepare(self, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
         """Nothing: weights are mapped, and every run is for itself."""
 
-    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        """Yields greedily chosen tokens after `tokens`, until `max_tokens` or one of `stop`, which is not yielded.
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = (), sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """Yields tokens after `tokens`, until `max_tokens` or one of `stop`, which is not yielded.
 
         Raises:
             InputError: If the model does not generate text, or the prompt does not fit it.
         """
         if not self._decoder:
-            return greedy(self, tokens, max_tokens, stop)
+            return generate(self, tokens, max_tokens, stop, sampling)
         limit = context_limit(self.provenance)
-        return self._generate(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop), None)
-
-    def sample(
-        self,
-        tokens: Sequence[int],
-        max_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[int] = (),
-    ) -> Iterator[int]:
-        """Yields tokens that the library draws.
-
-        Args:
-            tokens: The prompt.
-            max_tokens: Largest number of tokens.
-            temperature: Divides the logits; 0 for the most probable token.
-            top_k: How many tokens are considered; 0 for all.
-            top_p: Share of the probability that the considered tokens hold.
-            seed: Of the draws.
-            stop: Tokens that end the text and are not yielded.
-
-        Raises:
-            UnsupportedError: If the library does not generate text itself.
-        """
-        if not self._decoder:
-            raise UnsupportedError("Expected a decoder whose library keeps its cache, found another model.")
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        count = plan(self.signature, tokens, max_tokens, context_limit(self.provenance))
-        return self._generate(tokens, count, frozenset(stop), sampling)
+        return self._generate(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop), sampling)
 
     def _generate(
-        self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int], sampling: Sampling | None
+        self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int], sampling: Sampling
     ) -> Iterator[int]:
         self._require_context(len(tokens) + max_tokens)
         self._check(self._library.reset())
-        new = tokens
+        new, draws = tokens, Draws.of(sampling)
         for _ in range(max_tokens):
             self._check(self._library.feed(new))
-            code, token = self._library.sample(sampling)
+            code, token = self._library.sample(draws)
             self._check(code)
             if token in stop:
                 return

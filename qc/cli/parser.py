@@ -90,12 +90,21 @@ def build_parser() -> argparse.ArgumentParser:
     c = _command(commands, "run", "run an artifact: generate text, or map an .npz to an .npz", "run:run")
     c.add_argument("artifact", metavar="DIR", help=_ARTIFACT)
     what = c.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--prompt", metavar="TEXT", help="generate a continuation, or an encoder-decoder's answer, greedily"
-    )
+    what.add_argument("--prompt", metavar="TEXT", help="generate a continuation, or an encoder-decoder's answer")
     what.add_argument("--input", metavar="IN.npz", help="arrays by input name")
     c.add_argument("--output", metavar="OUT.npz", help="where the outputs go, with --input")
     c.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="with --prompt (default: %(default)s)")
+    c.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="draw tokens, with logits divided by T; 0: always the likeliest (default: 0, or 1 with the next three)",
+    )
+    c.add_argument("--top-k", type=_natural, metavar="K", help="draw from the K likeliest tokens (default: from all)")
+    c.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest that hold this share of the probability"
+    )
+    c.add_argument("--seed", type=_natural, metavar="N", help="of the draws; an equal one repeats a text (default: 0)")
     c.add_argument("--threads", type=_natural, default=0, metavar="N", help="0: one per core (default)")
 
     c = _command(commands, "eval", "measure accuracy against the float model", "evaluate:run")

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qc.backends.decoding import greedy
+from qc.backends.decoding import generate
 from qc.backends.ort.npu.device import NpuSession
 from qc.backends.reference import ModelRunner
 from qc.backends.target import backend_for
@@ -78,7 +78,7 @@ def test_text_is_generated_over_a_cache_of_fixed_size(build, batch, tmp_path):
     runner, exact = backend_for(_TARGET).open(tmp_path), ModelRunner(reference)
     prompt = [5, 9, 33, 60, 7, 12]
     found = list(runner.generate(prompt, 10))
-    assert found == list(greedy(exact, prompt, 10))
+    assert found == list(generate(exact, prompt, 10))
     batch = {"input_ids": np.zeros((1, 17), np.int64), "position_ids": np.arange(17)[None]}
     batch |= {n: np.zeros((1, 2, 0, 16), np.float32) for n in ("past_key_values.0.key", "past_key_values.0.value")}
     with pytest.raises(InputError, match="at most 16 tokens"):

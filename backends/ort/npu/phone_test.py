@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qc.backends.decoding import greedy
+from qc.backends.decoding import generate
 from qc.backends.reference import ModelRunner
 from qc.backends.target import backend_for
 from qc.ir.errors import InputError
@@ -99,7 +99,7 @@ def test_text_is_generated_over_a_cache_of_floats(build, batch, tmp_path):
     assert {grid["dtype"] for grid in grids} == {"float16"}
     exact, prompt = ModelRunner(quantized), [5, 9, 33, 60, 7, 12]
     found = list(backend_for(target).open(tmp_path).generate(prompt, 8))
-    assert found == list(greedy(exact, prompt, 8))
+    assert found == list(generate(exact, prompt, 8))
 
 
 def test_weights_and_rows_are_cast_once_and_integers_not(build, batch):

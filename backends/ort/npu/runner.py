@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.decoding import context_limit, greedy, pick, plan
+from qc.backends.decoding import context_limit, generate, plan
 from qc.backends.inputs import check_inputs, text_inputs
 from qc.backends.ort.npu.device import CpuSession, FixedSession, open_session
 from qc.backends.ort.npu.emit import FACTS, OUTER
 from qc.backends.ort.npu.fitting import LENGTH, PAST
 from qc.backends.ort.npu.shapes import GraphSizes
+from qc.backends.sampling import GREEDY, Sampling
 from qc.ir.errors import InputError
 from qc.ir.model import Port, Signature
 
@@ -75,25 +76,29 @@ class FixedRunner:
         ]
         return {p.name: np.concatenate([f[p.name] for f in found]) for p in self.signature.outputs}
 
-    def generate(self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        """Yields greedily chosen tokens after `tokens`, until `max_tokens` or one of `stop`, which is not yielded.
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, stop: Sequence[int] = (), sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """Yields tokens after `tokens`, until `max_tokens` or one of `stop`, which is not yielded.
 
         Raises:
             InputError: If the model does not generate text, or the prompt does not fit it.
         """
         if not self.signature.caches:
-            return greedy(self, tokens, max_tokens, stop)
+            return generate(self, tokens, max_tokens, stop, sampling)
         limit = context_limit(self.provenance)
-        return self._generate(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop))
+        return self._generate(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop), sampling)
 
-    def _generate(self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int]) -> Iterator[int]:
+    def _generate(
+        self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int], sampling: Sampling
+    ) -> Iterator[int]:
         logits = self.signature.output("logits")
         assert logits is not None
         own = Signature(tuple(p for p in self.signature.inputs if p.name not in self._caches), ())
-        caches, new, past = self._empty(), [int(t) for t in tokens], 0
+        caches, new, past, choose = self._empty(), [int(t) for t in tokens], 0, sampling.chooser()
         for _ in range(max_tokens):
             given = text_inputs(own, np.array([new]), past=past)
-            token = pick(self._text(given, len(new), past, caches)[logits.name])
+            token = choose(self._text(given, len(new), past, caches)[logits.name])
             if token in stop:
                 return
             yield token

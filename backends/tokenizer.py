@@ -55,12 +55,12 @@ class Tokenizer:
             text: The text.
             bos: Whether the text starts here, so that the model's first token (if it has one) goes before it.
         """
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        ids = list(self._tokenizer.encode(_characters(text), add_special_tokens=False).ids)
         return [self.bos, *ids] if bos and self.bos is not None else ids
 
     def encode_sentence(self, text: str) -> list[int]:
         """Turns a text into ids with the special tokens that the tokenizer puts around it, as an encoder expects."""
-        return list(self._tokenizer.encode(text).ids)
+        return list(self._tokenizer.encode(_characters(text)).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turns ids into text; special tokens are left out."""
@@ -94,6 +94,11 @@ class Tokenizer:
             return known
         found = next((c["bos_token_id"] for c in configs if isinstance(c.get("bos_token_id"), int)), None)
         return found if found is not None and found < self._tokenizer.get_vocab_size() else None
+
+
+def _characters(text: str) -> str:
+    """The text with a sign of replacement for each half of a character, which escapes in JSON and cut text can be."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def stop_tokens(directory: Path) -> tuple[int, ...]:

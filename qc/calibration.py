@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qc.arrays import read_array, read_arrays
 from qc.backends.inputs import check_inputs, text_inputs
-from qc.documents import load_arrays
+from qc.documents import require_vocabulary
 from qc.ir.errors import InputError
-from qc.ir.model import Model, Port, Signature
+from qc.ir.model import ANY_SHAPE, Model, Port, Signature
 
 __all__ = ["holds_arrays", "read_batches"]
 
@@ -33,13 +34,15 @@ def holds_arrays(path: Path, signature: Signature) -> bool:
     return path.is_dir() or (suffix in _IMAGES | _ARRAYS and not ids)
 
 
-def read_batches(source: Path | Iterable[Mapping[str, object]], model: Model, most: int, seed: int) -> list[Batch]:
+def read_batches(
+    source: Path | Mapping[str, object] | Iterable[Mapping[str, object]], model: Model, most: int, seed: int
+) -> list[Batch]:
     """Reads inputs as arrays.
 
     * an ``.npz`` file: one batch, arrays by input name; an ``.npy`` file: one batch of the model's only input;
     * an image: resized and normalized as ``preprocessor_config.json`` says;
     * a directory: its files of these kinds, in the order of their names;
-    * any iterable of inputs by name.
+    * inputs by name, or any iterable of them.
 
     Args:
         source: One of these.
@@ -50,13 +53,17 @@ def read_batches(source: Path | Iterable[Mapping[str, object]], model: Model, mo
     Raises:
         InputError: If something does not fit the model, or is NaN; or there is nothing.
     """
+    source = [source] if isinstance(source, Mapping) else source
     named = enumerate(source) if not isinstance(source, Path) else ((p.name, p) for p in _files(source))
     items = _sampled(list(named), most, seed)
     batches = []
     for name, item in items:
         values = _read(item, model) if isinstance(item, Path) else item
         if not isinstance(values, Mapping):
-            raise InputError(f"Expected inputs by name as calibration sample {name}, found {type(values).__name__}.")
+            raise InputError(
+                f"Expected arrays by the names of inputs as calibration sample {name}, found {type(values).__name__}. "
+                "Write texts to a file, and give its path."
+            )
         try:
             batch = check_inputs(model.signature, _completed(model.signature, values))
         except InputError as error:
@@ -64,6 +71,9 @@ def read_batches(source: Path | Iterable[Mapping[str, object]], model: Model, mo
         if any(v is not None and 0 in np.shape(v) for k, v in batch.items() if not _is_cache(model, k)):
             continue  # an empty sample says nothing
         _require_finite(str(name), batch)
+        for port in model.signature.inputs:
+            if port.role in ("tokens", "decoder_tokens"):
+                require_vocabulary(model, port.role, [batch[port.name]], f"calibration sample {name}")
         batches.append(batch)
     if not batches:
         place = source if isinstance(source, Path) else "the data"
@@ -89,11 +99,16 @@ def _sampled(items: Sequence[tuple[object, object]], most: int, seed: int) -> li
 
 
 def _completed(signature: Signature, given: Mapping[str, object]) -> dict[str, np.ndarray]:
-    """Arrays in the model's width of their kind of number; what follows from token ids may be left out."""
+    """Arrays in the model's width of their kind of number, in a batch of one if they have no axis for it.
+
+    What follows from token ids may be left out.
+    """
     ports = {p.name: p for p in signature.inputs}
     arrays = {}
     for name, value in given.items():
         array = np.asarray(value)
+        if name in ports and ports[name].shape != ANY_SHAPE and len(ports[name].shape) == array.ndim + 1:
+            array = array[None]
         wanted = ports[name].dtype.numpy() if name in ports else array.dtype
         alike = any(array.dtype.kind in kinds and wanted.kind in kinds for kinds in ("f", "iu"))
         arrays[name] = array.astype(wanted, copy=False) if alike else array
@@ -110,7 +125,14 @@ def _completed(signature: Signature, given: Mapping[str, object]) -> dict[str, n
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    return sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGES | _ARRAYS)
+    found = sorted(path.iterdir())
+    files = [p for p in found if p.suffix.lower() in _IMAGES | _ARRAYS]
+    if not files:
+        raise InputError(
+            f"Expected .npz or .npy files or images in {path}, found "
+            f"{', '.join(p.name for p in found[:5]) or 'nothing'}. A text is given as a file."
+        )
+    return files
 
 
 def _read(path: Path, model: Model) -> Mapping[str, object]:
@@ -119,15 +141,13 @@ def _read(path: Path, model: Model) -> Mapping[str, object]:
         if port is None:
             raise InputError(f"Expected a model that takes images to calibrate on {path.name}, found none.")
         return {port.name: _image(path, port, model)}
-    loaded = load_arrays(path)
-    if path.suffix == ".npz":
-        return {name: loaded[name] for name in loaded.files}
+    if path.suffix.lower() == ".npz":
+        return read_arrays(path)
     ports = model.signature.inputs
     if len(ports) != 1:
         names = ", ".join(p.name for p in ports)
         raise InputError(f"Expected an .npz file with {names}, as the model has several inputs; found {path.name}.")
-    missing = len(ports[0].shape) == loaded.ndim + 1
-    return {ports[0].name: loaded[None] if missing else loaded}
+    return {ports[0].name: read_array(path)}
 
 
 def _image(path: Path, port: Port, model: Model) -> np.ndarray:

@@ -45,7 +45,7 @@ def compile(  # noqa: A001  the verb of the product
     target: str = "ort-cpu",
     recipe: str | None = None,
     passes: str | None = None,
-    calib: str | Path | Iterable[Mapping[str, object]] | None = None,
+    calib: str | Path | Mapping[str, object] | Iterable[Mapping[str, object]] | None = None,
     samples: int | None = None,
     memory: int | None = None,
     exclude: Sequence[str] = (),
@@ -66,8 +66,8 @@ def compile(  # noqa: A001  the verb of the product
         recipe: Name or file of a recipe; the target's own if None; ignored if `passes` is given.
         passes: A pipeline as a string, in place of a recipe.
         calib: What to calibrate on: a text file (its end calibrates, its beginning measures), JSON lines or token ids,
-            see `qc.documents`; arrays, images, or any iterable of inputs by name, see `qc.calibration`. Else the
-            model's own sample text, else random inputs.
+            see `qc.documents`; arrays, images, or inputs by name, see `qc.calibration`. Else the model's own sample
+            text, else random inputs.
         samples: How many windows, texts or batches of it to use at most.
         memory: Bytes of anonymous memory that the compile may use.
         exclude: Regular expressions of sites to leave in float.
@@ -169,7 +169,7 @@ def _compile(
     *,
     recipe: str | None,
     passes: str | None,
-    calib: str | Path | Iterable[Mapping[str, object]] | None,
+    calib: str | Path | Mapping[str, object] | Iterable[Mapping[str, object]] | None,
     samples: int | None,
     memory: int | None,
     exclude: Sequence[str],

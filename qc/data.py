@@ -61,7 +61,7 @@ class Data:
 
 def read_data(
     model: Model,
-    calib: str | Path | Iterable[Mapping[str, object]] | None,
+    calib: str | Path | Mapping[str, object] | Iterable[Mapping[str, object]] | None,
     *,
     samples: int | None = None,
     tokens: int = CALIBRATION_TOKENS,
@@ -103,7 +103,8 @@ def read_data(
     documents = read_documents(
         path, model.signature, tokenizer.parent if tokenizer is not None else None, whole=decoder
     )
-    require_vocabulary(documents, model, path)
+    require_vocabulary(model, "tokens", documents.ids, path)
+    require_vocabulary(model, "decoder_tokens", documents.answers or (), path)
     if documents.continuous:
         return _windows(model, path, documents.ids[0], samples or -(-tokens // WINDOW))
     return _texts(model, path, documents, samples, seed)

@@ -6,19 +6,20 @@ import codecs
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 
+from qc.arrays import read_array
 from qc.backends.evaluate import WINDOW
 from qc.backends.tokenizer import Tokenizer
 from qc.ir.errors import InputError
 from qc.ir.model import Model, Signature
 from qc.ir.probe import index_bound
 
-__all__ = ["Documents", "load_arrays", "read_documents", "require_vocabulary"]
+__all__ = ["Documents", "read_documents", "require_vocabulary"]
 
 _IDS = ("input_ids", "tokens")
 _LINES = frozenset({".jsonl", ".json"})
@@ -84,35 +85,27 @@ def read_documents(path: Path, signature: Signature, tokenizer: Path | None, *, 
     return found
 
 
-def require_vocabulary(documents: Documents, model: Model, path: Path) -> None:
+def require_vocabulary(model: Model, role: str, texts: Iterable[Sequence[int] | np.ndarray], place: object) -> None:
     """Refuses token ids that the model has no embedding of.
+
+    Args:
+        model: The model.
+        role: Of the input that takes them.
+        texts: The ids; none is empty.
+        place: Where they come from.
 
     Raises:
         InputError: With the first of them.
     """
-    for role, texts in (("tokens", documents.ids), ("decoder_tokens", documents.answers or ())):
-        port = model.signature.input(role)
-        bound = index_bound(model, port.name) if port is not None else None
-        for text in texts:
-            least, largest = min(text), max(text)
-            if least < 0 or (bound is not None and largest >= bound):
-                raise InputError(
-                    f"Expected token ids from 0 to {bound - 1 if bound is not None else 'the size of the vocabulary'} "
-                    f"in {path}, found {least if least < 0 else largest}. Was it made with another tokenizer?"
-                )
-
-
-def load_arrays(path: Path) -> Any:
-    """Opens an ``.npy`` or ``.npz`` file.
-
-    Raises:
-        InputError: If it is neither.
-    """
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not one of numpy's"
-        raise InputError(f"Expected arrays in {path}, found a file that cannot be read: {reason}.") from error
+    port = model.signature.input(role)
+    bound = index_bound(model, port.name) if port is not None else None
+    for text in texts:
+        least, largest = int(np.min(text)), int(np.max(text))
+        if least < 0 or (bound is not None and largest >= bound):
+            raise InputError(
+                f"Expected token ids from 0 to {bound - 1 if bound is not None else 'the size of the vocabulary'} in "
+                f"{place}, found {least if least < 0 else largest}. Was it made with another tokenizer?"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +116,7 @@ class _Reader:
     whole: bool
 
     def arrays(self) -> Documents:
-        array = load_arrays(self.path)
+        array = read_array(self.path)
         if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
             raise InputError(
                 f"Expected token ids in {self.path}, integers of shape [T] or [N, T]; found {array.dtype} "
@@ -191,10 +184,10 @@ class _Reader:
                     record = json.loads(line)
                 except ValueError as error:
                     raise InputError(
-                        f"Expected JSON in line {number} of {self.path}, found {found} ({error})."
+                        f"Expected a JSON object in line {number} of {self.path}, found {found} ({error})."
                     ) from error
                 if not isinstance(record, dict):
-                    raise InputError(f"Expected an object in line {number} of {self.path}, found {found}.")
+                    raise InputError(f"Expected a JSON object in line {number} of {self.path}, found {found}.")
                 yield number, record
 
     def _ids(self, number: int, record: Mapping[str, object]) -> list[int]:

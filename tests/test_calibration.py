@@ -171,7 +171,7 @@ def test_empty_samples_say_nothing(vision: Model) -> None:
         ([{"x": np.zeros((0, 3, 8, 6), np.float32)}], "found none"),
         ([{"x": np.full((1, 3, 8, 6), np.nan, np.float32)}], "sample 0, found NaN in 'x'"),
         ([{"z": np.ones((1, 3, 8, 6), np.float32)}], "(?s)sample 0: .*x: expected float"),
-        ([np.ones(3)], "inputs by name"),
+        ([np.ones(3)], "arrays by the names of inputs"),
     ],
 )
 def test_samples_that_do_not_fit_are_refused(vision: Model, samples: list, message: str) -> None:
@@ -182,8 +182,8 @@ def test_samples_that_do_not_fit_are_refused(vision: Model, samples: list, messa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\nno json\n', "JSON in line 2"),
-        ("[1, 2]\n", "object in line 1"),
+        ('{"text": "a"}\nno json\n', "JSON object in line 2"),
+        ("[1, 2]\n", "JSON object in line 1"),
         ('{"title": "a"}\n', r"in line 1 .*found title \(str\)"),
         ("\n", "Expected text in"),
         ('{"text": "only one"}\n', "at least 2 texts"),
@@ -206,9 +206,10 @@ def test_lines_that_say_nothing_are_refused(decoder: Model, tmp_path: Path, cont
         ("c.txt", b"", "found none"),
         ("c.txt", b" \n\t\n", "found none"),
         ("c.txt", "text".encode("utf-16"), "UTF-8 text"),
-        ("c.jsonl", b'{"text": "a"}\n\xff', "JSON in line 2"),
-        ("c.npz", b"PK no archive", "cannot be read: it is not one of numpy's"),
+        ("c.jsonl", b'{"text": "a"}\n\xff', "JSON object in line 2"),
+        ("c.npz", b"PK no archive", "cannot be read"),
         ("c.npy", b"", "cannot be read: it is not one of numpy's"),
+        ("c.npy", b"PK no archive", "cannot be read: it is not one of numpy's"),
     ],
 )
 def test_files_without_content_are_refused(
@@ -233,6 +234,42 @@ def test_numbers_have_the_width_of_the_model_and_must_be_of_its_kind(vision: Mod
     assert found["x"].dtype == np.float32
     with pytest.raises(InputError, match="uint8"):
         read_batches([{"x": np.ones((1, 3, 8, 6), np.uint8)}], vision, 10, 0)
+
+
+def test_a_folder_without_samples_says_what_it_holds(vision: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for names in ("nothing", "a.txt, b.JSONL"):
+        with pytest.raises(InputError, match=f"images in .*folder, found {names}. A text is given as a file"):
+            read_batches(folder, vision, 10, 0)
+        (folder / "a.txt").write_text("a")
+        (folder / "b.JSONL").write_text("a")
+
+
+def test_arrays_under_the_name_of_the_other_kind_are_refused(vision: Model, tmp_path: Path) -> None:
+    np.savez(tmp_path / "arrays.npz", x=np.ones(3))
+    (tmp_path / "arrays.npz").rename(tmp_path / "a.npy")
+    np.save(tmp_path / "one.npy", np.ones(3))
+    (tmp_path / "one.npy").rename(tmp_path / "b.NPZ")
+    with pytest.raises(InputError, match=r"Call the file \.npz"):
+        read_batches(tmp_path / "a.npy", vision, 10, 0)
+    with pytest.raises(InputError, match="a single array without a name"):
+        read_batches(tmp_path / "b.NPZ", vision, 10, 0)
+
+
+def test_one_sample_needs_no_list_and_no_axis_for_a_batch(decoder: Model) -> None:
+    (found,) = read_batches({"input_ids": [5, 6, 7], "attention_mask": [1, 1, 0]}, decoder, 10, 0)
+    np.testing.assert_array_equal(found["input_ids"], [[5, 6, 7]])
+    np.testing.assert_array_equal(found["attention_mask"], [[1, 1, 0]])
+    for wrong in (-1, 4096):
+        with pytest.raises(InputError, match=f"token ids from 0 to 4095 in calibration sample 0, found {wrong}"):
+            read_batches([{"input_ids": [5, wrong]}], decoder, 10, 0)
+
+
+def test_half_a_character_is_read_as_a_sign_of_replacement(decoder: Model, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "A \\ud83d cat"}\n' * 2)
+    tokenizer = Tokenizer(decoder.assets["tokenizer.json"].parent)
+    assert ids(read_data(decoder, tmp_path / "c.jsonl")) == [tokenizer.encode("A \N{REPLACEMENT CHARACTER} cat")]
 
 
 def test_what_follows_from_token_ids_may_be_left_out(decoder: Model) -> None:

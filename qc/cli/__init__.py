@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 2 bad usage or input, 3 unsupported by the target, 4 a contract was broken, 130 interrupted, 1 our bug.
     """
     arguments = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a text may have characters that the terminal does not
     with _interruptible(), _without_noise():
         return _run(arguments)
 

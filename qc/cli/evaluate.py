@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qc.arrays import read_arrays
 from qc.backends.artifact import Artifact
 from qc.backends.evaluate import evaluate
 from qc.backends.reference import ModelRunner
 from qc.backends.target import Runner
-from qc.cli.arrays import read_arrays
 from qc.cli.output import accuracy_rows, print_json, print_table
 from qc.data import batches_to_measure
 from qc.documents import read_documents

@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from qc.arrays import read_arrays, write_arrays
 from qc.backends.artifact import Artifact
 from qc.backends.sampling import GREEDY, Sampling
 from qc.backends.tokenizer import Tokenizer
-from qc.cli.arrays import read_arrays, write_arrays
 from qc.ir.errors import InputError
 
 __all__ = ["run"]

@@ -1,4 +1,4 @@
-"""Arrays by name in ``.npz`` files: read without pickles, written complete or not at all."""
+"""Arrays in ``.npz`` and ``.npy`` files: read without pickles, written complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from qc.ir.errors import InputError
 
-__all__ = ["read_arrays", "write_arrays"]
+__all__ = ["read_array", "read_arrays", "write_arrays"]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -37,6 +37,22 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             f"Expected an .npz file of plain arrays at {path}, found one that cannot be read ({error}). Write it with "
             "numpy.savez; text arrays need a string type, not object."
         ) from error
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Maps the array of an ``.npy`` file.
+
+    Raises:
+        InputError: If it is none.
+    """
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not one of numpy's"
+        raise InputError(f"Expected an array in {path}, found a file that cannot be read: {reason}.") from error
+    if not isinstance(loaded, np.ndarray):
+        raise InputError(f"Expected an array in {path} (numpy.save), found arrays by name. Call the file .npz.")
+    return loaded
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -42,6 +42,7 @@ class Target:
         recipe: The recipe that a compile for it takes unless told otherwise.
         longest: Tokens that a decoder, and another model, takes at most where shapes are fixed; None if they are not.
         simulated: Whether it runs in a simulator here, thousands of times slower than the hardware.
+        compilers: Bytes of memory that compilers of kernels take, which keep it until the artifact is measured.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     recipe: str = "w4"
     longest: tuple[int, int] | None = None
     simulated: bool = False
+    compilers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

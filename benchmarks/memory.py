@@ -128,18 +128,19 @@ def _write_shard(
 def tree_memory(root: int) -> tuple[int, int]:
     """Anonymous and all resident memory of a process and its descendants, in bytes."""
     anonymous = resident = 0
-    pending = [root]
+    pending = [(root, {})]
     while pending:
-        process = Path("/proc") / str(pending.pop())
+        number, parent = pending.pop()
+        process = Path("/proc") / str(number)
         try:
             found = dict(re.findall(r"^(RssAnon|VmRSS):\s+(\d+) kB$", (process / "status").read_text(), re.MULTILINE))
-            pending += [
-                int(c) for task in (process / "task").iterdir() for c in (task / "children").read_text().split()
-            ]
+            children = [c for task in (process / "task").iterdir() for c in (task / "children").read_text().split()]
         except OSError:  # it has ended meanwhile
             continue
-        anonymous += int(found.get("RssAnon", 0)) << 10
-        resident += int(found.get("VmRSS", 0)) << 10
+        pending += [(int(child), found) for child in children]
+        if found != parent:  # else it is about to become another program, and uses the memory of its parent
+            anonymous += int(found.get("RssAnon", 0)) << 10
+            resident += int(found.get("VmRSS", 0)) << 10
     return anonymous, resident
 
 

@@ -193,9 +193,10 @@ def _compile(
             clock.start("import")
             shutil.rmtree(work / "import", ignore_errors=True)  # of a killed compile
             model = source if isinstance(source, Model) else load(source, work=work / "import")  # type: ignore[arg-type]
-            plans = {}
+            plans, compilers = {}, max(b.target.compilers for b in backends.values())
             for chosen in _distinct(recipes.values()):
-                plan = make_plan(model, steps_of(chosen.passes), exported=(work / "import").is_dir())
+                exported = (work / "import").is_dir()
+                plan = make_plan(model, steps_of(chosen.passes), exported=exported, compilers=compilers)
                 progress.plan(plan)
                 plan.check(out, memory)
                 plans[str(chosen.passes)] = plan

@@ -103,7 +103,7 @@ class Plan:
             )
 
 
-def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) -> Plan:
+def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False, compilers: int = 0) -> Plan:
     """Estimates what compiling `model` through `steps` needs. Reads no weight.
 
     Matrices count at the format that a ``quantize-weights`` step gives them, everything else as it is stored.
@@ -112,6 +112,7 @@ def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) ->
         model: As imported.
         steps: The pipeline.
         exported: Whether the import ran an exporter in a process of its own.
+        compilers: Bytes that the compilers of the target take.
     """
     format = next((f for f in map(_format, steps) if f is not None), None)
     shapes: Counter[tuple[int, ...]] = Counter()
@@ -141,7 +142,8 @@ def make_plan(model: Model, steps: Sequence[Step], *, exported: bool = False) ->
     in_parts = repacked > _WHOLE and bool(blocks.runs)
     ahead = source <= _AHEAD
     working = _BASE_MEMORY + _LOGITS_COPIES * window
-    working += max(_DECODED_COPIES * decoded + _sweep_memory(blocks, steps), _WHOLE if in_parts else repacked)
+    measuring = _WHOLE if in_parts else repacked
+    working += max(_DECODED_COPIES * decoded + _sweep_memory(blocks, steps), measuring + compilers)
     working += parameters * max((s.action.bytes_per_parameter for s in steps), default=0)
     working += _DECODED_COPIES * decoded if ahead else 0
     # The import is over by now, but counts for what the machine must have.

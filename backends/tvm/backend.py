@@ -52,6 +52,9 @@ _TABLES = ("mxfp4", "nvfp4", "ternary", "bitmod3:g128", "bitmod4:g128", "mid2:g3
 
 _FORMATS = (*_INTEGERS, *_TABLES)
 
+_LLVM = 230 << 20
+"""Bytes that TVM and LLVM take for the kernels of a decoder, whatever its size."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TvmCpu:
@@ -85,7 +88,7 @@ class TvmCpu:
     @property
     def target(self) -> Target:
         """What it can run."""
-        return Target(self.name, self.about, ("qc-compiler", "0.1"), _FORMATS, stage="compiled")
+        return Target(self.name, self.about, ("qc-compiler", "0.1"), _FORMATS, stage="compiled", compilers=_LLVM)
 
     @property
     def isa(self) -> Isa:

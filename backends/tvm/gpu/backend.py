@@ -26,6 +26,9 @@ _FORMATS = (
     *("nf4:g32", "nf4:g64", "mxfp4", "nvfp4", "ternary"),
 )
 
+_COMPILERS = 330 << 20
+"""Bytes that TVM takes for the kernels of a decoder, and PoCL when the artifact is measured."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TvmGpu:
@@ -40,9 +43,8 @@ class TvmGpu:
     @property
     def target(self) -> Target:
         """What it can run."""
-        return Target(
-            f"tvm-{self.language.name}", self.language.about, ("qc-compiler", "0.1"), _FORMATS, stage="compiled"
-        )
+        name, about = f"tvm-{self.language.name}", self.language.about
+        return Target(name, about, ("qc-compiler", "0.1"), _FORMATS, stage="compiled", compilers=_COMPILERS)
 
     def lowering(self) -> Sequence[Step]:
         """The passes that bring a canonical, perhaps quantized model to what the kernels compute."""

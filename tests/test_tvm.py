@@ -91,6 +91,28 @@ def test_a_run_with_a_cache_is_that_of_onnx_runtime(emitted: dict[str, Path]) ->
         np.testing.assert_allclose(ours.run(second)[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kv", "tolerance"), [("float16", 1e-3), ("uint8", 0.02), ("uint4", 0.3)])
+def test_a_narrow_cache_holds_nearly_the_same(
+    quantized: Model, emitted: dict[str, Path], tmp_path: Path, kv: str, tolerance: float
+) -> None:
+    """Logits of a text in one piece, and of its end behind a cache of its beginning."""
+    emit(quantized, TvmCpu.parse(f"float,kv={kv}"), tmp_path)
+    narrow, wide = open_runner(tmp_path, threads=1), open_runner(emitted["tvm"], threads=1)
+    whole, begin, end = (text_inputs(wide.signature, np.array([p]), past=n) for p, n in
+                         ((PROMPT, 0), (PROMPT[:4], 0), (PROMPT[4:], 4)))  # fmt: skip
+    expected, begun = wide.run(whole)["logits"][0, -1], narrow.run(begin)
+    end |= {past.name: begun[present.name] for past, present in narrow.signature.caches}
+    for given in (whole, end):
+        error = np.linalg.norm(narrow.run(given)["logits"][0, -1] - expected) / np.linalg.norm(expected)
+        assert 0 < error < tolerance
+
+
+def test_a_narrow_cache_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    model = parse("f (float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
+    with pytest.raises(UnsupportedError, match="Leave out kv="):
+        TvmCpu(kv="uint8").emit(model, tmp_path)
+
+
 def test_sampling_is_greedy_at_temperature_zero_and_repeats_with_its_seed(emitted: dict[str, Path]) -> None:
     runner = open_runner(emitted["tvm"], threads=1)
     greedy = list(runner.generate(PROMPT, 12))
@@ -232,7 +254,10 @@ def test_a_model_whose_sizes_are_all_fixed_runs(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_runner(tmp_path, threads=1).run({"x": x})["y"], np.maximum(x, 0))
 
 
-@pytest.mark.parametrize("options", ["sse9", "avx2,avx512vnni"])
-def test_an_unknown_level_is_refused(options: str) -> None:
-    with pytest.raises(InputError, match="instruction-set level"):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("sse9", "instruction-set level"), ("avx2,avx512vnni", "instruction-set level"), ("kv=int5", "cache of float32")],
+)
+def test_an_unknown_level_or_cache_is_refused(options: str, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
         backend_for(f"tvm-cpu:{options}")

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qc.backends.target import Coverage, PreparedRunner, Runner, Target
 from qc.backends.tvm.apple import TRIPLE
 from qc.backends.tvm.isa import Isa, best_for_host, level
+from qc.backends.tvm.kernels.caches import cells
 from qc.backends.tvm.toolchain import Platform
 from qc.ir.errors import InputError
 from qc.ir.model import Model
@@ -63,10 +64,12 @@ class TvmCpu:
     Attributes:
         level: The level; empty for the best that this machine has.
         exact: Whether products with quantized weights keep activations in float instead of rounding them to int8.
+        kv: What caches of keys and values are stored in.
     """
 
     level: str = ""
     exact: bool = False
+    kv: str = "float32"
     name: ClassVar[str] = "tvm-cpu"
     about: ClassVar[str] = "a C library for this machine: generated kernels, no runtime"
     platform: ClassVar[Platform] = HOST
@@ -74,11 +77,13 @@ class TvmCpu:
 
     @classmethod
     def parse(cls, options: str) -> Self:
-        """Reads what stands behind the colon of a target: a level, ``float``, or both with a comma."""
+        """Reads what stands behind the colon of a target: a level, ``float`` and ``kv=...``, with commas."""
         chosen = {}
         for word in filter(None, options.split(",")):
             if word == "float":
                 chosen["exact"] = True
+            elif word.startswith("kv="):
+                chosen["kv"] = cells(word[3:]).name
             elif "level" in chosen:
                 raise InputError(f"Expected one instruction-set level, found {chosen['level']!r} and {word!r}.")
             else:
@@ -136,7 +141,7 @@ class TvmCpu:
         from qc.backends.kits.write import write_kits
         from qc.backends.tvm.emit import emit
 
-        emit(model, directory, self.isa, self.platform, exact=self.exact)
+        emit(model, directory, self.isa, self.platform, exact=self.exact, cells=cells(self.kv))
         write_kits(self.kits, model, self.target, directory)
 
     def streamed_bytes(self, directory: Path) -> int:

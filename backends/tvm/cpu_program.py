@@ -11,6 +11,7 @@ from qc.backends.tvm.c_loops import copy_function, loop_function, reduce_functio
 from qc.backends.tvm.host import template
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.attention import Heads, attend_few, attend_many, rotate
+from qc.backends.tvm.kernels.caches import Cells, append
 from qc.backends.tvm.program import C_TYPES, Program, Tensor, buffers_of
 from qc.backends.tvm.shapes import Dim, Size, dim, product
 
@@ -126,6 +127,13 @@ class CpuProgram(Program):
         integers += [x.strides[0], x.strides[1], x.strides[2], y.strides[0], y.strides[1], y.strides[2]]
         self.call(kernel, [x, target, *tables, positions], integers, batch * s, writes=[y])
 
+    def append(self, x: Tensor, y: Tensor, positions: Tensor, width: int, cells: Cells) -> None:
+        """Stores heads in a cache of bytes, at their positions."""
+        batch, heads, s, _ = x.shape
+        kernel = self.kernel("append", append, width, cells, pointers=3, integers=9)
+        integers: list[Size] = [heads, s, positions.strides[0], *x.strides[:3], *y.strides[:3]]
+        self.call(kernel, [x, y, positions], integers, batch * s, writes=[y])
+
     def attend(
         self, shape: Heads, q: Tensor, k: Tensor, v: Tensor, y4: Tensor, y: Tensor, before: Tensor | None,
         keys: Dim, bias: tuple[Tensor, list[Dim]] | None, kv: int,
@@ -136,15 +144,13 @@ class CpuProgram(Program):
         past = before if before is not None else self.array(np.zeros(1, np.int32))
         strides = [t for x in (q, k, v, y4) for t in (x.strides[0], x.strides[1], x.strides[2])]
         extra, more = ([], []) if bias is None else ([bias[0]], bias[1])
-        lanes = self.isa.lanes
-        few_fits = shape.width % lanes == 0 and shape.value_width % lanes == 0
-        room = dim(f"qc_up({keys.c}, {2 * lanes})")
+        room = dim(f"qc_up({keys.c}, {2 * self.isa.lanes})")
         per_key, _ = shape.scratch(self.isa, True, 0)
         work = self.tensor((units * room * max(per_key, shape.share),))
         pointers, integers = 6 + len(extra), 16 + len(more)
         many = self.kernel("attend_many", attend_many, shape, pointers=pointers, integers=integers)
         names = [many]
-        if few_fits:
+        if shape.fits_few(self.isa):
             names.insert(0, self.kernel("attend_few", attend_few, shape, pointers=pointers, integers=integers))
         addresses = ", ".join(t.c for t in (q, k, v, y4, work, past, *extra))
         numbers = ", ".join(dim(i).c for i in (kv, s, keys, room, *strides, *more))

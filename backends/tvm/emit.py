@@ -14,6 +14,7 @@ import numpy as np
 from qc.backends.manifest import dump_json
 from qc.backends.tvm.apple import write_framework
 from qc.backends.tvm.isa import Isa
+from qc.backends.tvm.kernels.caches import Cells
 from qc.backends.tvm.library import Sources, feeds_text, sources
 from qc.backends.tvm.lower import Lowering, lower_to_program
 from qc.backends.tvm.program import Program
@@ -34,7 +35,7 @@ _MAGIC = b"QCTVMW1\0"
 _LARGEST = (1 << 31) - 1
 
 
-def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: bool) -> None:
+def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: bool, cells: Cells) -> None:
     """Writes everything into an existing directory.
 
     Args:
@@ -43,8 +44,9 @@ def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: 
         isa: The level of the kernels.
         platform: For which system.
         exact: Whether products with quantized weights keep activations in float.
+        cells: What caches of keys and values are stored in.
     """
-    program, lowering = lower_to_program(model, isa, exact=exact)
+    program, lowering = lower_to_program(model, isa, exact=exact, cells=cells)
     kernels = {n: k[:2] for n, k in program.kernels.items()}
     objects = compile_kernels(kernels, isa, platform.triples[isa.arch])
     made = sources(model, lowering)
@@ -79,6 +81,7 @@ def write_facts(directory: Path, model: Model, lowering: Lowering, **more: objec
         "provenance": model.provenance,
         "dimensions": list(lowering.program.dims),
         "caches": [v.name for v in lowering.cached],
+        "cells": lowering.cells.name,
         "decoder": feeds_text(model, lowering),
         "streamed_bytes": _streamed(lowering.program),
         **more,

@@ -216,18 +216,18 @@ class Writer:
     def _caches(self) -> str:
         cached = self.lowering.cached
         heads = ", ".join(t.shape[1].c for t in cached.values()) or "0"
-        width = ", ".join(t.shape[3].c for t in cached.values()) or "0"
+        rows = [t.shape[3] * self.program.bytes_of(t.dtype) for t in cached.values()]
         lines = []
         if self.decoder:
             lines += [f"static const int64_t cache_heads[] = {{{heads}}};"]
-            lines += [f"static const int64_t cache_width[] = {{{width}}};"]
+            lines += [f"static const int64_t cache_row[] = {{{', '.join(r.c for r in rows) or '0'}}}; /* bytes */"]
         lines.append("static int cache_sizes(qc_instance *q, const int64_t *dims, int64_t *size) {")
         if not cached:
             return "\n".join([*lines, "  (void)q; (void)dims; (void)size;\n  return QC_OK;\n}", self._check_dims()])
         batch, room = self._cache_limits()
         body = "\n".join(
-            f"  size[{i}] = qc_batch * qc_room * {(t.shape[1] * t.shape[3] * 4).c};"
-            for i, t in enumerate(cached.values())
+            f"  size[{i}] = qc_batch * qc_room * {(t.shape[1] * row).c};"
+            for i, (t, row) in enumerate(zip(cached.values(), rows, strict=True))
         )
         used = f"{batch.c} {room.c}"
         lines += [

@@ -81,13 +81,13 @@ class LocalLibrary:
         return self._c.qc_run(self._instance, _numbers(dims), sources, targets)
 
     def write_cache(self, index: int, content: np.ndarray) -> None:
-        """Puts ``[batch, heads, length, channels]`` into a cache."""
+        """Puts rows ``[batch, heads, length, bytes]`` into a cache."""
         self._cache(index)[: content.shape[0], :, : content.shape[2]] = content
         self._c.qc_cache_changed(self._instance, index)
 
-    def read_cache(self, index: int, content: np.ndarray) -> None:
-        """Takes ``[batch, heads, length, channels]`` out of a cache."""
-        content[:] = self._cache(index)[: content.shape[0], :, : content.shape[2]]
+    def read_cache(self, index: int, batch: int, length: int) -> np.ndarray:
+        """Takes rows ``[batch, heads, length, bytes]`` out of a cache."""
+        return self._cache(index)[:batch, :, :length]
 
     def reset(self) -> int:
         """Forgets the text."""
@@ -108,10 +108,10 @@ class LocalLibrary:
         return self._c.qc_error(code).decode()
 
     def _cache(self, index: int) -> np.ndarray:
-        """The library's memory of one cache: ``[batch, heads, room, channels]``."""
+        """The library's memory of one cache: ``[batch, heads, room, bytes]``."""
         shape = (ctypes.c_int64 * 4)()
         address = self._c.qc_cache(self._instance, index, shape)
-        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), tuple(shape))
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), tuple(shape))
 
     def _destroy(self) -> None:
         if getattr(self, "_instance", None):

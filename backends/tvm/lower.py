@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qc.backends.tvm.cpu_program import CpuProgram
 from qc.backends.tvm.isa import Isa
+from qc.backends.tvm.kernels.caches import CELLS, Cells
 from qc.backends.tvm.program import C_TYPES, Buffer, Program, Tensor, dense
 from qc.backends.tvm.shapes import Dim, Size, c_name, dim, product
 from qc.ir.errors import UnsupportedError
@@ -53,19 +54,24 @@ def supported() -> dict[tuple[str, str], Handler]:
     return dict(_HANDLERS)
 
 
-def lower_to_program(model: Model, isa: Isa, *, exact: bool) -> tuple[Program, Lowering]:
+def lower_to_program(model: Model, isa: Isa, *, exact: bool, cells: Cells) -> tuple[Program, Lowering]:
     """Lowers a model.
 
     Args:
         model: Its operators are standard ones, those of the dialect, and ``GroupQueryAttention``.
         isa: The level of the kernels.
         exact: Whether products with quantized weights keep activations in float.
+        cells: What caches of keys and values are stored in.
 
     Raises:
         UnsupportedError: If an operator, a type or a shape has no kernel; names the node.
     """
-    lowering = Lowering(model, CpuProgram(isa), exact)
+    lowering = Lowering(model, CpuProgram(isa), exact, cells)
     lowering.run()
+    if cells.narrow and not lowering.cached:
+        raise UnsupportedError(
+            f"Expected a decoder whose cache the library keeps, to store it as {cells.name}; found none. Leave out kv=."
+        )
     return lowering.program, lowering
 
 
@@ -75,6 +81,7 @@ class Lowering:
     Attributes:
         program: What was made so far.
         exact: Whether products with quantized weights keep activations in float.
+        cells: What caches of keys and values are stored in.
         model: The model.
         done: Nodes that were fused into another.
         quantized: Activations that are quantized already, by where they lie.
@@ -83,8 +90,8 @@ class Lowering:
         outputs: Where the outputs of the model lie, in order.
     """
 
-    def __init__(self, model: Model, program: Program, exact: bool) -> None:
-        self.model, self.exact = model, exact
+    def __init__(self, model: Model, program: Program, exact: bool, cells: Cells = CELLS["float32"]) -> None:
+        self.model, self.exact, self.cells = model, exact, cells
         self.program = program
         self.done: set[ir.Node] = set()
         self._tensors: dict[ir.Value, Tensor] = {}

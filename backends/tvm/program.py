@@ -190,11 +190,11 @@ class Program:
         self.arena.append(buffer)
         return Tensor(buffer, dtype, sizes, dense(sizes))
 
-    def cache(self, shape: Sequence[Size]) -> Tensor:
-        """A new tensor of floats that keeps its content between runs."""
+    def cache(self, shape: Sequence[Size], dtype: ir.DataType) -> Tensor:
+        """A new tensor that keeps its content between runs."""
         sizes = tuple(map(dim, shape))
-        self.caches.append(Buffer("cache", len(self.caches), product(sizes) * 4))
-        return Tensor(self.caches[-1], ir.DataType.FLOAT, sizes, dense(sizes))
+        self.caches.append(Buffer("cache", len(self.caches), product(sizes) * self.bytes_of(dtype)))
+        return Tensor(self.caches[-1], dtype, sizes, dense(sizes))
 
     def constant(
         self, key: object, make: Callable[[], np.ndarray], size: int, shape: Sequence[int], dtype: ir.DataType

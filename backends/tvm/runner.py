@@ -16,6 +16,7 @@ from qc.backends.inputs import check_inputs
 from qc.backends.sampling import GREEDY, Sampling
 from qc.backends.tvm.emit import EMULATED, FACTS, LIBRARY, WEIGHTS, library_directory
 from qc.backends.tvm.isa import best_for_host, level
+from qc.backends.tvm.kernels.caches import cells
 from qc.backends.tvm.local import Draws, LocalLibrary
 from qc.backends.tvm.remote import RemoteLibrary
 from qc.backends.tvm.toolchain import Platform
@@ -83,6 +84,7 @@ class TvmRunner:
         self.provenance: Mapping[str, str] = facts["provenance"]
         self._dims: list[str] = facts["dimensions"]
         self._caches: list[str] = facts["caches"]
+        self._cells = cells(facts["cells"])
         self._decoder: bool = facts["decoder"]
         self._library = library
         self._threads = threads or os.cpu_count() or 1
@@ -188,13 +190,14 @@ class TvmRunner:
     def _load_caches(self, inputs: Mapping[str, np.ndarray]) -> None:
         for index, name in enumerate(self._caches):
             if inputs[name].size:
-                self._library.write_cache(index, inputs[name])
+                self._library.write_cache(index, self._cells.encode(inputs[name]))
 
     def _store_caches(self, outputs: Sequence[np.ndarray]) -> None:
         place = {port.name: i for i, port in enumerate(self.signature.outputs)}
         presents = {past.name: place[present.name] for past, present in self.signature.caches}
         for index, name in enumerate(self._caches):
-            self._library.read_cache(index, outputs[presents[name]])
+            held = outputs[presents[name]]
+            held[:] = self._cells.decode(self._library.read_cache(index, held.shape[0], held.shape[2]))
 
     def _check(self, code: int) -> None:
         if code:

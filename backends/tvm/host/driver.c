@@ -97,8 +97,8 @@ int main(void) {
       case 'k':
       case 'w': {
         const int32_t index = (int32_t)number();
-        float *cache = qc_cache(instance, index, shape);
-        const size_t size = 4 * (size_t)(shape[0] * shape[1] * shape[2] * shape[3]);
+        void *cache = qc_cache(instance, index, shape);
+        const size_t size = (size_t)(shape[0] * shape[1] * shape[2] * shape[3]);
         if (command == 'w') {
           take(cache, size);
           qc_cache_changed(instance, index);

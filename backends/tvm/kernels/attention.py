@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from qc.backends.tvm.isa import Isa
+from qc.backends.tvm.kernels.caches import CELLS, Cells, Rows
 from qc.backends.tvm.kernels.vectors import Kernel, Vectors
 
 __all__ = ["Heads", "attend_few", "attend_many", "rotate"]
@@ -30,6 +31,7 @@ class Heads:
         bias: Whether something is added to the scores.
         scale: Factor on the scores.
         softcap: ``c tanh(score / c)`` if not 0.
+        cells: What keys and values are stored in.
     """
 
     width: int
@@ -40,15 +42,24 @@ class Heads:
     bias: bool
     scale: float
     softcap: float = 0.0
+    cells: Cells = CELLS["float32"]
 
     def scratch(self, isa: Isa, many: bool, keys: int) -> tuple[int, int]:
         """Floats that a unit needs for work: so many per key (rounded up to two vectors), plus so many."""
         unit = 2 * isa.lanes
         if not many:
             return self.share, unit * self.share
-        padded = self.padded(isa) if self.value_width % isa.lanes else 0
+        padded = self.padded(isa) if self.copies_values(isa) else 0
         rows = self.width + isa.tile[0] + padded
         return rows, unit * rows
+
+    def copies_values(self, isa: Isa) -> bool:
+        """Whether many queries need values in another form than they are stored in."""
+        return self.cells.narrow or self.value_width % isa.lanes != 0
+
+    def fits_few(self, isa: Isa) -> bool:
+        """Whether heads are whole vectors, as a kernel for few queries wants."""
+        return all(self.cells.fits(width, isa.lanes) for width in (self.width, self.value_width))
 
     def padded(self, isa: Isa) -> int:
         """Channels of a head of values in whole vectors."""
@@ -60,7 +71,8 @@ _BIAS = ("bb", "bh", "bs")
 
 
 def _kernel(v: Vectors, name: str, heads: Heads) -> Kernel:
-    pointers = {"q": "float32", "k": "float32", "v": "float32", "y": "float32", "work": "float32", "past": "int32"}
+    held = "uint8" if heads.cells.narrow else "float32"
+    pointers = {"q": "float32", "k": held, "v": held, "y": "float32", "work": "float32", "past": "int32"}
     integers = ["kvheads", "s", "t", "room", *_STRIDES]
     if heads.bias:
         pointers["bias"] = "float32"
@@ -76,6 +88,8 @@ class _Attention:
         T, size = self.v.T, kernel.sizes
         self.batch, self.head = T.bind(unit // size["kvheads"]), T.bind(unit % size["kvheads"])
         self.past = T.bind(kernel.buffers["past"][self.batch]) if heads.causal else T.int32(0)
+        self.keys = Rows(self.v, heads.cells, kernel.buffers["k"], heads.width)
+        self.values = Rows(self.v, heads.cells, kernel.buffers["v"], heads.value_width)
 
     def at(self, tensor: str, head: Any, position: Any) -> Any:
         """Index of the first channel of a head at a position."""
@@ -154,19 +168,18 @@ def attend_many(isa: Isa, name: str, heads: Heads) -> Any:
             a = _Attention(kernel, heads, unit)
             keys = T.bind(a.past + s) if heads.causal else size["t"]
             width, padded = heads.width, heads.padded(isa)
-            copied = padded if heads.value_width % L else 0
+            copied = padded if heads.copies_values(isa) else 0
             base = T.bind(unit * (room * (width + rows + copied)))
             scores = T.bind(base + room * width)
             values = T.bind(scores + room * rows)
             with T.serial(0, keys) as t:
-                row = T.bind(a.at("k", a.head, t))
-                with T.serial(0, width) as d:
-                    T.buffer_store(work, b["k"][row + d], [base + d * room + t])
+                column = T.bind(base + t)
+                a.keys.each(T.bind(a.at("k", a.head, t)), lambda d, x: T.buffer_store(work, x, [column + d * room]))
                 if copied:
-                    with T.serial(0, heads.value_width) as d:
-                        T.buffer_store(work, b["v"][a.at("v", a.head, t) + d], [values + t * padded + d])
+                    row = T.bind(values + t * padded)
+                    a.values.each(T.bind(a.at("v", a.head, t)), lambda d, x: T.buffer_store(work, x, [row + d]))
                     with T.serial(heads.value_width, padded) as d:
-                        T.buffer_store(work, T.float32(0), [values + t * padded + d])
+                        T.buffer_store(work, T.float32(0), [row + d])
             with T.serial(0, heads.share) as r, T.serial(0, (s + rows - 1) // rows) as tile:
                 head = T.bind(a.head * heads.share + r)
                 # the last tile repeats its last query rather than reading beyond it
@@ -248,7 +261,7 @@ def _values(
 def attend_few(isa: Isa, name: str, heads: Heads) -> Any:
     """Attention of a few queries, as in decoding: keys and values stream through once, shared by all their heads.
 
-    The widths of a head are multiples of a vector.
+    See `Heads.fits_few`.
     """
     v = Vectors(isa)
     T, L = v.T, v.L
@@ -267,8 +280,7 @@ def attend_few(isa: Isa, name: str, heads: Heads) -> Any:
                     [v.load(b["q"], a.at("q", a.head * R + r, query) + i * L) for i in range(vectors)] for r in range(R)
                 ]
                 with T.serial(start, high) as t:
-                    row = T.bind(a.at("k", a.head, t))
-                    keys = [v.load(b["k"], row + i * L) for i in range(vectors)]
+                    keys = a.keys.vectors(T.bind(a.at("k", a.head, t)), 0, vectors)
                     for r in range(R):
                         total = T.bind(q[r][0] * keys[0])
                         for i in range(1, vectors):
@@ -295,8 +307,7 @@ def _few_values(kernel: Kernel, a: _Attention, query: Any, base: Any, low: Any, 
         for i in range(R * wide):
             v.store(sums, i * L, v.spread(0.0))
         with T.serial(low, high) as t:
-            row = T.bind(a.at("v", a.head, t))
-            values = [v.load(b["v"], row + (chunk * wide + n) * L) for n in range(wide)]
+            values = a.values.vectors(T.bind(a.at("v", a.head, t)), chunk * wide, wide)
             for r in range(R):
                 p = T.bind(T.broadcast(b["work"][base + r * room + t], L))
                 for n in range(wide):

@@ -51,17 +51,34 @@ def group_query_attention(at: Lowering, node: ir.Node) -> None:
         turned = turned.view([turned.shape[i] for i in (0, 2, 1, 3)], [turned.strides[i] for i in (0, 2, 1, 3)])
         at.program.rotate(q, turned, tables, positions, channels, rotated, interleaved, before=None)
         q = turned
-    at.program.rotate(k, caches[0], tables, positions, channels, rotated, interleaved, before=before)
-    at.program.rotate(v, caches[1], tables, positions, channels, 0, False, before=before)
+    for x, cache, turns in ((k, caches[0], rotated), (v, caches[1], 0)):
+        _keep(at, x, cache, before, positions, tables, turns, interleaved)
     scale = float(at.attribute(node, "scale", 0.0) or channels**-0.5)  # type: ignore[arg-type]
     window = int(at.attribute(node, "local_window_size", -1))  # type: ignore[call-overload]
     softcap = float(at.attribute(node, "softcap", 0.0))  # type: ignore[arg-type]
-    shape = Heads(channels, channels, heads // kv, True, max(window, 0), False, scale, softcap)
+    shape = Heads(channels, channels, heads // kv, True, max(window, 0), False, scale, softcap, at.cells)
     y = at.result(node.outputs[0], (batch, s, heads * channels))
     split = split_heads(at, y, heads)
     at.program.attend(shape, q, caches[0], caches[1], split, y, before, length + s, None, kv)
     for value, cache in zip(node.outputs[1:3], caches, strict=True):
         at.set(value, cache)
+
+
+def _keep(
+    at: Lowering, x: Tensor, cache: Tensor, before: Tensor, positions: Tensor, tables: list[Tensor], rotated: int,
+    interleaved: bool,
+) -> None:  # fmt: skip
+    """Appends new heads to a cache, rotated if asked for."""
+    channels = x.shape[3].constant
+    assert channels is not None
+    if not at.cells.narrow:
+        at.program.rotate(x, cache, tables, positions, channels, rotated, interleaved, before=before)
+        return
+    held = x
+    if rotated:
+        held = at.program.tensor(x.shape)
+        at.program.rotate(x, held, tables, positions, channels, rotated, interleaved, before=None)
+    at.program.append(held, cache, positions, channels, at.cells)
 
 
 def projections(at: Lowering, node: ir.Node, heads: int, kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,12 +100,16 @@ def projections(at: Lowering, node: ir.Node, heads: int, kv: int) -> tuple[Tenso
 
 
 def cache_of(at: Lowering, past: ir.Value | None, present: ir.Value, kv: int, channels: int) -> Tensor:
-    """The library's own memory for one cache: ``[batch, heads, room, channels]`` at the limits of an instance."""
+    """The library's own memory for one cache: ``[batch, heads, room, row]`` at the limits of an instance."""
     assert past is not None
     if past not in at.cached:
         if not past.is_graph_input() or not present.is_graph_output():
             raise at.refuse(present.producer(), "its cache is not an input and output of the model")  # type: ignore[arg-type]
-        at.cached[past] = at.program.cache((dim("qc_batch"), kv, dim("qc_room"), channels))
+        narrow = at.cells.narrow
+        row, dtype = (at.cells.row_bytes(channels), ir.DataType.UINT8) if narrow else (channels, ir.DataType.FLOAT)
+        if narrow and (present.uses() or (at.cells.bits == 4 and channels % 2)):
+            raise at.refuse(present.producer(), f"its cache cannot be kept as {at.cells.name}")  # type: ignore[arg-type]
+        at.cached[past] = at.program.cache((dim("qc_batch"), kv, dim("qc_room"), row), dtype)
     return at.cached[past]
 
 

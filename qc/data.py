@@ -23,8 +23,8 @@ from qc.plan import Plan, evaluation_windows
 
 __all__ = ["Data", "batches_to_measure", "fitted", "read_data", "shortened"]
 
-_MOST_BATCHES = 128
-"""Batches of arrays to calibrate on."""
+_MOST_BATCHES, _MEASURED_BATCHES = 128, 32
+"""Batches of arrays to calibrate and to measure on."""
 
 _LONGEST = 2048
 """Token ids of one text: the memory of attention grows with the square of its length."""
@@ -70,7 +70,7 @@ def read_data(
     """Finds the data for `model`: the end of a text calibrates, its beginning measures, and they do not overlap.
 
     A decoder reads the whole text in windows, other models each line. Of several texts, half of them, chosen by `seed`,
-    calibrate and the others measure (see `qc.documents`); arrays only calibrate (see `qc.calibration`).
+    calibrate and the others measure (see `qc.documents`), of several arrays or images a part (see `qc.calibration`).
 
     Args:
         model: The model.
@@ -85,8 +85,7 @@ def read_data(
     """
     decoder = model.signature.is_decoder
     if calib is not None and not isinstance(calib, (str, Path)):
-        batches = read_batches(calib, model, samples or _MOST_BATCHES, seed)
-        return _with_measured(model, Data("given inputs", calibration=batches))
+        return _arrays(model, calib, "given inputs", samples or _MOST_BATCHES, seed)
     if not decoder and model.signature.input("tokens") is None and calib is None:
         return Data("random inputs")
     path = Path(calib) if calib is not None else _sample(model)
@@ -97,8 +96,7 @@ def read_data(
     if not path.exists():
         raise InputError(f"Expected calibration data at {path}, found none. Check --calib.")
     if holds_arrays(path, model.signature):
-        batches = read_batches(path, model, samples or _MOST_BATCHES, seed)
-        return _with_measured(model, Data(path.name, calibration=batches))
+        return _arrays(model, path, path.name, samples or _MOST_BATCHES, seed)
     tokenizer = model.assets.get("tokenizer.json")
     documents = read_documents(
         path, model.signature, tokenizer.parent if tokenizer is not None else None, whole=decoder
@@ -133,16 +131,25 @@ def fitted(data: Data, signature: Signature, longest: int) -> Data:
     return dataclasses.replace(data, batches=batches)
 
 
-def shortened(data: Data, plan: Plan) -> Data:
+def shortened(data: Data, signature: Signature, plan: Plan) -> Data:
     """The same data with so little to measure on that a simulator comes to an end: a window, or 4 rows."""
     if data.tokens is not None:
         window, _ = evaluation_windows(plan.parameters)
         return dataclasses.replace(data, tokens=data.tokens[: _SIMULATED_WINDOWS * window])
     if data.batches is None:
         return data
-    rows = [{k: v[i : i + 1] for k, v in b.items()} for b in data.batches for i in range(len(next(iter(b.values()))))]
+    rows = [row for batch in data.batches for row in _rows(batch, signature)]
     step = max(1, len(rows) // _SIMULATED_ROWS)
     return dataclasses.replace(data, batches=rows[::step][:_SIMULATED_ROWS])
+
+
+def _rows(batch: Mapping[str, np.ndarray], signature: Signature) -> list[Mapping[str, np.ndarray]]:
+    """The rows of a batch, where all inputs have a first axis of one open size."""
+    free = all(p.kind == "tensor" and p.shape and not isinstance(p.shape[0], int) for p in signature.inputs)
+    counts = {np.shape(value)[:1] for value in batch.values()} if free else set()
+    if len(counts) != 1 or () in counts:
+        return [batch]
+    return [{k: v[i : i + 1] for k, v in batch.items()} for i in range(*counts.pop())]
 
 
 def _sample(model: Model) -> Path | None:
@@ -157,12 +164,18 @@ def _random_tokens(model: Model) -> list[int]:
     return np.random.default_rng(0).integers(0, bound, 4 * WINDOW).tolist()
 
 
-def _with_measured(model: Model, data: Data) -> Data:
-    """What is calibrated on arrays is measured on the text that travels with the model, else on random inputs."""
-    measured = read_data(model, None)
-    return dataclasses.replace(
-        measured, name=f"{measured.name}, calibrated on {data.name}", calibration=data.calibration
-    )
+def _arrays(
+    model: Model, source: Path | Mapping[str, object] | Iterable[Mapping[str, object]], name: str, most: int, seed: int
+) -> Data:
+    """Of several samples, up to half measure; one sample, and samples for a decoder, only calibrate."""
+    batches = read_batches(source, model, most + _MEASURED_BATCHES, seed)
+    count = min(_MEASURED_BATCHES, len(batches) // 2)
+    if count and not model.signature.is_decoder:
+        order = np.random.default_rng([seed, len(batches)]).permutation(len(batches)).tolist()
+        measured, calibration = ([batches[i] for i in sorted(part)] for part in (order[:count], order[count:]))
+        return Data(name, batches=measured, calibration=calibration[:most])
+    other = read_data(model, None)
+    return dataclasses.replace(other, name=f"{other.name}, calibrated on {name}", calibration=batches[:most])
 
 
 def _texts(model: Model, path: Path, documents: Documents, samples: int | None, seed: int) -> Data:

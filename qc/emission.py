@@ -133,7 +133,7 @@ def finish(
         model.record(max_positions=longest)
         data = fitted(data, model.signature, longest)
     if backend.target.simulated:
-        data = shortened(data, plan)
+        data = shortened(data, model.signature, plan)
     clock.start("lower")
     unlowered = prepared.outputs or _outputs(model, found.batches)
     lowering = list(backend.lowering())

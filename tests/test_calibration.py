@@ -133,9 +133,24 @@ def test_marks_and_ends_of_lines_of_other_systems_are_no_text(decoder: Model, tm
 def test_any_iterable_of_inputs_calibrates(vision: Model) -> None:
     batches = ({"x": np.full((1, 3, 8, 6), i, np.float32)} for i in range(4))
     data = read_data(vision, batches)
-    assert data.calibration is not None
-    assert [b["x"].max() for b in data.calibration] == [0, 1, 2, 3]
-    assert data.tokens is None
+    assert [len(part or ()) for part in (data.batches, data.calibration)] == [2, 2]
+    assert {b["x"].max() for part in (data.batches, data.calibration) for b in part or ()} == {0, 1, 2, 3}
+    assert (data.name, data.tokens) == ("given inputs", None)
+
+
+def test_of_many_arrays_some_measure_and_as_many_calibrate_as_are_asked_for(vision: Model) -> None:
+    batches = [{"x": np.full((1, 3, 8, 6), i, np.float32)} for i in range(100)]
+    data, again = (read_data(vision, batches, samples=40, seed=3) for _ in range(2))
+    measured, calibration = ([b["x"].max() for b in part or ()] for part in (data.batches, data.calibration))
+    assert (len(measured), len(calibration)) == (32, 40)
+    assert not set(measured) & set(calibration)
+    assert [b["x"].max() for b in again.batches or ()] == measured
+
+
+def test_a_decoder_that_is_calibrated_on_arrays_is_measured_on_its_text(decoder: Model) -> None:
+    data = read_data(decoder, [{"input_ids": [i, i]} for i in range(1, 5)])
+    assert ids(data) == [[i, i] for i in range(1, 5)]
+    assert data.name == "sample.txt, calibrated on given inputs"
 
 
 def test_arrays_come_in_files_and_folders(vision: Model, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qc.data import read_data
+from qc.data import read_data, shortened
 from qc.ir.errors import InputError
 from qc.ir.model import Model, set_role
+from qc.plan import make_plan
 
 _WORDS = ("[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "four")
 
@@ -58,6 +59,16 @@ def test_records_are_sentences_too_and_a_stream_of_ids_is_cut_into_texts(encoder
         for batches in (data.batches, data.calibration):
             assert batches is not None
             assert [b["ids"].tolist() for b in batches] == [[row]]
+
+
+def test_a_simulator_gets_a_few_rows_of_what_has_rows(encoder: Model, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two\n" * 24)
+    data = read_data(encoder, tmp_path / "text.txt")
+    plan = make_plan(encoder, [])
+    rows = shortened(data, encoder.signature, plan).batches or ()
+    assert [batch["ids"].tolist() for batch in rows] == [[[1, 3, 4, 2]]] * 4
+    encoder.graph.inputs[1].shape = ir.Shape([12, 4])
+    assert shortened(data, encoder.signature, plan).batches == data.batches, "twelve rows are what it takes"
 
 
 def test_one_line_is_too_few(encoder: Model, tmp_path: Path) -> None:

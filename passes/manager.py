@@ -136,8 +136,8 @@ class PassManager:
         before = [dict(o) for o in outputs] if batches and outputs else _outputs(model, batches)
         wanted = any(_wants_reference(s.action) for together in _runs(self.steps) for s in together)
         reports = []
-        for together in _runs(self.steps):
-            if wanted and context.reference is None and any(map(_quantizes, together)):
+        for together in _runs(self.steps, apart=wanted):
+            if wanted and context.reference is None and _quantizes(together[0]):
                 context = dataclasses.replace(context, reference=model.clone())
             if wants_sweep(together):
                 model, before, done = self._run_sweep(together, model, context, calibration, batches, before)
@@ -222,12 +222,17 @@ class PassManager:
         return model, before, report
 
 
-def _runs(steps: Sequence[Step | ir.passes.PassBase]) -> list[list[Step]]:
-    """Groups neighbouring block passes; every other pass is a group of its own."""
+def _runs(steps: Sequence[Step | ir.passes.PassBase], *, apart: bool = False) -> list[list[Step]]:
+    """Groups neighbouring block passes; every other pass is a group of its own.
+
+    `apart`: what quantizes first begins a group, since what a later pass is to come close to is the model before it.
+    """
     runs: list[list[Step]] = []
     for item in steps:
         step = item if isinstance(item, Step) else Step(item, optional=True)  # type: ignore[arg-type]
-        if runs and _by_parts(step.action) and _by_parts(runs[-1][-1].action):
+        begins = apart and _quantizes(step)
+        apart = apart and not begins
+        if not begins and runs and _by_parts(step.action) and _by_parts(runs[-1][-1].action):
             runs[-1].append(step)
         else:
             runs.append([step])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from scipy.special import log_softmax
 
@@ -13,7 +16,7 @@ from qc.ir.model import Model, set_role
 from qc.ir.quant import read_weight
 from qc.ir.runtime import Session
 from qc.ir.text import parse
-from qc.passes.base import Context, Outcome
+from qc.passes.base import Context, Contract, Lossy, Outcome, Pass, Result
 from qc.passes.journal import Journal
 from qc.passes.manager import PassManager, PassReport
 from qc.passes.pipeline import parse_pipeline
@@ -157,6 +160,33 @@ def test_where_nothing_was_quantized_or_nothing_is_there_to_learn_from_it_says_s
     manager = PassManager(parse_pipeline("tune-network{optional=true}"), verify=False)
     _, reports = manager.run(quantized, calibration=inputs())
     assert "nothing was quantized in this run" in {s.reason for s in reports[-1].sites}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compare(Pass):
+    """Remembers how far weights are from those of the network to come close to."""
+
+    contract: ClassVar[Contract] = Lossy()
+    errors: ClassVar[list[float]] = []
+
+    @property
+    def wants_reference(self) -> bool:
+        return True
+
+    def call(self, model: ir.Model, context: Context | None = None) -> Result:
+        made = {v.name: n for n in context.reference.graph for v in n.outputs}
+        for node in (n for n in model.graph if n.op_type == "Linear"):
+            now, then = (read_weight(n.inputs[1]).numpy() for n in (node, made[node.outputs[0].name]))
+            self.errors.append(float(np.abs(now - then).max() / np.abs(then).max()))
+        return Result(model, False)
+
+
+def test_what_it_comes_close_to_is_the_network_with_its_transforms() -> None:
+    steps = [*parse_pipeline("smooth{alpha=1.0},quantize-weights{format=uint8,group=32,assign=gptq}"), _Compare()]
+    _Compare.errors.clear()
+    PassManager(steps, verify=False).run(network(), calibration=inputs(), context=Context(threads=1))
+    assert len(_Compare.errors) == 2 * DEPTH + 1
+    assert max(_Compare.errors) < 0.01
 
 
 class _Killed(BaseException):

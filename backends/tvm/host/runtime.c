@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <math.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -13,7 +14,7 @@
 
 @CONSTANTS@
 
-enum { LANES = 1024, LINE = 64, HEADER = 64 };
+enum { LANES = 1024, LINE = 64, HEADER = 64, PARTS = 2, TRIES = 200 };
 
 struct qc_model {
   const unsigned char *bytes;
@@ -29,12 +30,6 @@ typedef struct task {
   int32_t grain, units;
 } task;
 
-typedef struct {
-  pthread_t thread;
-  struct qc_instance *instance;
-  int32_t number;
-} worker;
-
 struct qc_instance {
   const qc_model *model;
   unsigned char *arena;
@@ -45,10 +40,13 @@ struct qc_instance {
   float *logits;
   int64_t *ones, *running; /* a mask, and positions, of a whole text */
   qc_options options;
-  worker *workers;
-  int32_t count, started, waiting, stopping;
-  uint64_t generation;
+  pthread_t *workers;
+  int32_t count, started;
   const task *job;
+  int32_t parts;                                   /* of the job */
+  uint64_t jobs;                                   /* so far */
+  _Atomic uint64_t left;                           /* number of the job, and, in the low half, parts that nobody took */
+  _Atomic int32_t unfinished, sleeping, waiting, stopping;
   pthread_mutex_t lock;
   pthread_cond_t wake, done;
 };
@@ -69,26 +67,51 @@ static void run_part(const void *context, int32_t begin, int32_t end) {
   if (from < to) t->run(t, (int32_t)from, (int32_t)to);
 }
 
-static void *work(void *given) {
-  worker *w = given;
-  qc_instance *q = w->instance;
-  uint64_t seen = 0;
-  pthread_mutex_lock(&q->lock);
-  for (;;) {
-    while (q->generation == seen && !q->stopping) pthread_cond_wait(&q->wake, &q->lock);
-    if (q->stopping) break;
-    seen = q->generation;
-    const task *t = q->job;
-    pthread_mutex_unlock(&q->lock);
-    const int64_t parts = (t->units + t->grain - 1) / t->grain, threads = q->started + 1;
-    run_part(t, (int32_t)(parts * w->number / threads), (int32_t)(parts * (w->number + 1) / threads));
-    pthread_mutex_lock(&q->lock);
-    if (--q->waiting == 0) pthread_cond_signal(&q->done);
-  }
-  pthread_mutex_unlock(&q->lock);
-  return NULL;
+static void rest(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
 }
 
+/* Takes a part of the job and computes it; returns whether there was one. The job stays until all parts are done. */
+static int take_part(qc_instance *q) {
+  uint64_t left = atomic_load(&q->left);
+  do {
+    if ((uint32_t)left == 0) return 0;
+  } while (!atomic_compare_exchange_weak(&q->left, &left, left - 1));
+  const task *t = q->job;
+  const int64_t all = (t->units + t->grain - 1) / t->grain, part = (int64_t)(uint32_t)left - 1;
+  run_part(t, (int32_t)(all * part / q->parts), (int32_t)(all * (part + 1) / q->parts));
+  if (atomic_fetch_sub(&q->unfinished, 1) == 1 && atomic_load(&q->waiting)) {
+    pthread_mutex_lock(&q->lock);
+    pthread_cond_signal(&q->done);
+    pthread_mutex_unlock(&q->lock);
+  }
+  return 1;
+}
+
+static void *work(void *given) {
+  qc_instance *q = given;
+  for (;;) {
+    int found = 0;
+    for (int tries = 0; tries < TRIES && !found; tries++) {
+      found = take_part(q);
+      if (!found) rest();
+    }
+    if (found) continue;
+    pthread_mutex_lock(&q->lock);
+    atomic_fetch_add(&q->sleeping, 1);
+    while ((uint32_t)atomic_load(&q->left) == 0 && !atomic_load(&q->stopping)) pthread_cond_wait(&q->wake, &q->lock);
+    atomic_fetch_sub(&q->sleeping, 1);
+    pthread_mutex_unlock(&q->lock);
+    if (atomic_load(&q->stopping)) return NULL;
+  }
+}
+
+/* Computes all units, in parts that this thread and the workers take until none is left: it waits for no thread that
+   has not begun. Workers look for the next job for some microseconds before they sleep. */
 static void launch(qc_instance *q, task *t, int64_t units, int32_t grain) {
   t->units = (int32_t)units;
   t->grain = grain;
@@ -102,15 +125,22 @@ static void launch(qc_instance *q, task *t, int64_t units, int32_t grain) {
     run_part(t, 0, parts);
     return;
   }
-  pthread_mutex_lock(&q->lock);
   q->job = t;
-  q->waiting = q->started;
-  q->generation++;
-  pthread_cond_broadcast(&q->wake);
-  pthread_mutex_unlock(&q->lock);
-  run_part(t, 0, (int32_t)((int64_t)parts / (q->started + 1)));
+  q->parts = (int32_t)qc_min(parts, (int64_t)PARTS * (q->started + 1));
+  atomic_store(&q->unfinished, q->parts);
+  atomic_store(&q->left, (++q->jobs << 32) | (uint32_t)q->parts);
+  if (atomic_load(&q->sleeping) > 0) {
+    pthread_mutex_lock(&q->lock);
+    pthread_cond_broadcast(&q->wake);
+    pthread_mutex_unlock(&q->lock);
+  }
+  while (take_part(q)) continue;
+  for (int tries = 0; tries < TRIES && atomic_load(&q->unfinished) > 0; tries++) rest();
+  if (atomic_load(&q->unfinished) == 0) return;
   pthread_mutex_lock(&q->lock);
-  while (q->waiting > 0) pthread_cond_wait(&q->done, &q->lock);
+  atomic_store(&q->waiting, 1);
+  while (atomic_load(&q->unfinished) > 0) pthread_cond_wait(&q->done, &q->lock);
+  atomic_store(&q->waiting, 0);
   pthread_mutex_unlock(&q->lock);
 }
 
@@ -179,9 +209,7 @@ int qc_create(const qc_model *model, const int64_t *limits, const qc_options *op
     if (q->workers == NULL) code = QC_E_MEMORY;
     q->memory += (size_t)q->count * sizeof *q->workers;
     for (int32_t i = 0; i < q->count && code == QC_OK; i++) {
-      q->workers[i].instance = q;
-      q->workers[i].number = i + 1;
-      if (pthread_create(&q->workers[i].thread, NULL, work, &q->workers[i]) != 0)
+      if (pthread_create(&q->workers[i], NULL, work, q) != 0)
         code = QC_E_MEMORY;
       else
         q->started++;
@@ -198,10 +226,10 @@ int qc_create(const qc_model *model, const int64_t *limits, const qc_options *op
 void qc_destroy(qc_instance *q) {
   if (q == NULL) return;
   pthread_mutex_lock(&q->lock);
-  q->stopping = 1;
+  atomic_store(&q->stopping, 1);
   pthread_cond_broadcast(&q->wake);
   pthread_mutex_unlock(&q->lock);
-  for (int32_t i = 0; i < q->started; i++) pthread_join(q->workers[i].thread, NULL);
+  for (int32_t i = 0; i < q->started; i++) pthread_join(q->workers[i], NULL);
   free(q->arena);
   for (int i = 0; i < CACHES; i++) free(q->caches[i]);
   pthread_cond_destroy(&q->wake);

@@ -58,8 +58,8 @@ _V4 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")
 LEVELS = {
     isa.name: isa
     for isa in (
-        Isa("avx512vnni", "x86_64", 16, "vnni512", True, (8, 3), (4, 2), "cascadelake", ("amx-tile", "amx-int8"),
-            (*_V4, "avx512_vnni"), tiles=True),
+        Isa("avx512vnni", "x86_64", 16, "vnni512", True, (8, 3), (4, 2), "cascadelake",
+            ("amx-tile", "amx-int8", "fast-dpwssd"), (*_V4, "avx512_vnni"), tiles=True),
         Isa("avx2", "x86_64", 8, "maddubs", True, (4, 2), (2, 2), "haswell", (), ("avx2", "fma", "bmi2", "f16c")),
         Isa("x86-64", "x86_64", 4, "plain", False, (4, 2), (2, 2), "x86-64-v2", (), ("sse4_2", "popcnt")),
         Isa("neon-i8mm", "aarch64", 4, "usdot", True, (8, 2), (4, 4), "generic", ("dotprod", "i8mm", "fullfp16"),

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from qc.backends.integers import integers_of
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.bytes import FACTS, PADDING
-from qc.backends.tvm.kernels.products import Codes
+from qc.backends.tvm.kernels.records import Codes
+from qc.backends.tvm.pack_tables import TABLE_BITS, has_tables_by_group, is_table, pack_tables, tables_of
 from qc.ir.errors import UnsupportedError
 from qc.ir.quant import Affine, FloatScale, Format, QuantizedTensor
 
@@ -36,8 +37,10 @@ _PART = 1 << 22
 """Elements that are packed at a time: what lies between codes and records takes several bytes for each."""
 
 
-def codes_of(format: Format, columns: int, isa: Isa) -> Codes:
+def codes_of(format: Format, columns: int, isa: Isa, *, exact: bool) -> Codes:
     """How a weight of a format lies in records at a level. Codes of 1 bit take 2, of 5 to 7 bits take 8.
+
+    `exact` is for products with activations in float: they look up floats.
 
     Raises:
         UnsupportedError: If no kernel computes with it; says why.
@@ -46,32 +49,35 @@ def codes_of(format: Format, columns: int, isa: Isa) -> Codes:
     if reason:
         raise UnsupportedError(f"Expected a weight format with a kernel, found {format}: {reason}.")
     group, (bits, zero, table, _) = format.group, _stored(format, isa)
-    plain = isinstance(format.values, Affine) and not format.values.half
-    half = plain and format.scale == FloatScale(ir.DataType.FLOAT16)
-    zeros = isinstance(format.values, Affine) and not format.values.symmetric
+    integers = integers_of(format.values) is not None
+    affine = integers and isinstance(format.values, Affine)
+    half = affine and not format.values.half and format.scale == FloatScale(ir.DataType.FLOAT16)
+    zeros = affine and not format.values.symmetric
+    blocks = [b for b in _BLOCKS if bits != 3 or b % 32 == 0]
     if group is None:  # the scale of a row is repeated every few hundred columns: exact, and one kernel less
-        block = next((b for b in _BLOCKS if b <= columns), _BLOCKS[-1])
+        block = next((b for b in blocks if b <= columns), blocks[-1])
         group = min(_ROW_GROUP, -(-columns // block) * block)
-    block = next(b for b in _BLOCKS if group % b == 0 and (bits != 3 or b % 32 == 0))
+    block = next(b for b in blocks if group % b == 0)
     params = (2 if half else 4) + zeros
     per = next((p for p in (1, 2, 4) if p * params * isa.lanes % isa.vector_bytes == 0), 4)
-    return Codes(bits, block, group // block, half, zeros, zero, per, table)
+    entry = 0 if integers else 4 if exact else 2
+    by_group = not integers and has_tables_by_group(format)
+    return Codes(bits, block, group // block, half, zeros, zero, per, table, entry, by_group)
 
 
 def _stored(format: Format, isa: Isa) -> tuple[int, int, tuple[int, ...] | None, np.ndarray | None]:
     """Bits of a code in a record, the code that stands for 0, the bytes that codes stand for, and what codes become.
 
     Codes of integers are stored from 0 up, bytes signed where the level wants it. Codes of a table of integers stay,
-    and the kernel looks them up, where that takes fewer bits than the integers.
+    and the kernel looks them up, where that takes fewer bits than the integers. Codes of other tables stay.
     """
-    values = format.values
+    values, integers = format.values, integers_of(format.values)
+    bits = next(b for b in _BITS if b >= values.bits)
+    if integers is None:
+        return bits, 0, None, None
     if isinstance(values, Affine) and not values.half:
-        bits = next(b for b in _BITS if b >= values.bits)
         return bits, 0 if bits == 8 and isa.signed else -values.low, None, None
-    integers = integers_of(values)
-    assert integers is not None
     assert integers.codes is not None
-    bits = next((b for b in _BITS if b >= values.bits), 8)
     if integers.codes.ndim == 1 and bits < integers.bits:
         bias = 0 if isa.signed else max(0, -int(integers.codes.min()))
         table = [(int(c) + bias) & 255 for c in integers.codes]
@@ -83,8 +89,8 @@ def _stored(format: Format, isa: Isa) -> tuple[int, int, tuple[int, ...] | None,
 def why_decoded(format: Format) -> str:
     """Why weights of a format are decoded when the file is written; empty if a kernel computes with it."""
     values, group = format.values, format.group
-    if integers_of(values) is None:
-        return "its values are not integers times a scale"
+    if integers_of(values) is None and not is_table(values):
+        return f"its values are neither integers times a scale nor tables of up to {1 << TABLE_BITS}"
     if format.axis == "out" or format.remainder is not None:
         return "its groups do not lie along a row, or it has a remainder"
     unit = 32 if values.bits == 3 else _BLOCKS[-1]
@@ -100,12 +106,11 @@ def groups_of(codes: Codes, columns: int) -> int:
 
 def record_bytes(codes: Codes, rows: int, columns: int, isa: Isa) -> int:
     """Bytes of a packed weight."""
-    units, groups = -(-rows // isa.lanes), groups_of(codes, columns)
-    return units * -(-groups // codes.per_record) * codes.record_bytes(isa.lanes)
+    return -(-rows // isa.lanes) * codes.unit_bytes(isa.lanes, groups_of(codes, columns))
 
 
 def pack_records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
-    """Codes, scales and zero points in records: uint8, see `qc.backends.tvm.kernels.products`."""
+    """Codes, scales and zero points in records: uint8, see `qc.backends.tvm.kernels.records`."""
     return _in_parts(tensor, isa.lanes, lambda part: _records(part, codes, isa))
 
 
@@ -118,16 +123,15 @@ def _in_parts(tensor: QuantizedTensor, unit: int, pack: Callable[[QuantizedTenso
 
 def _records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
     values, L = tensor.format.values, isa.lanes
-    *_, recoded = _stored(tensor.format, isa)
-    multiple = 1
-    if recoded is None:
+    scale = tensor.params["scale"] if codes.half else tensor.format.scale.decode(tensor.params)
+    tables = None
+    if codes.entry:
         source = tensor.codes.astype(np.int16) - values.low
-        if codes.table is not None:
-            multiple = integers_of(values).multiple  # type: ignore[union-attr]
+        tables, peak = pack_tables(tables_of(tensor, codes), codes, L)
+        scale = _by_row(tensor, scale) * peak
     else:
-        integers = integers_of(values)
-        assert integers is not None
-        source, multiple = integers.of(tensor).astype(np.int16) + (1 << (codes.bits - 1)), integers.multiple
+        source, multiple = _integers(tensor, codes, isa)
+        scale = scale if codes.half else scale / np.float32(multiple)
     rows, columns = tensor.codes.shape
     units, width = -(-rows // L), codes.block * codes.blocks
     groups = groups_of(codes, columns)
@@ -138,19 +142,33 @@ def _records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
     signed = codes.bits == 8 and isa.signed
     if signed:
         padded ^= np.uint8(0x80)
-    blocks = padded.reshape(units, L, records * per * codes.blocks, codes.block // 4, 4).transpose(0, 2, 3, 1, 4)
-    packed = _pack_slots(blocks.reshape(units, records, -1, codes.block // 4, 4 * L), codes.bits)
-    out = np.zeros((units, records, codes.record_bytes(L)), np.uint8)
-    end = per * codes.blocks * codes.code_bytes(L)
-    decoded = tensor.format.scale.decode(tensor.params)
-    scale = tensor.params["scale"] if codes.half else decoded / np.float32(multiple)
-    out[:, :, :end] = packed.reshape(units, records, end)
-    out[:, :, end : end + per * codes.scale_bytes(L)] = _per_group(_by_row(tensor, scale), units, L, records, per)
+    if codes.entry:
+        slots = padded.reshape(units, L // 4, 4, -1, 16).transpose(0, 3, 2, 1, 4)
+    else:
+        slots = padded.reshape(units, L, -1, 4).transpose(0, 2, 1, 3)
+    packed = _pack_slots(slots.reshape(units, records, per * codes.blocks, codes.block // 4, 4 * L), codes.bits)
+    parts = [packed.reshape(units, records, -1), _per_group(_by_row(tensor, scale), units, L, records, per)]
     if codes.zeros:
-        start = end + per * codes.scale_bytes(L)
         zeros = _by_row(tensor, tensor.params["zero_point"]).astype(np.uint8) ^ np.uint8(0x80 if signed else 0)
-        out[:, :, start : start + per * L] = _per_group(zeros, units, L, records, per)
+        parts.append(_per_group(zeros, units, L, records, per))
+    if tables is not None and codes.by_group:
+        parts.append(tables)
+    out = np.zeros((units, records, codes.record_bytes(L)), np.uint8)
+    np.concatenate(parts, axis=2, out=out[:, :, : sum(part.shape[2] for part in parts)])
+    out = out.reshape(units, -1)
+    if tables is not None and not codes.by_group:
+        out = np.concatenate([tables.reshape(units, -1), out], axis=1)
     return out.reshape(-1)
+
+
+def _integers(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> tuple[np.ndarray, int]:
+    """Codes as they are stored, and the multiple of the values that they stand for."""
+    *_, recoded = _stored(tensor.format, isa)
+    integers = integers_of(tensor.format.values)
+    assert integers is not None
+    if recoded is not None:
+        return integers.of(tensor).astype(np.int16) + (1 << (codes.bits - 1)), integers.multiple
+    return tensor.codes.astype(np.int16) - tensor.format.values.low, 1 if codes.table is None else integers.multiple
 
 
 def _by_row(tensor: QuantizedTensor, param: np.ndarray) -> np.ndarray:

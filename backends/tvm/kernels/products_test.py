@@ -78,13 +78,43 @@ def test_an_integer_product_of_every_kind_of_format(call, rng, text):
 def test_an_integer_product_of_a_table_of_integers(isa, call, rng, text):
     x = rng.standard_normal((5, 128)).astype(np.float32)
     w = assign(rng.standard_normal((37, 128)).astype(np.float32), Format.parse(text))
-    codes = codes_of(w.format, 128, isa)
+    codes = codes_of(w.format, 128, isa, exact=False)
     records = pack_records(w, codes, isa)
     assert (codes.bits, codes.table is not None) == (4, text == "mxfp4")
     integers = integers_of(w.format.values)
     scale = w.format.scale.decode(w.params) / np.float32(integers.multiple)
     same = QuantizedTensor(Format.parse("int8:g32"), integers.of(w), {"scale": scale})
     check_bits(isa, product_of_rows(isa, call, x, codes, records, 37), reference(x, same, codes))
+
+
+def test_an_integer_product_of_tables_of_floats(isa, call, rng):
+    check_tables(isa, call, rng, "nf4:g64")
+
+
+@pytest.mark.parametrize("text", ["lut3", "lut4:g32"])
+def test_an_integer_product_of_tables_of_rows_and_of_groups(call, rng, text):
+    check_tables(best_for_host(), call, rng, text)
+
+
+def check_tables(isa, call, rng, text):
+    m, n, k = 6, 37, 160
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    w = assign(rng.standard_normal((n, k)).astype(np.float32), Format.parse(text))
+    codes = codes_of(w.format, k, isa, exact=False)
+    records = pack_records(w, codes, isa)
+    assert records.nbytes == record_bytes(codes, n, k, isa)
+    values, groups = (w.format.values, w.format.groups(k))
+    tables = w.params["table"].astype(np.float32) if "table" in w.params else values.values.reshape(1, 1, -1)
+    peak = np.abs(tables).max(2, keepdims=True)
+    step = peak / np.float32(32767)
+    whole = np.rint(tables / step.astype(np.float64)).astype(np.int64)
+    assert np.abs(whole * step - tables).max() <= peak.max() * 2.0**-15.99
+    whole = np.broadcast_to(whole, (n, groups, whole.shape[2]))
+    parts = np.array_split(w.codes.astype(np.int64), groups, axis=1)
+    found = np.concatenate([np.take_along_axis(whole[:, g], p, 1) for g, p in enumerate(parts)], axis=1)
+    scale = np.broadcast_to(w.format.scale.decode(w.params) * step[..., 0], (n, groups))
+    same = QuantizedTensor(w.format, found, {"scale": scale})
+    check_bits(isa, product_of_rows(isa, call, x, codes, records, n), reference(x, same, codes))
 
 
 def product_of_rows(isa, call, x, codes, records, n):
@@ -104,7 +134,7 @@ def check_integer_product(isa, call, rng, text):
     m, n, k = 7, 37, 150 if text == "int8" else 160
     w, x = weight(text, n, k, rng), rng.standard_normal((m, k)).astype(np.float32)
     x[2] = 0
-    codes = codes_of(w.format, k, isa)
+    codes = codes_of(w.format, k, isa, exact=False)
     records = pack_records(w, codes, isa)
     assert records.nbytes == record_bytes(codes, n, k, isa)
     check_bits(isa, product_of_rows(isa, call, x, codes, records, n), reference(x, w, codes))
@@ -121,15 +151,20 @@ def test_an_exact_product_multiplies_with_the_decoded_weight(isa, call, rng):
     check_exact_product(isa, call, rng, "int8:g128")
 
 
+def test_an_exact_product_looks_floats_up(isa, call, rng):
+    check_exact_product(isa, call, rng, "nf4:g64")
+
+
 def test_an_exact_product_reads_codes_in_two_planes(call, rng):
     check_exact_product(best_for_host(), call, rng, "int3:g64")
 
 
 def check_exact_product(isa, call, rng, text):
     m, n, k = 6, 35, 128
-    w, x = weight(text, n, k, rng), rng.standard_normal((m, k)).astype(np.float32)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    w = assign(rng.standard_normal((n, k)).astype(np.float32), Format.parse(text))
     bias, r = (rng.standard_normal(shape).astype(np.float32) for shape in ((n,), (m, n)))
-    codes = codes_of(w.format, k, isa)
+    codes = codes_of(w.format, k, isa, exact=True)
     y = np.zeros((m, n), np.float32)
     arrays = [x, pack_records(w, codes, isa), y, bias, r]
     integers = (m, n, groups_of(codes, k), k, n, n)

@@ -125,12 +125,10 @@ class Vectors:
 
     def add_lanes(self, a: Expr) -> Expr:
         """The sum of all lanes, halves added to halves: one defined order on every processor."""
-        from tvm import tirx
-
         width = self.L
         while width > 1:
             width //= 2
-            low, high = (tirx.Shuffle([a], list(range(i, i + width))) for i in (0, width))
+            low, high = (self.pick([a], range(i, i + width)) for i in (0, width))
             a = self.T.bind(low + high)
         return a
 
@@ -138,15 +136,16 @@ class Vectors:
         """The largest lane."""
         return self.intrinsic("llvm.vector.reduce.fmax", "float32", a)
 
-    def keep(self, value: Expr) -> Expr:
+    def keep(self, value: Expr, dtype: str = "") -> Expr:
         """A vector behind a slot on the stack, which becomes a register.
 
         TVM copies pure expressions to wherever their name is used, which takes minutes where one is as deep as a
         polynomial of a polynomial. What was stored and loaded it leaves alone.
         """
-        slot = self.T.alloc_buffer((self.L,), "float32", scope="global")
-        self.store(slot, 0, value)
-        return self.load(slot, 0)
+        element, _, lanes = (dtype or self.f32()).partition("x")
+        slot = self.T.alloc_buffer((int(lanes),), element, scope="global")
+        self.store(slot, 0, value, int(lanes))
+        return self.load(slot, 0, int(lanes))
 
     def polynomial(self, x: Expr, coefficients: Sequence[float]) -> Expr:
         """Horner's scheme, the highest power first."""
@@ -225,17 +224,67 @@ class Vectors:
         pairs = self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", "int16x16", high, activations)
         return T.bind(total + self.intrinsic("llvm.x86.avx2.pmadd.wd", self.i32(), pairs, T.broadcast(T.int16(16), 16)))
 
-    def look_up(self, table: Sequence[int], codes: Expr) -> Expr:
-        """The bytes of a table of 16 that bytes below 16 stand for."""
-        T, wide = self.T, 4 * self.L
+    def dot_words(self, total: Expr, a: Expr, b: Expr) -> Expr:
+        """Adds two products of integers of 16 bits to each lane of `total`, exactly; which two depends on the level.
+
+        All are of the same 16 bytes.
+        """
+        T, L = self.T, self.L
+        if self.isa.arch == "aarch64":
+            for half in (range(L), range(L, 2 * L)):
+                total = total + T.cast(self.pick([a], half), self.i32()) * T.cast(self.pick([b], half), self.i32())
+            return T.bind(total)
+        if self.isa.dot == "vnni512":
+            return self.intrinsic("llvm.x86.avx512.vpdpwssd.512", self.i32(), total, a, b)
+        name = {8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[L]
+        return T.bind(total + self.intrinsic(name, self.i32(), a, b))
+
+    def constants(self, table: Sequence[int]) -> Expr:
+        """A table of 16 bytes as `look_up` takes it."""
+        T = self.T
         words = [int.from_bytes(bytes(table[i : i + 4]), "little", signed=True) for i in range(0, 16, 4)]
         slot = T.alloc_buffer((self.L,), "int32", scope="global")
         for i in range(self.L):
             T.buffer_store(slot, T.int32(words[i % 4]), [i])
-        name = _LOOK_UP[self.isa.arch, self.L]
-        found = self.intrinsic(name, f"int8x{wide}", T.reinterpret(f"int8x{wide}", self.load(slot, 0)),
-                               T.reinterpret(f"int8x{wide}", codes))  # fmt: skip
+        return T.reinterpret(f"uint8x{4 * self.L}", self.load(slot, 0))
+
+    def look_up(self, tables: Expr, codes: Expr) -> Expr:
+        """The bytes that bytes below 16 stand for: every 16 bytes of `tables` are the table of the 16 codes there."""
+        T, wide = self.T, 4 * self.L
+        signed = [T.reinterpret(f"int8x{wide}", a) for a in (tables, codes)]
+        found = self.intrinsic(_LOOK_UP[self.isa.arch, self.L], f"int8x{wide}", *signed)
         return T.bind(T.reinterpret(f"uint8x{wide}", found))
+
+    def pick(self, parts: Sequence[Expr], lanes: Sequence[int]) -> Expr:
+        """Lanes of vectors that are laid end to end, by number."""
+        from tvm import tirx
+
+        return self.T.bind(tirx.Shuffle(list(parts), list(lanes)))
+
+    def repeat(self, value: Expr, lanes: int) -> Expr:
+        """A short vector of `lanes`, of 16 bytes, as often as a register holds it."""
+        times = self.L // 4
+        return self.pick([value] * times, range(times * lanes))
+
+    def interleave(self, a: Expr, b: Expr, dtype: str) -> tuple[Expr, Expr]:
+        """``a0 b0 a1 b1 ...`` of the lower halves of every 16 bytes of a and b, and of the upper halves, as `dtype`."""
+        whole = int(dtype.rpartition("x")[2]) * 2
+        half = whole // self.L * 2
+        order = [start + i + side for start in range(0, whole, 2 * half) for i in range(half) for side in (0, whole)]
+        places = (order, [i + half for i in order])
+        lower, upper = (self.keep(self.T.reinterpret(dtype, self.pick([a, b], p)), dtype) for p in places)
+        return lower, upper
+
+    def add_turned(self, parts: Any) -> Expr:
+        """Lane ``4 j + t`` of the result is the sum of lanes ``4 j`` to ``4 j + 3`` of part t of a buffer of four."""
+        L = self.L
+        even = [start + i for start in range(0, L, 4) for i in (0, 2, L, L + 2)]
+
+        def add(a: Expr, b: Expr) -> Expr:
+            return self.T.bind(self.pick([a, b], even) + self.pick([a, b], [i + 1 for i in even]))
+
+        a, b, c, d = (self.load(parts, turn * L) for turn in range(4))
+        return add(add(a, b), add(c, d))
 
     def activate(self, kind: str, x: Expr) -> Expr:
         """An activation function by name; ``none`` is x."""

@@ -11,6 +11,7 @@ from qc.backends.integers import rounded_source
 from qc.backends.tvm.kernels.bytes import byte_product, vectors_of
 from qc.backends.tvm.kernels.float_products import float_product
 from qc.backends.tvm.kernels.products import exact_product, integer_product, quantize_rows
+from qc.backends.tvm.kernels.records import Codes
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.activations import activation_of
 from qc.backends.tvm.ops.loops import broadcast, copy, fill
@@ -172,10 +173,10 @@ def _quantized(
 ) -> None:
     assert weight.format is not None
     rows, columns = weight.shape
-    codes = codes_of(weight.format, columns, at.isa)
+    codes = codes_of(weight.format, columns, at.isa, exact=exact)
     groups = groups_of(codes, columns)
     padded = groups * codes.block * codes.blocks
-    packed = quantized_weight(at, weight)
+    packed = quantized_weight(at, weight, codes)
     x, m, _, ldx = at.rows(x)
     extra, ldr = _epilogue(at, bias, tail)
     options = (codes, bias is not None, tail.residual is not None, tail.activation)
@@ -232,17 +233,15 @@ def _quantize(
     return at.quantized[key]
 
 
-def quantized_weight(at: Lowering, weight: Weight) -> Tensor:
+def quantized_weight(at: Lowering, weight: Weight, codes: Codes) -> Tensor:
     """A quantized weight in records."""
-    assert weight.format is not None
     rows, columns = weight.shape
-    codes = codes_of(weight.format, columns, at.isa)
     size = record_bytes(codes, rows, columns, at.isa)
 
     def make() -> np.ndarray:
         return pack_records(weight.quantized(), codes, at.isa)
 
-    return at.program.constant((weight.data, "records"), make, size, (size,), ir.DataType.UINT8)
+    return at.program.constant((weight.data, "records", codes), make, size, (size,), ir.DataType.UINT8)
 
 
 @operator("MatMul")
@@ -334,15 +333,15 @@ def _gather_quantized(at: Lowering, node: ir.Node, weight: Weight, indices: Tens
     """Decodes the rows that are read, out of the same records that a product reads."""
     assert weight.format is not None
     rows, columns = weight.shape
-    c = codes_of(weight.format, columns, at.isa)
-    packed = quantized_weight(at, weight)
+    c = codes_of(weight.format, columns, at.isa, exact=at.exact)
+    packed = quantized_weight(at, weight, c)
     y = at.result(node.outputs[0], (*indices.shape, columns))
     kind = "64" if indices.dtype == ir.DataType.INT64 else "32"
     at.program.use("decode_rows", kind)
     L = at.isa.lanes
     facts = (
         rows, columns, groups_of(c, columns), L, c.bits, c.block, c.blocks, c.per_record, c.record_bytes(L),
-        int(c.half), int(c.zeros), c.zero, int(c.signed(at.isa)),
+        int(c.half), int(c.zeros), c.zero, int(c.signed(at.isa)), c.entry, int(c.by_group),
     )  # fmt: skip
     table = "NULL" if c.table is None else f"(const uint8_t[]){{{', '.join(map(str, c.table))}}}"
     numbers = ", ".join([*map(str, facts), table])

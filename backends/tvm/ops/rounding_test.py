@@ -26,7 +26,7 @@ W8 = "quantize-weights{format=int8,group=0}"
         (f"{W8},quantize-activations{{mode=static,granularity=channel}}", False),
         (f"{W8},quantize-activations{{bits=16,granularity=token}}", False),
         ("quantize-weights{format=int4,group=32},quantize-activations{bits=4,granularity=token}", False),
-        ("quantize-weights{format=nf4:g32},quantize-activations{float_weights=true}", False),
+        ("quantize-weights{format=lut5},quantize-activations{float_weights=true}", False),
     ],
 )
 def test_a_product_of_what_was_rounded(linear, pipeline: str, as_bytes: bool, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ METHODS = {
     "gptq": _FEEDBACK,
     "quarot": f"{_ROTATE},{_FEEDBACK}",
     "autoround": f"{_PLAIN},tune{{steps=100,batch=4}}",
-    "omniquant": f"smooth,{_PLAIN},tune{{learn=[range],optimizer=adam,steps=60,batch=4}}",
+    "omniquant": f"smooth,{_PLAIN},tune{{learn=[range,transforms],optimizer=adam,steps=60,batch=4,range-rate=0.02}}",
     "qllm": f"{_REASSEMBLE},{_PLAIN},{_LOW_RANK}",
     "smooth, qllm": f"smooth,{_REASSEMBLE},{_PLAIN},{_LOW_RANK}",
     "block-ap": f"{_PLAIN},{_BLOCKS}",

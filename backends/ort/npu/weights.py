@@ -46,10 +46,11 @@ class LowerWeights(Pass):
         context = Context() if context is None else context
         sites = []
         held: dict[tuple[ir.Value, bool], _Held] = {}
+        tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         for node in tuple(model.graph):
             linear = dialect.is_op(node, "Linear")
             if node.op_type == "Gather" and node.domain == "":
-                sites += _look_up(model, node, context)
+                sites += _look_up(model, node, context, tables)
                 continue
             if not linear and not (node.op_type == "Conv" and node.domain == ""):
                 continue
@@ -176,9 +177,15 @@ def _behind_decode(
     return out
 
 
-def _look_up(model: ir.Model, node: ir.Node, context: Context) -> list[Site]:
-    """Looks up codes and scales of a table instead of its numbers, if it has one scale per row; else does nothing."""
-    weight, axis = read_weight(node.inputs[0]), node.attributes.get("axis")
+def _look_up(
+    model: ir.Model, node: ir.Node, context: Context, tables: dict[ir.Value, tuple[ir.Value, ir.Value]]
+) -> list[Site]:
+    """Looks up codes and scales of a table instead of its numbers, if it has one scale per row; else does nothing.
+
+    Several nodes that read one table share what `tables` holds of it.
+    """
+    source, axis = node.inputs[0], node.attributes.get("axis")
+    weight = read_weight(source)
     if weight is None or weight.format is None or len(weight.shape) != 2 or (axis is not None and axis.as_int() != 0):
         return []
     tensor = weight.quantized()
@@ -186,10 +193,14 @@ def _look_up(model: ir.Model, node: ir.Node, context: Context) -> list[Site]:
         return []
     graph, index, out = model.graph, node.inputs[1], node.outputs[0]
     unit = Grid(8, True, np.array(2.0**-7, np.float32), np.array(0))
-    name = f"{weight.name}.npu"
-    codes = add_constant(graph, f"{name}.codes", context.store.put(f"{name}.codes", tensor.codes.astype(np.int8)))
-    scales = tensor.params["scale"].astype(np.float32).reshape(-1, 1) / unit.scale
-    held = add_constant(graph, f"{name}.scales", context.store.put(f"{name}.scales", scales))
+    if source not in tables:
+        name = f"{weight.name}.npu"
+        scales = tensor.params["scale"].astype(np.float32).reshape(-1, 1) / unit.scale
+        tables[source] = (
+            add_constant(graph, f"{name}.codes", context.store.put(f"{name}.codes", tensor.codes.astype(np.int8))),
+            add_constant(graph, f"{name}.scales", context.store.put(f"{name}.scales", scales)),
+        )
+    codes, held = tables[source]
     rows, factors = ir.node("Gather", [ir.Value(), index]), ir.node("Gather", [held, index])
     for row, width in ((rows, weight.shape[1]), (factors, 1)):
         value = row.outputs[0]
@@ -197,7 +208,7 @@ def _look_up(model: ir.Model, node: ir.Node, context: Context) -> list[Site]:
     rows.outputs[0].name, factors.outputs[0].name = f"{out.name}.rows", f"{out.name}.factors"
     narrow = pair(model, rows.outputs[0], unit, f"{out.name}.rows")
     decode = ir.node("DequantizeLinear", [codes, *narrow[0].inputs[1:]])
-    decode.outputs[0].name, decode.outputs[0].dtype = f"{name}.decoded", ir.DataType.FLOAT
+    decode.outputs[0].name, decode.outputs[0].dtype = f"{out.name}.table", ir.DataType.FLOAT
     decode.outputs[0].shape = ir.Shape(weight.shape)
     rows.replace_input_with(0, decode.outputs[0])
     wide = pair(model, narrow[1].outputs[0], Grid.of(-1.0, 1.0, 16, symmetric=False), f"{out.name}.wide")

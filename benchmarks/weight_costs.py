@@ -1,10 +1,11 @@
 """Times of products with quantized weights by bits and group, for the table of `qc.passes.allocate`.
 
     python benchmarks/weight_costs.py [--target ort-cpu] [--size 2048] [--rounds 15]
+    python benchmarks/weight_costs.py --formats int4:g64,nf4:g64,float [--tokens 1] [--size 2048] [--rounds 15]
 
 One thread, one row, through the fused kernel of ONNX Runtime or the kernels of a C library (``--target tvm-cpu``), all
 formats in turn in each round. Prints the median of processor time relative to 4 bits in groups of 32 with zero points,
-without and with them.
+without and with them. With ``--formats``, of a C library in these formats, relative to the first, for so many tokens.
 """
 
 from __future__ import annotations
@@ -13,27 +14,29 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+
+Kind = TypeVar("Kind")
 
 BITS, GROUPS = {"ort-cpu": (2, 4, 8), "tvm-cpu": (2, 3, 4, 8)}, (16, 32, 64, 128, 256)
 
 
-def library(bits: int, group: int, size: int, *, zero_points: bool) -> Callable[[np.ndarray], object] | None:
-    """A C library of one product; None where no kernel reads the format."""
+def library(format: str, size: int) -> Callable[[np.ndarray], object] | None:
+    """A C library of one product; None where no kernel reads the format, unless it is ``float``."""
     import onnx_ir as ir
 
     from qc.backends.tvm.backend import TvmCpu
     from qc.ir import dialect
     from qc.ir.model import Model
-    from qc.ir.quant import Format
     from qc.passes.manager import PassManager
     from qc.passes.quantize.weights import QuantizeWeights
 
-    backend, format = TvmCpu(), Format.parse(f"{'u' if zero_points else ''}int{bits}:g{group}")
-    if str(format) not in map(str, backend.target.formats):
+    backend = TvmCpu()
+    if format not in ("float", *backend.target.formats):
         return None
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", size]))
     numbers = np.random.default_rng(0).standard_normal((size, size), np.float32)
@@ -42,7 +45,8 @@ def library(bits: int, group: int, size: int, *, zero_points: bool) -> Callable[
     node = dialect.linear(x, weight)
     node.outputs[0].name = "y"
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 23}, name="g")
-    steps = [QuantizeWeights(format=str(format), metric="none"), *backend.lowering()]
+    quantized = [] if format == "float" else [QuantizeWeights(format=format, metric="none")]
+    steps = [*quantized, *backend.lowering()]
     model, _ = PassManager(steps, verify=False).run(Model.of(ir.Model(graph, ir_version=10)))
     directory = tempfile.TemporaryDirectory()
     backend.emit(model, Path(directory.name))
@@ -76,33 +80,57 @@ def session(bits: int, group: int, size: int, *, zero_points: bool) -> Callable[
     return lambda row: held.run(None, {"x": row})
 
 
+def _library(bits: int, group: int, size: int, *, zero_points: bool) -> Callable[[np.ndarray], object] | None:
+    return library(f"{'u' if zero_points else ''}int{bits}:g{group}", size)
+
+
+def in_turn(products: Mapping[Kind, Callable[[np.ndarray], object]], x: np.ndarray, rounds: int) -> dict[Kind, float]:
+    """The median processor time of each product, all in turn in each round."""
+    times: dict[Kind, list[float]] = {kind: [] for kind in products}
+    for _ in range(rounds):
+        for kind, product in products.items():
+            started = time.process_time()
+            for _ in range(4):
+                product(x)
+            times[kind].append(time.process_time() - started)
+    return {kind: statistics.median(held) for kind, held in times.items()}
+
+
+def compare(formats: Sequence[str], x: np.ndarray, rounds: int) -> None:
+    """Prints times relative to the first format."""
+    made = {format: library(format, x.shape[1]) for format in formats}
+    found = in_turn({format: product for format, product in made.items() if product is not None}, x, rounds)
+    for format, seconds in found.items():
+        print(f"{format:20}{seconds / found[formats[0]]:>8.2f}")
+
+
 def main() -> None:
     """Parses the command line and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=tuple(BITS), default="ort-cpu")
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--formats", default="", help="formats to compare instead")
+    parser.add_argument("--tokens", type=int, default=1, help="rows of the input, with --formats")
     options = parser.parse_args()
-    x = np.random.default_rng(1).standard_normal((1, options.size)).astype(np.float32)
-    make, widths = session if options.target == "ort-cpu" else library, BITS[options.target]
+    rows = options.tokens if options.formats else 1
+    x = np.random.default_rng(1).standard_normal((rows, options.size)).astype(np.float32)
+    if options.formats:
+        compare(options.formats.split(","), x, options.rounds)
+        return
+    make, widths = session if options.target == "ort-cpu" else _library, BITS[options.target]
     signs = (True,) if options.target == "tvm-cpu" else (False, True)  # a library takes seconds to make
     kinds = [(bits, group, zeros) for bits in widths for group in GROUPS for zeros in signs]
     made = {kind: make(kind[0], kind[1], options.size, zero_points=kind[2]) for kind in kinds}
     products = {kind: product for kind, product in made.items() if product is not None}
-    times: dict[tuple, list[float]] = {kind: [] for kind in products}
-    for _ in range(options.rounds):
-        for kind, product in products.items():
-            started = time.process_time()
-            for _ in range(4):
-                product(x)
-            times[kind].append(time.process_time() - started)
-    base = statistics.median(times[4, 32, True])
+    times = in_turn(products, x, options.rounds)
+    base = times[4, 32, True]
     print(f"{'bits':>4}{'group':>7}{'symmetric':>11}{'asymmetric':>12}")
     for bits in widths:
         for group in GROUPS:
             if (bits, group, True) not in times:
                 continue
-            found = {z: statistics.median(times[bits, group, z]) / base for z in signs}
+            found = {z: times[bits, group, z] / base for z in signs}
             print(f"{bits:>4}{group:>7}{found.get(False, float('nan')):>11.2f}{found[True]:>12.2f}")
 
 

@@ -48,8 +48,11 @@ _INTEGERS = (
     for group in ("", ":g16", ":g32", ":g64", ":g128", ":g256")
     if (bits, group) != (3, ":g16")
 )
-_TABLES = ("mxfp4", "nvfp4", "ternary", "bitmod3:g128", "bitmod4:g128", "mid2:g32", "mid3:g32", "mid4:g32")
-"""Tables of integers, which kernels read as they are stored."""
+_TABLES = (
+    *("mxfp4", "nvfp4", "ternary", "bitmod3:g128", "bitmod4:g128", "mid2:g32", "mid3:g32", "mid4:g32"),
+    *("nf3:g64", "nf4:g32", "nf4:g64", "nf4:g64:q8x256", "bnb4:g64", "lut3", "lut4", "lut3c16", "lut4c16", "zint4:g64"),
+)
+"""Tables of integers, which kernels read as they are stored, and of 16 values, which they look up."""
 
 _FORMATS = (*_INTEGERS, *_TABLES)
 

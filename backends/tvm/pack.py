@@ -50,9 +50,9 @@ def codes_of(format: Format, columns: int, isa: Isa, *, exact: bool) -> Codes:
         raise UnsupportedError(f"Expected a weight format with a kernel, found {format}: {reason}.")
     group, (bits, zero, table, _) = format.group, _stored(format, isa)
     integers = integers_of(format.values) is not None
-    affine = integers and isinstance(format.values, Affine)
-    half = affine and not format.values.half and format.scale == FloatScale(ir.DataType.FLOAT16)
-    zeros = affine and not format.values.symmetric
+    affine = format.values if integers and isinstance(format.values, Affine) else None
+    half = affine is not None and not affine.half and format.scale == FloatScale(ir.DataType.FLOAT16)
+    zeros = affine is not None and not affine.symmetric
     blocks = [b for b in _BLOCKS if bits != 3 or b % 32 == 0]
     if group is None:  # the scale of a row is repeated every few hundred columns: exact, and one kernel less
         block = next((b for b in blocks if b <= columns), blocks[-1])

@@ -91,6 +91,10 @@ def test_an_integer_product_of_tables_of_floats(isa, call, rng):
     check_tables(isa, call, rng, "nf4:g64")
 
 
+def test_an_integer_product_of_tables_has_the_same_bits_on_other_levels_of_arm(other_arm, call, rng):
+    check_tables(other_arm, call, rng, "nf4:g64")
+
+
 @pytest.mark.parametrize("text", ["lut3", "lut4:g32"])
 def test_an_integer_product_of_tables_of_rows_and_of_groups(call, rng, text):
     check_tables(best_for_host(), call, rng, text)

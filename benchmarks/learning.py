@@ -47,6 +47,7 @@ SCHEMES = {
     "W2": ("uint2", 64, ""),
     "W8A8": ("int8", 0, ",quantize-activations{mode=static,bits=8}"),
     "W4A8": ("int4", 0, ",quantize-activations{bits=8,granularity=token}"),
+    "W4A8-static": ("int4", 0, ",quantize-activations{mode=static,bits=8}"),
     "W4A4": ("int4", 0, ",quantize-activations{bits=4,granularity=token}"),
 }
 """Format of the weights, their group (0: a row), and what rounds activations."""
@@ -66,6 +67,7 @@ METHODS = {
     "quarot": f"{_ROTATE},{_FEEDBACK}",
     "autoround": f"{_PLAIN},tune{{steps=100,batch=4}}",
     "omniquant": f"smooth,{_PLAIN},tune{{learn=[range,transforms],optimizer=adam,steps=60,batch=4,range-rate=0.02}}",
+    "mobilequant": f"smooth,{_PLAIN},tune-network{{learn=[range,transforms,activations],range-rate=0.01}}",
     "qllm": f"{_REASSEMBLE},{_PLAIN},{_LOW_RANK}",
     "smooth, qllm": f"smooth,{_REASSEMBLE},{_PLAIN},{_LOW_RANK}",
     "block-ap": f"{_PLAIN},{_BLOCKS}",

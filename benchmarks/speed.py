@@ -6,7 +6,8 @@ Each model is quantized once and emitted for both targets; nothing is measured w
 sides take turns round by round; a figure is the median of the rounds, a ratio the median of their ratios, above 1 where
 the library is faster. ``150M`` and ``1.2B`` are decoders with random weights; ``minilm`` is the sentence encoder of the
 ``test`` extra, ``int8`` its recipe ``w8a8-dynamic``. ``--llama`` also takes turns with llama.cpp on a GGUF file of the
-same decoder, where both have weights of as many bits: ``Q4_0`` is ``int4`` with a scale of 16 bits for 32.
+same decoder in its ``Q4_0``: that is ``int4`` with a scale of 16 bits for 32 weights, which we take as well, and with
+one for 128, ``g128 f16``, which is less to read.
 ``of memory`` is what a decoder reads per second, as a share of what a loop reaches that does nothing but read. What
 stands in ``--work`` is measured again, not made again.
 """
@@ -45,6 +46,7 @@ TARGETS = {"a": "tvm-cpu", "b": "ort-cpu"}
 FORMATS = {
     "int4 g32": "quantize-weights{format=int4,group=32}",
     "int4 g128": "quantize-weights{format=int4,group=128}",
+    "g128 f16": "quantize-weights{format=int4,group=128,scale=f16}",
     "Q4_0": "quantize-weights{format=int4,group=32,scale=f16}",
     "float": "",
     "int8": "quantize-weights{format=int8,group=0,embedding=int8:g128},quantize-activations",
@@ -61,7 +63,7 @@ _LINE = "{:8} {:10} {:16} {:>9} {:>9} {:>6} {:>9} {:>6} {:>9}"
 _PROBE_BYTES = 1 << 30
 """Larger than the caches of servers."""
 
-DECODERS = ("int4 g32", "int4 g128", "Q4_0")
+DECODERS = ("int4 g32", "int4 g128", "g128 f16", "Q4_0")
 ENCODERS = ("float", "int8")
 
 
@@ -128,7 +130,7 @@ def measure(name: str, protocol: Protocol, work: Path, *, llama: bool) -> Iterat
             read = backend_for(TARGETS["a"]).streamed_bytes(directories["a"])
             row["of_memory"] = read * row["a"]["decode_tok_s"] / read_bandwidth(protocol)
         del runners
-        if llama and name in SHAPES and label == "Q4_0":
+        if llama and name in SHAPES and "scale=f16" in FORMATS[label]:
             file = work / f"{name}.gguf"
             if not file.is_file():
                 write_gguf(source, SHAPES[name], file)

@@ -165,10 +165,11 @@ def test_a_weight_starts_where_it_was_and_is_trained_as_it_is_exported(spelling:
     assert errors[0] < 1.5 * errors[1], "its ranges fit the numbers that they are for"
 
 
-def test_factors_help_where_channels_are_large_and_ranges_alone_do_not() -> None:
+@pytest.mark.parametrize("action", ["tune", "tune-network"])
+def test_factors_help_where_channels_are_large_and_ranges_alone_do_not(action: str) -> None:
     found = {}
     for learn in ("range", "range,transforms"):
-        spec = f"tune{{steps=80,batch=2,optimizer=adam,range-rate=0.03,learn=[{learn}]}}"
+        spec = f"{action}{{steps=80,batch=2,optimizer=adam,range-rate=0.03,learn=[{learn}]}}"
         model, reports = run(spec, outlier=8.0)
         found[learn] = error(model, 8.0)
         sites = [s for s in reports[-1].sites if "kind" in s.details]

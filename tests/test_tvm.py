@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shutil
@@ -177,6 +178,14 @@ def test_a_damaged_weights_file_is_refused(emitted: dict[str, Path], tmp_path: P
             content = bytearray()
     weights.write_bytes(content)
     with pytest.raises(InputError, match="cut short, changed, or of another model"):
+        open_runner(tmp_path)
+
+
+def test_facts_of_another_version_are_refused(emitted: dict[str, Path], tmp_path: Path) -> None:
+    facts = json.loads((emitted["tvm"] / "model.json").read_text("utf-8"))
+    del facts["cells"]
+    (tmp_path / "model.json").write_text(json.dumps(facts), "utf-8")
+    with pytest.raises(InputError, match=r"'cells'.*compile it again"):
         open_runner(tmp_path)
 
 

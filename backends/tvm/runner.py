@@ -213,9 +213,10 @@ def read_facts(directory: Path) -> dict[str, Any]:
     file = directory / FACTS
     try:
         facts = json.loads(file.read_text("utf-8"))
-        return {**facts, "dimensions": list(facts["dimensions"])}
+        return {**facts, "dimensions": list(facts["dimensions"]), "cells": cells(facts["cells"]).name}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is not readable ({error}). Copy the artifact again.") from error
+        hint = "Copy the artifact again, or compile it again if another version of qc did"
+        raise InputError(f"{file} is not readable ({error}). {hint}.") from error
 
 
 def _port(data: Mapping[str, Any]) -> Port:

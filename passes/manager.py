@@ -10,19 +10,19 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.ir import dialect
-from qc.ir.errors import ContractError, UnsupportedError
+from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model
-from qc.ir.probe import continues_cache, find_inputs, run_in_turn
+from qc.ir.probe import find_inputs
 from qc.ir.runtime import Session
-from qc.ir.verify import STAGES, Difference, Stage, check_structure, compare, tolerance
+from qc.ir.verify import STAGES, Difference, Stage, check_structure
 from qc.passes.base import BlockPass, Context, Exact, Lossy, Outcome, Pass, Result, Site
+from qc.passes.judge import Outputs, outputs_of, require_equal, worst
 from qc.passes.pipeline import Step
 from qc.passes.statistics import collect
 from qc.passes.sweep import BlockError, sweep, wants_sweep
 
 __all__ = ["Observer", "PassManager", "PassReport"]
 
-Outputs = list[dict[str, np.ndarray]]
 Observer = Callable[[str, "PassReport | None"], None]
 """Called with a pass's name before it runs (None) and after (its report)."""
 
@@ -133,7 +133,7 @@ class PassManager:
         batches = list(probe or ()) if self.verify else []
         if self.verify and probe is None:
             batches = list(find_inputs(model, Session(model).run, context.seed).batches)
-        before = [dict(o) for o in outputs] if batches and outputs else _outputs(model, batches)
+        before = [dict(o) for o in outputs] if batches and outputs else outputs_of(model, batches)
         wanted = any(_wants_reference(s.action) for together in _runs(self.steps) for s in together)
         reports = []
         for together in _runs(self.steps, apart=wanted):
@@ -173,8 +173,8 @@ class PassManager:
             if any(s.result.modified and _is_lossy(s.step.action) for s in done):
                 self._quantized()
             check_structure(model, self._stage, self._foreign)
-            after = _outputs(model, batches)
-            differences, before = _worst(before, after), after
+            after = outputs_of(model, batches)
+            differences, before = worst(before, after), after
         last = done[-1].step
         verified = time.perf_counter() - started
         reports = [
@@ -211,11 +211,11 @@ class PassManager:
             if isinstance(contract, Lossy):
                 self._quantized()
             check_structure(model, self._stage, self._foreign)
-            after = _outputs(model, batches)
+            after = outputs_of(model, batches)
             if isinstance(contract, Exact):
-                differences = _require_equal(name, contract, before, after, previous, model, batches)
+                differences = require_equal(name, contract, before, after, previous, model, batches)
             elif isinstance(contract, Lossy):
-                differences = _worst(before, after)
+                differences = worst(before, after)
             before = after
         report = _report(action, result, seconds, time.perf_counter() - started, differences)
         self._observer(name, report)
@@ -285,73 +285,6 @@ def _matched(sites: Sequence[Site]) -> bool:
 
 def _name(action: ir.passes.PassBase) -> str:
     return action.spec_name() if isinstance(action, Pass) else type(action).__name__
-
-
-def _outputs(model: Model, batches: Sequence[Mapping[str, np.ndarray]]) -> Outputs:
-    if not batches:
-        return []
-    return run_in_turn(Session(model).run, model.signature, batches)
-
-
-def _worst(before: Outputs, after: Outputs) -> list[Difference]:
-    """Per output, the batch with the lowest SQNR."""
-    found: dict[str, Difference] = {}
-    for old, new in zip(before, after, strict=True):
-        for difference in compare(old, new):
-            if difference.output not in found or difference.sqnr < found[difference.output].sqnr:
-                found[difference.output] = difference
-    return list(found.values())
-
-
-def _require_equal(
-    name: str,
-    contract: Exact,
-    before: Outputs,
-    after: Outputs,
-    previous: Model,
-    model: Model,
-    batches: Sequence[Mapping[str, np.ndarray]],
-) -> list[Difference]:
-    tol = tolerance(model, contract.tol)
-    caches = set() if contract.cache else {present.name for _, present in model.signature.caches}
-    compared = []
-    for number, (batch, old, new) in enumerate(zip(batches, before, after, strict=True)):
-        if caches and not continues_cache(model.signature, batch, after[number - 1] if number else {}):
-            continue  # a cache of unknown origin: it means one thing to the one model, another to the other
-        compared.append(({n: v for n, v in old.items() if n not in caches}, new))
-        for difference in compare(*compared[-1]):
-            if not difference.max_abs <= tol * difference.scale:
-                where = _first_difference(previous, model, batch, tol)
-                raise ContractError(
-                    f"Pass {name} promises outputs equal to {tol:g} (relative to the largest value), but output "
-                    f"{difference.output!r} differs by {difference.max_abs:.3g} (largest value "
-                    f"{difference.scale:.3g}). {where} This is a defect of the pass: exclude it, and report the "
-                    "model's operators around that value."
-                )
-    return _worst([old for old, _ in compared], [new for _, new in compared])
-
-
-def _first_difference(previous: Model, model: Model, batch: Mapping[str, np.ndarray], tol: float) -> str:
-    """Names the first value, in execution order, that both graphs have and that differs."""
-    shared = {v.name for n in model.graph for v in n.outputs} & {v.name for n in previous.graph for v in n.outputs}
-    old, new = (_inner_values(m, shared, batch) for m in (previous, model))
-    for difference in compare(old, new):
-        if not difference.max_abs <= tol * difference.scale:
-            producer = next(n for n in model.graph for v in n.outputs if v.name == difference.output)
-            return (
-                f"The first value that differs is {difference.output!r} (by {difference.max_abs:.3g}), made by "
-                f"{producer.domain or 'onnx'}::{producer.op_type}."
-            )
-    return "No inner value that both graphs share differs before the output."
-
-
-def _inner_values(model: Model, names: set[str | None], batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    probe = model.clone()
-    own = set(probe.graph.outputs)
-    known = [v for n in probe.graph for v in n.outputs if v.name in names and v.dtype is not None and v not in own]
-    probe.graph.outputs.extend(known)
-    results = Session(probe).run(batch)
-    return {v.name: results[v.name] for n in probe.graph for v in n.outputs if v.name in results}  # type: ignore[misc]
 
 
 def _nothing_matched(name: str, sites: Sequence[Site]) -> str:

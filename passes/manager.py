@@ -15,7 +15,7 @@ from qc.ir.model import Model
 from qc.ir.probe import find_inputs
 from qc.ir.runtime import Session
 from qc.ir.verify import STAGES, Difference, Stage, check_structure
-from qc.passes.base import BlockPass, Context, Exact, Lossy, Outcome, Pass, Result, Site
+from qc.passes.base import BlockPass, Context, Contract, Exact, Lossy, Outcome, Pass, Result, Site
 from qc.passes.judge import Outputs, outputs_of, require_equal, worst
 from qc.passes.pipeline import Step
 from qc.passes.statistics import collect
@@ -37,10 +37,11 @@ class PassReport:
         contract: ``exact``, ``lossy`` or ``structural``.
         modified: Whether the model changed.
         seconds: Time of the pass itself.
-        verify_seconds: Time of its verification.
+        verify_seconds: Time of its verification, and of those that were verified with it.
         sites: Every site that it looked at.
         notes: Remarks.
         differences: Outputs before against after, the worst over the probe batches; empty if nothing was compared.
+            Exact neighbours are compared as one, and share them.
         blocks: If it ran in a sweep: how far the outputs of each part are from those of the float network.
     """
 
@@ -66,6 +67,10 @@ class PassManager:
     After a pass that modified the model, its structure is checked against the stage, and the outputs on the probe batch
     against its contract: an `Exact` pass must reproduce them, or the run stops with the first value that differs; of a
     `Lossy` pass the error is measured.
+
+    Neighbouring exact passes are compared as one, since a forward pass of a large model takes its time: if together
+    they do not reproduce the outputs, they run again from where they began, each compared alone, so that the one at
+    fault is named.
 
     Neighbouring block passes run as one sweep over the parts of the network if one of them wants it
     (`qc.passes.sweep`); then the model is verified when all parts are done, and exact passes on each part.
@@ -143,13 +148,9 @@ class PassManager:
                 model, before, done = self._run_sweep(together, model, context, calibration, batches, before)
                 reports += done
                 continue
-            for step in together:
-                context = dataclasses.replace(context, memo={})
-                if isinstance(step.action, Pass) and (requests := step.action.needs(model)):
-                    found = collect(model, requests, calibration, context.seed)
-                    context = dataclasses.replace(context, statistics=found)
-                model, before, report = self._run_step(step, model, context, batches, before)
-                reports.append(report)
+            for alike in _alike(together):
+                model, before, done = self._run_alike(alike, model, context, batches, before)
+                reports += done
         self.outputs = before
         return model, reports
 
@@ -191,39 +192,89 @@ class PassManager:
         if self._stage.name == "float":
             self._stage = STAGES["quantized"]
 
-    def _run_step(
-        self, step: Step, model: Model, context: Context, batches: Sequence[Mapping[str, np.ndarray]], before: Outputs
-    ) -> tuple[Model, Outputs, PassReport]:
-        action, name = step.action, _name(step.action)
-        self._observer(name, None)
-        previous = model.clone() if batches else model
-        started = time.perf_counter()
-        result = action.call(model, context) if isinstance(action, Pass) else action(model)
-        seconds = time.perf_counter() - started
-        model = Model.of(result.model, assets=model.assets) if not isinstance(result.model, Model) else result.model
-        sites = result.sites if isinstance(result, Result) else []
-        if not step.optional and not _matched(sites):
-            raise UnsupportedError(_nothing_matched(name, sites))
-        started, differences = time.perf_counter(), []
-        contract = getattr(action, "contract", Exact())
-        if result.modified:
-            dialect.sync_functions(model)
-            if isinstance(contract, Lossy):
-                self._quantized()
-            check_structure(model, self._stage, self._foreign)
-            after = outputs_of(model, batches)
+    def _run_alike(
+        self,
+        steps: Sequence[Step],
+        model: Model,
+        context: Context,
+        batches: Sequence[Mapping[str, np.ndarray]],
+        before: Outputs,
+    ) -> tuple[Model, Outputs, list[PassReport]]:
+        """Runs neighbours that promise the same; if they do not keep it, each alone, to find the one that does not."""
+        previous = model.clone() if batches and isinstance(_contract(steps[0].action), Exact) else model
+        try:
+            return self._run_steps(steps, model, context, batches, before, previous)
+        except Exception:
+            if len(steps) == 1 or not batches:
+                raise
+        model, reports = previous, []
+        for step in steps:
+            model, before, done = self._run_alike([step], model, context, batches, before)
+            reports += done
+        return model, before, reports
+
+    def _run_steps(
+        self,
+        steps: Sequence[Step],
+        model: Model,
+        context: Context,
+        batches: Sequence[Mapping[str, np.ndarray]],
+        before: Outputs,
+        previous: Model,
+    ) -> tuple[Model, Outputs, list[PassReport]]:
+        """Runs steps that promise the same, and holds what the last leaves against `previous`."""
+        began, differences = time.perf_counter(), []
+        done: list[tuple[ir.passes.PassBase, ir.passes.PassResult, float]] = []
+        for step in steps:
+            started = time.perf_counter()
+            result = self._call(step, model, context)
+            done.append((step.action, result, time.perf_counter() - started))
+            model = result.model if isinstance(result.model, Model) else Model.of(result.model, assets=model.assets)
+            if result.modified:
+                dialect.sync_functions(model)
+                if _is_lossy(step.action):
+                    self._quantized()
+                check_structure(model, self._stage, self._foreign)
+        modified = [action for action, result, _ in done if result.modified]
+        if modified:
+            after, contract = outputs_of(model, batches), _contract(modified[-1])
             if isinstance(contract, Exact):
-                differences = require_equal(name, contract, before, after, previous, model, batches)
+                names = " + ".join(_name(action) for action in modified)
+                differences = require_equal(names, contract, before, after, previous, model, batches)
             elif isinstance(contract, Lossy):
                 differences = worst(before, after)
             before = after
-        report = _report(action, result, seconds, time.perf_counter() - started, differences)
-        self._observer(name, report)
-        return model, before, report
+        verified = time.perf_counter() - began - sum(seconds for _, _, seconds in done)
+        reports = [
+            _report(
+                action,
+                result,
+                seconds,
+                verified if modified and action is modified[-1] else 0.0,
+                differences if result.modified else (),
+            )
+            for action, result, seconds in done
+        ]
+        for report in reports:
+            self._observer(report.name, report)
+        return model, before, reports
+
+    def _call(self, step: Step, model: Model, context: Context) -> ir.passes.PassResult:
+        """Runs one step with the statistics that it wants."""
+        action, name = step.action, _name(step.action)
+        self._observer(name, None)
+        if not isinstance(action, Pass):
+            return action(model)
+        requests = action.needs(model)
+        found = collect(model, requests, context.calibration, context.seed) if requests else {}
+        result = action.call(model, dataclasses.replace(context, memo={}, statistics=found))
+        if not step.optional and not _matched(result.sites):
+            raise UnsupportedError(_nothing_matched(name, result.sites))
+        return result
 
 
 def _runs(steps: Sequence[Step | ir.passes.PassBase], *, apart: bool = False) -> list[list[Step]]:
-    """Groups neighbouring block passes; every other pass is a group of its own.
+    """Groups neighbouring block passes, and neighbours that see the whole network.
 
     `apart`: what quantizes first begins a group, since what a later pass is to come close to is the model before it.
     """
@@ -232,11 +283,27 @@ def _runs(steps: Sequence[Step | ir.passes.PassBase], *, apart: bool = False) ->
         step = item if isinstance(item, Step) else Step(item, optional=True)  # type: ignore[arg-type]
         begins = apart and _quantizes(step)
         apart = apart and not begins
-        if not begins and runs and _by_parts(step.action) and _by_parts(runs[-1][-1].action):
+        if not begins and runs and _by_parts(step.action) == _by_parts(runs[-1][-1].action):
             runs[-1].append(step)
         else:
             runs.append([step])
     return runs
+
+
+def _alike(steps: Sequence[Step]) -> list[list[Step]]:
+    """Groups neighbours that promise the same equality; every other step is a group of its own."""
+    groups: list[list[Step]] = []
+    for step in steps:
+        contract = _contract(step.action)
+        if groups and isinstance(contract, Exact) and contract == _contract(groups[-1][-1].action):
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def _contract(action: ir.passes.PassBase) -> Contract:
+    return action.contract if isinstance(action, Pass) else Exact()
 
 
 def _by_parts(action: ir.passes.PassBase) -> bool:
@@ -255,7 +322,7 @@ def _report(
     return PassReport(
         name=_name(action),
         spec=str(Step(action)) if isinstance(action, Pass) else _name(action),
-        contract=type(getattr(action, "contract", Exact())).__name__.lower(),
+        contract=type(_contract(action)).__name__.lower(),
         modified=result.modified,
         seconds=seconds,
         verify_seconds=verify_seconds,
@@ -267,7 +334,7 @@ def _report(
 
 
 def _is_lossy(action: ir.passes.PassBase) -> bool:
-    return isinstance(getattr(action, "contract", None), Lossy)
+    return isinstance(_contract(action), Lossy)
 
 
 def _wants_reference(action: ir.passes.PassBase) -> bool:

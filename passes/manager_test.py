@@ -13,7 +13,9 @@ from onnx_ir.passes import common
 from qc.ir import dialect
 from qc.ir.errors import ContractError, UnsupportedError
 from qc.ir.model import Model
+from qc.ir.runtime import Session
 from qc.ir.text import parse
+from qc.passes import judge
 from qc.passes.base import Contract, Exact, Lossy, Outcome, Pass, Result, Site, Structural
 from qc.passes.manager import PassManager
 from qc.passes.pipeline import Step
@@ -79,6 +81,15 @@ class RenameOutput(Pass):
         return Result.of(model, [Site("y", Outcome.CHANGED)])
 
 
+@dataclasses.dataclass(frozen=True)
+class RenameValues(Pass):
+    """Gives the last inner value another name, which changes nothing."""
+
+    def call(self, model, context=None):
+        model.graph[1].outputs[0].name += "_"
+        return Result.of(model, [Site("act", Outcome.CHANGED)])
+
+
 def test_an_exact_pass_that_is_exact_goes_through():
     _, (report,) = PassManager([ScaleWeight()]).run(_model())
     assert report.contract == "exact"
@@ -89,6 +100,40 @@ def test_an_exact_pass_that_is_exact_goes_through():
 def test_an_exact_pass_that_is_not_stops_with_its_name_and_the_first_value_that_differs():
     with pytest.raises(ContractError, match=r"scale-weight .*'a'.*qc::Linear"):
         PassManager([ScaleWeight(factor=1.5)]).run(_model())
+
+
+@dataclasses.dataclass(frozen=True)
+class Stumble(Pass):
+    """Fails on a model whose first weight was scaled."""
+
+    def call(self, model, context=None):
+        weight = next(n for n in model.graph if n.name == "first").inputs[1].const_value.numpy()
+        if not np.array_equal(weight, np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)):
+            raise KeyError("lost")
+        return Result.of(model, [])
+
+
+def test_exact_neighbours_are_compared_once(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(judge, "Session", lambda model: loaded.append(model) or Session(model))
+    _, reports = PassManager([ScaleWeight(), ScaleWeight(), FindNothing(), ScaleWeight()]).run(_model())
+    assert len(loaded) == 2  # before and behind
+    assert [[d.max_abs for d in r.differences] for r in reports] == [[0.0], [0.0], [], [0.0]]
+    assert [r.verify_seconds > 0 for r in reports] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("after", [RenameValues(), Stumble()])
+def test_among_exact_neighbours_the_one_at_fault_is_named(after):
+    with pytest.raises(ContractError, match=r"Pass scale-weight promises .*'a'.*qc::Linear"):
+        PassManager([RenameValues(), ScaleWeight(factor=1.5), after]).run(_model())
+
+
+def test_exact_neighbours_that_each_keep_their_promise_may_add_up():
+    steps = [ScaleWeight(factor=1 + 8e-5), ScaleWeight(factor=1 + 8e-5)]
+    model, reports = PassManager(steps).run(_model())
+    assert len(reports) == 2
+    scaled = ScaleWeight(factor=(1 + 8e-5) ** 2).call(_model()).model
+    assert np.allclose(*(next(iter(m.graph)).inputs[1].const_value.numpy() for m in (model, scaled)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("factor", "passes"), [(1.001, True), (1.5, False)])

@@ -71,9 +71,8 @@ class _PlainProgress(Progress):
     def pass_event(self, name: str, report: PassReport | None) -> None:
         """Prints what a pass did and how long it took."""
         if report is not None and report.modified:
-            self._say(
-                f"  {name}: {_outcome(report)} ({report.seconds:.1f} s, verified in {report.verify_seconds:.1f} s)"
-            )
+            verified = f", verified in {report.verify_seconds:.1f} s" if report.verify_seconds else ""
+            self._say(f"  {name}: {_outcome(report)} ({report.seconds:.1f} s{verified})")
 
     def tick(self, done: int, total: int, site: str) -> None:
         """Prints how far the running pass is, now and then."""

@@ -11,7 +11,15 @@ from qc.backends.integers import integers_of
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.bytes import FACTS, PADDING
 from qc.backends.tvm.kernels.records import Codes
-from qc.backends.tvm.pack_tables import TABLE_BITS, has_tables_by_group, is_table, pack_tables, tables_of
+from qc.backends.tvm.pack_tables import (
+    TABLE_BITS,
+    entries_of,
+    fixed_table,
+    has_tables_by_group,
+    is_table,
+    pack_entries,
+    tables_of,
+)
 from qc.ir.errors import UnsupportedError
 from qc.ir.quant import Affine, FloatScale, Format, QuantizedTensor
 
@@ -60,9 +68,11 @@ def codes_of(format: Format, columns: int, isa: Isa, *, exact: bool) -> Codes:
     block = next(b for b in blocks if group % b == 0)
     params = (2 if half else 4) + zeros
     per = next((p for p in (1, 2, 4) if p * params * isa.lanes % isa.vector_bytes == 0), 4)
-    entry = 0 if integers else 4 if exact else 2
+    entry = int(table is not None) if integers else 4 if exact else 2
+    if not integers and not format.values.params:
+        table = fixed_table(format.values, entry)
     by_group = not integers and has_tables_by_group(format)
-    return Codes(bits, block, group // block, half, zeros, zero, per, table, entry, by_group)
+    return Codes(bits, block, group // block, half, zeros, zero, per, entry, table, by_group)
 
 
 def _stored(format: Format, isa: Isa) -> tuple[int, int, tuple[int, ...] | None, np.ndarray | None]:
@@ -124,11 +134,11 @@ def _in_parts(tensor: QuantizedTensor, unit: int, pack: Callable[[QuantizedTenso
 def _records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
     values, L = tensor.format.values, isa.lanes
     scale = tensor.params["scale"] if codes.half else tensor.format.scale.decode(tensor.params)
-    tables = None
-    if codes.entry:
+    if codes.entry > 1:
         source = tensor.codes.astype(np.int16) - values.low
-        tables, peak = pack_tables(tables_of(tensor, codes), codes, L)
-        scale = _by_row(tensor, scale) * peak
+        entries, step = entries_of(tables_of(tensor, codes), codes.entry)
+        tables = pack_entries(entries, L)
+        scale = _by_row(tensor, scale) * step
     else:
         source, multiple = _integers(tensor, codes, isa)
         scale = scale if codes.half else scale / np.float32(multiple)
@@ -142,7 +152,7 @@ def _records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
     signed = codes.bits == 8 and isa.signed
     if signed:
         padded ^= np.uint8(0x80)
-    if codes.entry:
+    if codes.entry > 1:
         slots = padded.reshape(units, L // 4, 4, -1, 16).transpose(0, 3, 2, 1, 4)
     else:
         slots = padded.reshape(units, L, -1, 4).transpose(0, 2, 1, 3)
@@ -151,12 +161,12 @@ def _records(tensor: QuantizedTensor, codes: Codes, isa: Isa) -> np.ndarray:
     if codes.zeros:
         zeros = _by_row(tensor, tensor.params["zero_point"]).astype(np.uint8) ^ np.uint8(0x80 if signed else 0)
         parts.append(_per_group(zeros, units, L, records, per))
-    if tables is not None and codes.by_group:
+    if codes.by_group:
         parts.append(tables)
     out = np.zeros((units, records, codes.record_bytes(L)), np.uint8)
     np.concatenate(parts, axis=2, out=out[:, :, : sum(part.shape[2] for part in parts)])
     out = out.reshape(units, -1)
-    if tables is not None and not codes.by_group:
+    if codes.head_bytes(L):
         out = np.concatenate([tables.reshape(units, -1), out], axis=1)
     return out.reshape(-1)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from qc.backends.tvm.kernels.records import Codes
 from qc.ir.quant import Format, QuantizedTensor, ValueMap
 
-__all__ = ["TABLE_BITS", "has_tables_by_group", "is_table", "pack_tables", "tables_of"]
+__all__ = ["TABLE_BITS", "entries_of", "fixed_table", "has_tables_by_group", "is_table", "pack_entries", "tables_of"]
 
 TABLE_BITS = 4
 """Bits of a code that processors look up."""
@@ -31,26 +33,41 @@ def tables_of(tensor: QuantizedTensor, codes: Codes) -> np.ndarray:
     """The values of all codes of each row, or of each group of it: float32 ``[rows, groups, 16]``, zeros if fewer."""
     format, rows = tensor.format, tensor.shape[0]
     groups = format.groups(tensor.shape[1]) if codes.by_group else 1
-    low, count = format.values.low, 1 << format.values.bits
+    return _tables(format.values, rows, groups, format.by_group(tensor.params, rows, groups))
+
+
+def _tables(values: ValueMap, rows: int, groups: int, params: Mapping[str, np.ndarray]) -> np.ndarray:
+    low, count = values.low, 1 << values.bits
     every = np.tile(np.arange(low, low + count).astype(np.int8 if low else np.uint8), (rows * groups, 1))
-    units = format.values.decode(every, format.by_group(tensor.params, rows, groups))
     tables = np.zeros((rows, groups, 1 << TABLE_BITS), np.float32)
-    tables[..., :count] = units.reshape(rows, groups, count)
+    tables[..., :count] = values.decode(every, params).reshape(rows, groups, count)
     return tables
 
 
-def pack_tables(tables: np.ndarray, codes: Codes, L: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tables ``[rows, groups, 16]`` as bytes ``[units, groups, bytes]``, and the steps of entries ``[rows, groups]``.
+def fixed_table(values: ValueMap, entry: int) -> tuple[int, ...]:
+    """The bytes of the one table of values that have no parameters, the lowest of all entries first."""
+    entries, _ = entries_of(_tables(values, 1, 1, {}), entry)
+    return tuple(entries.reshape(16, 1).view(np.uint8).T.reshape(-1).tolist())
 
-    Entries are floats, or integers whose largest is `_TOP`.
+
+def entries_of(tables: np.ndarray, entry: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tables ``[rows, groups, 16]`` of floats, or of integers whose largest is `_TOP`; their steps ``[rows, groups]``.
+
+    Args:
+        tables: The values.
+        entry: Bytes of an entry: 2 of an integer, 4 of a float.
     """
-    rows, groups, _ = tables.shape
-    one = np.ones((rows, groups), np.float32)
-    if codes.entry == 2:
-        peak = np.abs(tables).max(2)
-        one = np.where(peak > 0, peak, 1) / np.float32(_TOP)
-        tables = np.rint(tables / one[..., None].astype(np.float64)).astype(np.int16)
-    full = np.zeros((-(-rows // L) * L, groups, 16), tables.dtype)
-    full[:rows] = tables
-    entries = full.reshape(-1, L // 4, 4, groups, 16, 1).view(np.uint8)
-    return entries.transpose(0, 3, 2, 5, 1, 4).reshape(len(full) // L, groups, -1), one
+    if entry == 4:
+        return tables, np.ones(tables.shape[:2], np.float32)
+    peak = np.abs(tables).max(2)
+    step = np.where(peak > 0, peak, 1) / np.float32(_TOP)
+    return np.rint(tables / step[..., None].astype(np.float64)).astype(np.int16), step
+
+
+def pack_entries(entries: np.ndarray, L: int) -> np.ndarray:
+    """Tables ``[rows, groups, 16]`` as bytes ``[units, groups, bytes]``."""
+    rows, groups, _ = entries.shape
+    full = np.zeros((-(-rows // L) * L, groups, 16), entries.dtype)
+    full[:rows] = entries
+    planes = full.reshape(-1, L // 4, 4, groups, 16, 1).view(np.uint8)
+    return planes.transpose(0, 3, 2, 5, 1, 4).reshape(len(full) // L, groups, -1)

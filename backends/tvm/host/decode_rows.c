@@ -10,7 +10,7 @@ static int decode_rows@(const uint8_t *w, const int@_t *index, float *y, int64_t
     int64_t groups, int lanes, int bits, int block, int blocks, int per, int64_t record, int half, int zeros, int zero,
     int is_signed, int entry, int by_group, const uint8_t *table) {
   const int64_t code_bytes = (int64_t)lanes * block * bits / 8, scale_size = half ? 2 : 4, records = (groups + per - 1) / per;
-  const int64_t head = by_group ? 0 : 16 * entry * lanes, unit = head + records * record;
+  const int64_t head = table != NULL || by_group ? 0 : 16 * entry * lanes, unit = head + records * record;
   const int64_t scale_at = per * blocks * code_bytes, zero_at = scale_at + per * lanes * scale_size;
   const int each = bits == 3 ? 4 : 8 / bits, mask = (1 << bits) - 1;
   for (int64_t i = 0; i < count; i++) {
@@ -18,7 +18,7 @@ static int decode_rows@(const uint8_t *w, const int@_t *index, float *y, int64_t
     if (row < 0 || row >= rows) return QC_E_INDEX;
     const int lane = (int)(row % lanes);
     /* 16 columns of a row lie in 16 bytes of one slot, or in 4 bytes of each of four. */
-    const int run = entry > 0 ? 16 : 4, turn = entry > 0 ? lane % 4 : 0, at = entry > 0 ? lane / 4 * 16 : lane * 4;
+    const int run = entry > 1 ? 16 : 4, turn = entry > 1 ? lane % 4 : 0, at = entry > 1 ? lane / 4 * 16 : lane * 4;
     for (int64_t b = 0; b * block < columns; b++) {
       const int64_t g = b / blocks;
       const uint8_t *r = w + row / lanes * unit + head + g / per * record;
@@ -28,6 +28,7 @@ static int decode_rows@(const uint8_t *w, const int@_t *index, float *y, int64_t
       if (half) { uint16_t h; memcpy(&h, s, 2); scale = half_to_float(h); } else memcpy(&scale, s, 4);
       int z = zero;
       if (zeros) { z = r[zero_at + (g % per) * lanes + lane]; if (is_signed) z = (int8_t)z; }
+      const uint8_t *own = (by_group ? r + zero_at : w + row / lanes * unit) + (int64_t)turn * entry * 4 * lanes + at;
       float *to = y + i * columns + b * block;
       const int64_t end = qc_min(block, columns - b * block);
       for (int64_t k = 0; k < end; k++) {
@@ -39,12 +40,11 @@ static int decode_rows@(const uint8_t *w, const int@_t *index, float *y, int64_t
         } else {
           code = (codes[slot / each * 4 * lanes + byte] >> (bits * (slot % each))) & mask;
         }
-        if (entry > 0) {
-          const uint8_t *own = (by_group ? r + zero_at : w + row / lanes * unit) + (int64_t)turn * entry * 4 * lanes + at + code;
-          to[k] = table_entry@(own, 4 * lanes, entry) * scale;
+        if (entry > 1) {
+          to[k] = (table != NULL ? table_entry@(table + code, 16, entry) : table_entry@(own + code, 4 * lanes, entry)) * scale;
           continue;
         }
-        if (table != NULL) code = table[code];
+        if (entry == 1) code = table[code];
         if (is_signed) code = (int8_t)code;
         to[k] = (float)(code - z) * scale;
       }

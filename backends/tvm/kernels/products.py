@@ -78,7 +78,7 @@ def integer_product(isa: Isa, name: str, codes: Codes, bias: bool, residual: boo
     pointers = {"q": "int8", "s": "float32", "z": "int32", "w": "uint8", **Epilogue.pointers(bias, residual)}
     integers = ("m", "n", "groups", "ldy", "ldr")
     with Kernel(name, v, pointers, integers) as kernel:
-        product = TableProduct if codes.entry else Product
+        product = TableProduct if codes.entry > 1 else Product
         product(v, kernel, codes, bias, residual, activation).emit()
     return kernel.function()
 
@@ -86,13 +86,13 @@ def integer_product(isa: Isa, name: str, codes: Codes, bias: bool, residual: boo
 def exact_product(isa: Isa, name: str, codes: Codes, bias: bool, residual: bool, activation: str) -> Any:
     """``y[m, n] = activation(sum_k x[m, k] (u - z)[n, k] s[n, k] + bias[n] + r[m, n])`` on float activations.
 
-    Where rows have tables, ``u - z`` is an entry. Units are vectors of rows of the weight. Rows of x hold whole groups:
-    `ldx` columns, zeros behind the last.
+    Where codes are looked up, ``u - z`` is an entry. Units are vectors of rows of the weight. Rows of x hold whole
+    groups: `ldx` columns, zeros behind the last.
     """
     v = Vectors(isa)
     pointers = {"x": "float32", "w": "uint8", **Epilogue.pointers(bias, residual)}
     integers = ("m", "n", "groups", "ldx", "ldy", "ldr")
     with Kernel(name, v, pointers, integers) as kernel:
-        product = ExactTableProduct if codes.entry else ExactProduct
+        product = ExactTableProduct if codes.entry > 1 else ExactProduct
         product(v, kernel, codes, bias, residual, activation).emit()
     return kernel.function()

@@ -107,6 +107,7 @@ def check_tables(isa, call, rng, text):
     codes = codes_of(w.format, k, isa, exact=False)
     records = pack_records(w, codes, isa)
     assert records.nbytes == record_bytes(codes, n, k, isa)
+    assert (codes.table_bytes(isa.lanes) == 0) == (not w.format.values.params), "a fixed table is stored"
     values, groups = (w.format.values, w.format.groups(k))
     tables = w.params["table"].astype(np.float32) if "table" in w.params else values.values.reshape(1, 1, -1)
     peak = np.abs(tables).max(2, keepdims=True)

@@ -4,10 +4,11 @@ A record holds, of ``lanes`` rows (output channels) and a few groups of columns,
 Four columns of every row make one vector of bytes; a vector holds ``8 / bits`` such slots, slot s at bit ``bits * s``.
 Three-bit codes lie as two planes, of two bits and of one.
 
-Codes may be looked up in a table of 16 bytes, which is part of the kernel, or in tables that each row, or each group,
-has of its own: of 16 integers of 16 bits, or, in the exact form, of 16 floats. These lie before the records of their
-rows, or behind the scales of their group, the lowest bytes of all entries first: processors look bytes up, 16 codes in
-a table. So slot ``4 c + t`` then holds columns ``16 c`` to ``16 c + 15`` of rows t, ``t + 4``, ...
+Codes may be looked up in a table of 16 bytes, of 16 integers of 16 bits, or, in the exact form, of 16 floats. A fixed
+one is part of the kernel; those that each row, or each group, has of its own lie before the records of their rows, or
+behind the scales of their group. The lowest bytes of all entries come first: processors look bytes up, 16 codes in a
+table. So, where entries have several bytes, slot ``4 c + t`` holds columns ``16 c`` to ``16 c + 15`` of rows t,
+``t + 4``, ...
 """
 
 from __future__ import annotations
@@ -36,10 +37,9 @@ class Codes:
         zeros: Whether each group has a zero point; else it is `zero`.
         zero: The code that stands for 0 where groups have no zero points of their own.
         per_record: Groups in a record.
-        table: 16 bytes that codes stand for; None: themselves.
-        entry: Bytes of an entry of the tables that rows have of their own: 2 of an integer, 4 of a float; 0: there are
-            none.
-        by_group: Whether each group of a row has such a table.
+        entry: Bytes of an entry of the tables of codes: 1, 2 of an integer, 4 of a float; 0: there are none.
+        table: The bytes of a fixed one, which is part of the kernel; None: there is none, or rows have their own.
+        by_group: Whether each group of a row has a table of its own.
     """
 
     bits: int
@@ -49,13 +49,13 @@ class Codes:
     zeros: bool
     zero: int
     per_record: int = 1
-    table: tuple[int, ...] | None = None
     entry: int = 0
+    table: tuple[int, ...] | None = None
     by_group: bool = False
 
     def signed(self, isa: Isa) -> bool:
         """Whether a code, or what it stands for, is a signed byte."""
-        return isa.signed and (self.bits == 8 or self.table is not None)
+        return isa.signed and (self.bits == 8 or self.entry == 1)
 
     def code_bytes(self, lanes: int) -> int:
         """Bytes of the codes of one block of `lanes` rows."""
@@ -67,7 +67,7 @@ class Codes:
 
     def table_bytes(self, lanes: int) -> int:
         """Bytes of the tables that `lanes` rows have of their own."""
-        return 16 * self.entry * lanes
+        return 16 * self.entry * lanes if self.table is None else 0
 
     def head_bytes(self, lanes: int) -> int:
         """Bytes before the records of `lanes` rows."""
@@ -105,7 +105,7 @@ class Slots:
     def slot(self, slot: Any) -> Any:
         """The bytes of four columns of every row."""
         codes = self._codes(slot)
-        return codes if self.codes.table is None else self.v.look_up(self.v.constants(self.codes.table), codes)
+        return self.v.look_up(self.v.constants(self.codes.table), codes) if self.codes.entry == 1 else codes
 
     def _codes(self, slot: Any) -> Any:
         c, T = self.codes, self.v.T

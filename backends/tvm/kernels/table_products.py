@@ -1,4 +1,4 @@
-"""The tiles of products with codes that are looked up in tables of their rows."""
+"""The tiles of products with codes that are looked up in tables of integers of 16 bits, or of floats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["ExactTableProduct", "TableProduct"]
 
 
 class TableProduct(Product):
-    """Tiles of one unit, with codes that are looked up in tables of their rows."""
+    """Tiles of one unit, with codes that are looked up in a table, or in tables of their rows."""
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -47,10 +47,15 @@ class TableProduct(Product):
 
         Of each 16 codes, those of the lower 8 and those of the upper 8.
         """
-        v, wide, entry = self.v, 4 * self.v.L, self.codes.entry
-        places = [table + (turn * entry + plane) * wide for plane in range(entry)]
-        planes = [v.look_up(v.load(self.kernel.buffers["w"], place, wide), codes) for place in places]
-        return [v.interleave(*planes[p : p + 2], f"int16x{2 * v.L}") for p in range(0, entry, 2)]
+        v, wide, entry, fixed = self.v, 4 * self.v.L, self.codes.entry, self.codes.table
+        planes = [
+            v.load(self.kernel.buffers["w"], table + (turn * entry + plane) * wide, wide)
+            if fixed is None
+            else v.constants(fixed[16 * plane : 16 * plane + 16])
+            for plane in range(entry)
+        ]
+        found = [v.look_up(plane, codes) for plane in planes]
+        return [v.interleave(*found[p : p + 2], f"int16x{2 * v.L}") for p in range(0, entry, 2)]
 
 
 class ExactTableProduct(TableProduct):

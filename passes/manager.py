@@ -68,9 +68,8 @@ class PassManager:
     against its contract: an `Exact` pass must reproduce them, or the run stops with the first value that differs; of a
     `Lossy` pass the error is measured.
 
-    Neighbouring exact passes are compared as one, since a forward pass of a large model takes its time: if together
-    they do not reproduce the outputs, they run again from where they began, each compared alone, so that the one at
-    fault is named.
+    Neighbouring exact passes are checked as one, since a forward pass of a large model takes its time: if something is
+    wrong behind the last, they run again from where they began, each checked alone, so that the one at fault is named.
 
     Neighbouring block passes run as one sweep over the parts of the network if one of them wants it
     (`qc.passes.sweep`); then the model is verified when all parts are done, and exact passes on each part.
@@ -201,11 +200,12 @@ class PassManager:
         before: Outputs,
     ) -> tuple[Model, Outputs, list[PassReport]]:
         """Runs neighbours that promise the same; if they do not keep it, each alone, to find the one that does not."""
-        previous = model.clone() if batches and isinstance(_contract(steps[0].action), Exact) else model
+        compared = bool(batches) and isinstance(_contract(steps[0].action), Exact)
+        previous = model.clone() if compared or len(steps) > 1 else model
         try:
             return self._run_steps(steps, model, context, batches, before, previous)
         except Exception:
-            if len(steps) == 1 or not batches:
+            if len(steps) == 1:
                 raise
         model, reports = previous, []
         for step in steps:
@@ -232,11 +232,11 @@ class PassManager:
             model = result.model if isinstance(result.model, Model) else Model.of(result.model, assets=model.assets)
             if result.modified:
                 dialect.sync_functions(model)
-                if _is_lossy(step.action):
-                    self._quantized()
-                check_structure(model, self._stage, self._foreign)
         modified = [action for action, result, _ in done if result.modified]
         if modified:
+            if _is_lossy(modified[-1]):
+                self._quantized()
+            check_structure(model, self._stage, self._foreign)
             after, contract = outputs_of(model, batches), _contract(modified[-1])
             if isinstance(contract, Exact):
                 names = " + ".join(_name(action) for action in modified)

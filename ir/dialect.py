@@ -117,7 +117,7 @@ def _body(key: tuple[str, str], opset: int) -> ir.Function:
         from qc.ir._quant_body import decode_function  # which is made from the overload
 
         return decode_function(key[1], opset)
-    proto = _bodies()[key].to_function_proto()
+    proto = _script(key).to_function_proto()
     function = ir.serde.deserialize_function(proto)
     function.name, function.overload = key  # two overloads of one name are two Python functions
     function.opset_imports[""] = opset
@@ -125,41 +125,38 @@ def _body(key: tuple[str, str], opset: int) -> ir.Function:
 
 
 @functools.cache
-def _bodies():
-    """The onnxscript functions, built on first use: importing onnxscript takes most of a second."""
-    from onnxscript import opset23 as op
+def _script(key: tuple[str, str]):
+    """The onnxscript function, made on first use: importing onnxscript takes most of a second."""
     from onnxscript import script
     from onnxscript.values import Opset
 
-    qc = Opset(DOMAIN, VERSION)
+    return script(Opset(DOMAIN, VERSION))(_bodies()[key])
 
-    @script(qc)
+
+def _bodies():
+    from onnxscript import opset23 as op
+
     def Linear(x, weight):  # noqa: N802
         return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
 
-    @script(qc)
     def LinearBias(x, weight, bias):  # noqa: N802
         return op.Add(op.MatMul(x, op.Transpose(weight, perm=[1, 0])), bias)
 
-    @script(qc)
     def Swish(x, alpha: float):  # noqa: N802
         return op.Mul(x, op.Sigmoid(op.Mul(x, op.CastLike(op.Constant(value_float=alpha), x))))
 
-    @script(qc)
     def TokenSymmetric(x, bits: int, clip: float):  # noqa: N802
         half = op.Pow(op.Constant(value_float=2.0), op.Cast(op.Constant(value_int=bits), to=1) - 1.0)
         largest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]))
         scale = op.Max(largest * (op.Constant(value_float=clip) / (half - 1.0)), 1e-30)
         return op.Clip(op.Round(x / scale), op.Neg(half), half - 1.0) * scale
 
-    @script(qc)
     def TensorSymmetric(x, bits: int, clip: float):  # noqa: N802
         half = op.Pow(op.Constant(value_float=2.0), op.Cast(op.Constant(value_int=bits), to=1) - 1.0)
         largest = op.ReduceMax(op.Abs(x), keepdims=0)
         scale = op.Max(largest * (op.Constant(value_float=clip) / (half - 1.0)), 1e-30)
         return op.Clip(op.Round(x / scale), op.Neg(half), half - 1.0) * scale
 
-    @script(qc)
     def TokenAsymmetric(x, bits: int, clip: float):  # noqa: N802
         top = op.Pow(op.Constant(value_float=2.0), op.Cast(op.Constant(value_int=bits), to=1)) - 1.0
         low = op.Constant(value_float=clip) * op.Min(op.ReduceMin(x, op.Constant(value_ints=[-1])), 0.0)
@@ -168,7 +165,6 @@ def _bodies():
         zero = op.Round(op.Neg(low) / scale)
         return (op.Clip(op.Round(x / scale) + zero, 0.0, top) - zero) * scale
 
-    @script(qc)
     def TensorAsymmetric(x, bits: int, clip: float):  # noqa: N802
         top = op.Pow(op.Constant(value_float=2.0), op.Cast(op.Constant(value_int=bits), to=1)) - 1.0
         low = op.Constant(value_float=clip) * op.Min(op.ReduceMin(x, keepdims=0), 0.0)

@@ -12,6 +12,9 @@ In a graph, a weight is initializers behind a *decode node* (`qc.ir._quant_graph
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 from qc.ir._quant_affine import Affine
 from qc.ir._quant_body import DECODES
 from qc.ir._quant_format import Format, QuantizedTensor
@@ -70,7 +73,8 @@ _STORED = (
 """Value maps that store more than scales; any other numbers may stand in their names."""
 
 
-def named_formats() -> dict[str, Format]:
+@functools.cache
+def named_formats() -> Mapping[str, Format]:
     """The formats that exist by name: value maps, to be combined with a group and a scale, and standard formats."""
     affine = [f"{kind}{bits}" for kind, first in (("int", 2), ("uint", 1), ("mid", 1), ("zint", 2)) for bits in
               range(first, 9)]  # fmt: skip

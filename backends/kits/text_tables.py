@@ -252,7 +252,10 @@ def _ranges(kinds: np.ndarray) -> Sequence[tuple[int, int, int]]:
 
 @functools.cache
 def _of_gpt2() -> Sequence[tuple[int, int, int]]:
-    groups = {"L": _LETTER, "N": _DIGIT}
-    kinds = np.array([groups.get(unicodedata.category(c)[0], 0) for c in map(chr, range(_PLAIN_END))])
+    characters = np.arange(_PLAIN_END, dtype=np.uint32).view("U1")
+    kinds = np.where(np.char.isalpha(characters), _LETTER, 0)  # exactly those of category L
+    for code in np.flatnonzero(np.char.isnumeric(characters)).tolist():
+        if unicodedata.category(chr(code))[0] == "N":
+            kinds[code] = _DIGIT
     kinds[list(_SPACES)] = _SPACE
     return _ranges(kinds)

@@ -27,6 +27,9 @@ __all__ = ["Session", "describe", "flatten", "serialize"]
 _MMAP_THRESHOLD = -3
 """``M_MMAP_THRESHOLD`` of malloc.h."""
 
+_LARGE = 1 << 27
+"""Of decoded weights, in bytes; what a smaller model leaves in the heap costs less than mapping it again and again."""
+
 
 class Session:
     """Runs a model.
@@ -50,7 +53,8 @@ class Session:
         """
         import onnxruntime as ort
 
-        _return_freed_blocks()
+        if _decoded_bytes(model) > _LARGE:
+            _return_freed_blocks()
         self._spill = Store()
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -89,6 +93,12 @@ class Session:
             return flatten(self.outputs, self._session.run(None, given))
         except Exception as error:
             raise InputError(f"{describe(error)}. Check the values and shapes of the inputs.") from error
+
+
+def _decoded_bytes(model: ir.Model) -> int:
+    """Bytes of the weights in float; at most two codes lie in a byte."""
+    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    return sum(t.nbytes if t.dtype.is_floating_point() else 8 * t.nbytes for t in tensors if t is not None)
 
 
 @functools.cache

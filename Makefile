@@ -60,6 +60,7 @@ $(VENV)/.core: $(PROJECT)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation -e .
+	@$(BIN)/python -m compileall -q qc ir passes frontend backends  # as pip does for what it installs
 	@touch $@
 
 # torch goes first and alone, so that no other package's requirement chooses its version.

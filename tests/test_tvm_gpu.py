@@ -25,6 +25,7 @@ from qc.frontend import load
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import Model
 from qc.ir.runtime import Session
+from qc.ir.text import parse
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
 from qc.passes.pipeline import Step, parse_pipeline
@@ -174,3 +175,30 @@ def test_a_decoder_says_the_same_in_a_browser(tmp_path: Path, root: Path) -> Non
     logits = [np.array(f["logits"], np.float32).reshape(1, -1, 4096) for f in found]
     np.testing.assert_allclose(logits[0], expected, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(logits[1], both[:, -1:], rtol=1e-4, atol=1e-3)
+
+
+IMAGES = """
+f (float[batch,3,high,wide] x) => (float[batch,5] y) {
+  first = Conv <strides = [2, 1], pads = [1, 0, 2, 3]> (x, w1, b1)
+  active = Relu (first)
+  each = Conv <group = 20, dilations = [1, 2], pads = [1, 2, 1, 2]> (active, w2)
+  sum = Add (each, active)
+  pooled = MaxPool <kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1> (sum)
+  all = Conv (pooled, w3)
+  mean = GlobalAveragePool (all)
+  y = Flatten (mean)
+}
+"""
+
+
+def test_convolutions_compute_the_same_in_a_browser(tmp_path: Path, root: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (20, 3, 3, 3), "b1": (20,), "w2": (20, 1, 3, 3), "w3": (5, 20, 1, 1)}
+    model = parse(IMAGES, weights={n: rng.standard_normal(s, np.float32) / 4 for n, s in shapes.items()})
+    model, _ = PassManager(parse_pipeline("quantize-weights{convolution=int8}"), verify=False).run(model)
+    emitted(TvmGpu(WEBGPU), model, tmp_path / "artifact")
+    x = rng.standard_normal((2, 3, 13, 11), np.float32)
+    runs = [{"dimensions": {"batch": 2, "high": 13, "wide": 11}, "inputs": {"x": x.ravel().tolist()}}]
+    found = in_browser(tmp_path / "artifact", root / "tests/web/gpu.html", runs, tmp_path / "browser")
+    expected = Session(Model.of(model)).run({"x": x})["y"]
+    np.testing.assert_allclose(np.array(found[0]["y"], np.float32).reshape(2, 5), expected, rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from qc.backends.tvm.kernels.attention import Heads, attend_few, attend_many, ro
 from qc.backends.tvm.kernels.caches import Cells, append
 from qc.backends.tvm.program import C_TYPES, Program, Tensor, buffers_of
 from qc.backends.tvm.shapes import Dim, Size, dim, product
+from qc.backends.tvm.windows import Window
 
 __all__ = ["CpuProgram"]
 
@@ -98,6 +99,14 @@ class CpuProgram(Program):
         count, size = product(indices.shape[:-1]), f"{width.c} * {self.bytes_of(x.dtype)}"
         places = f"{count.c}, {len(sizes)}, DIMS({_listed(sizes)}), {size}"
         self.add(f"TRY(gather_nd({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
+
+    def pool(self, kind: str, window: Window, x: Tensor, y: Tensor) -> None:
+        """One number of each window: the ``largest``, or the mean of what is ``inside`` or ``padded`` with zeros."""
+        self.use("pool")
+        sizes = ", ".join(s.c for s in (x.shape[0] * x.shape[1], *x.shape[2:], *y.shape[2:]))
+        number = ("inside", "largest", "padded").index(kind)
+        behind = ", ".join(map(str, window.behind))
+        self.add(f"pool({number}, {x.c}, {y.c}, {sizes}, {window.c}, {behind});", [x], [y])
 
     def count(self, y: Tensor, first: Dim, every: Dim) -> None:
         """``y[i] = first + i * every``."""

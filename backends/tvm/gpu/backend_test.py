@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from qc.backends.target import backend_for, target_names
+from qc.backends.tvm.gpu import products
 from qc.backends.tvm.gpu.build import build_kernels
 from qc.backends.tvm.gpu.kernels import attend, normalize
 from qc.backends.tvm.gpu.languages import LANGUAGES
 from qc.backends.tvm.gpu.nvidia import ARCHITECTURES, COMPILER
-from qc.backends.tvm.gpu.products import word_product
 from qc.backends.tvm.gpu.weights import Words
 from qc.backends.tvm.kernels.attention import Heads
 from qc.ir.errors import UnsupportedError
@@ -134,8 +134,8 @@ def test_every_language_has_the_kernels_of_a_decoder(language: str) -> None:
     kernels = {
         "rms": (normalize, ("rms", True, False)),
         "attend": (attend, (Heads(32, 32, 2, True, 0, False, 0.2),)),
-        "row": (word_product, (words, 384, 256, True, False, True, "none")),
-        "rows": (word_product, (words, 384, 256, False, True, False, "silu")),
+        "row": (products.linear, (words, 384, 256, True, False, True, "none")),
+        "rows": (products.linear, (words, 384, 256, False, True, False, "silu")),
     }
     for name, built in build_kernels(kernels, LANGUAGES[language]).items():
         assert built.entry in built.source

@@ -210,18 +210,13 @@ def gather_nd(name: str, kind: str, depth: int) -> Any:
 def decode_rows(name: str, words: Words, rows: int, columns: int) -> Any:
     """Rows of a quantized weight as floats."""
     pointers = {**words.pointers, "index": "int32", "y": "float32", "status": "int32"}
-    shapes = words.shapes(rows, columns)
     with Threads(name, pointers, ("count",)) as k:
-        T = k.T
-
-        def get(parameter: str, row: Any, column: Any) -> Any:
-            return k.get(parameter, row * shapes[parameter][1] + column)
-
+        T, value = k.T, words.flat(k.get, rows, columns)
         with k.elements(k.sizes["count"] * columns) as i:
             j, c = k.split(i, [k.sizes["count"], T.int32(columns)])
             index = k.get("index", j)
             row = k.checked(T.bind(T.if_then_else(index < 0, index + rows, index)), T.int32(rows))
-            k.put("y", i, words.value(get, row, c))
+            k.put("y", i, value(row, c))
     return k.function()
 
 

@@ -1,4 +1,4 @@
-"""Operators that are lowered in another way for a GPU: products, and look-ups in quantized tables."""
+"""Operators that are lowered in another way for a GPU: products, convolutions, and look-ups in quantized tables."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.integers import rounded_source
-from qc.backends.tvm.gpu import kernels, products
+from qc.backends.tvm.gpu import images, kernels, products
 from qc.backends.tvm.gpu.program import GpuProgram
-from qc.backends.tvm.gpu.weights import why_decoded, words_of
+from qc.backends.tvm.gpu.weights import Words, why_decoded, words_of
 from qc.backends.tvm.lower import Handler, Lowering, supported
+from qc.backends.tvm.ops.images import as_image, window_of
 from qc.backends.tvm.ops.loops import broadcast, copy
 from qc.backends.tvm.ops.products import Tail, gather_values, last_rows, tail_of
 from qc.backends.tvm.ops.rounding import round_in_float
@@ -76,32 +77,26 @@ def _multiply(
     at: GpuLowering, weight: Weight, tensors: list[Tensor], m: Dim, bias: bool, tail: Tail
 ) -> None:  # fmt: skip
     """One kernel for a row, one for several; which of them runs is known when it does."""
-    coded = weight.format is not None and not why_decoded(weight.format)
-    kind = (words_of(weight.format),) if coded and weight.format is not None else ()
-    stem, generator = ("words", products.word_product) if coded else ("float", products.float_product)
-    options = (bias, tail.residual is not None, tail.activation)
-    y = [tensors[1 + len(_names(weight))]]
+    words, options = _words(weight), (bias, tail.residual is not None, tail.activation)
+    stem, y = "float" if words is None else "words", [tensors[1 + len(_weight(at, weight))]]
     if m.constant != 1:
-        arguments = (*kind, *weight.shape, False, *options)
-        at.program.multiply(stem, generator, arguments, tensors, [m], y, "" if m.constant else f"{m.c} != 1")
+        arguments = (words, *weight.shape, False, *options)
+        at.program.multiply(stem, products.linear, arguments, tensors, [m], y, "" if m.constant else f"{m.c} != 1")
     if m.constant in (None, 1):
-        arguments = (*kind, *weight.shape, True, *options)
-        at.program.multiply(stem, generator, arguments, tensors, [], y, "" if m.constant else f"{m.c} == 1")
+        arguments = (words, *weight.shape, True, *options)
+        at.program.multiply(stem, products.linear, arguments, tensors, [], y, "" if m.constant else f"{m.c} == 1")
 
 
-def _names(weight: Weight) -> list[str]:
-    """The parameters of a weight."""
-    coded = weight.format is not None and not why_decoded(weight.format)
-    return list(words_of(weight.format).pointers) if coded and weight.format is not None else ["w"]
+def _words(weight: Weight) -> Words | None:
+    """How a weight lies; None if in float."""
+    return words_of(weight.format) if weight.format is not None and not why_decoded(weight.format) else None
 
 
 def _weight(at: GpuLowering, weight: Weight) -> list[Tensor]:
     """A weight on the device, in as many buffers as its format needs."""
-    rows, columns = weight.shape
-    if _names(weight) == ["w"]:
+    words = _words(weight)
+    if words is None:
         return [at.get(weight.value)]
-    assert weight.format is not None
-    words = words_of(weight.format)
 
     def make(name: str) -> np.ndarray:
         packed = words.pack(weight.quantized(), name)
@@ -109,25 +104,45 @@ def _weight(at: GpuLowering, weight: Weight) -> list[Tensor]:
         return packed
 
     made = []
-    for name, shape in words.shapes(rows, columns).items():
+    for name, shape in words.shapes(*weight.matrix).items():
         size = 4 * int(np.prod(shape))
         key = (weight.data, "words", name)
         made.append(at.program.constant(key, lambda n=name: make(n), size, shape, ir.DataType.FLOAT))
     return made
 
 
+def _convolution(at: GpuLowering, node: ir.Node) -> None:
+    """A convolution, with what follows it."""
+    x, weight, bias = at.input(node, 0), read_weight(node.inputs[1]), at.input(node, 2)
+    assert x is not None
+    if weight is None:
+        raise at.refuse(node, "its weight is computed")
+    groups, (rows, columns) = int(at.attribute(node, "group", 1)), weight.matrix  # type: ignore[call-overload]
+    window = window_of(at, node, x, weight.shape[2:])
+    image = as_image(at.contiguous(x))
+    batch, _, height, width = image.shape
+    down, right = window.places((height, width))
+    shape = (batch, rows, *(down, right)[-len(weight.shape[2:]) :])
+    tail = tail_of(at, node, shape)
+    y = at.result(tail.value, shape)
+    extra = [at.contiguous(t) for t in (bias, tail.residual) if t is not None]
+    tensors = [image, *_weight(at, weight), y, *extra]
+    arguments = (window, groups, _words(weight), rows, columns, bias is not None, tail.residual is not None,
+                 tail.activation)  # fmt: skip
+    at.program.launch("conv", images.convolve, arguments, tensors, [batch, height, width, down, right], [y])
+
+
 def _gather(at: GpuLowering, node: ir.Node) -> None:
     """Rows of a quantized table, or of any other."""
     weight, axis = read_weight(node.inputs[0]), int(at.attribute(node, "axis", 0))  # type: ignore[call-overload]
-    if weight is None or axis != 0 or len(weight.shape) != 2 or len(_names(weight)) == 1:
+    if weight is None or axis != 0 or len(weight.shape) != 2 or _words(weight) is None:
         gather_values(at, node)
         return
-    assert weight.format is not None
     indices = at.input(node, 1)
     assert indices is not None
     indices = at.contiguous(indices)
     y = at.result(node.outputs[0], (*indices.shape, weight.shape[1]))
-    arguments = (words_of(weight.format), *weight.shape)
+    arguments = (_words(weight), *weight.shape)
     tensors = [*_weight(at, weight), indices, y, at.program.status]
     at.program.launch("decode", kernels.decode_rows, arguments, tensors, [indices.elements], [y])
 
@@ -158,6 +173,7 @@ def _dequantize(at: GpuLowering, node: ir.Node) -> None:
 
 
 _HANDLERS = {
+    ("", "Conv"): _convolution,
     ("", "DequantizeLinear"): _dequantize,
     ("", "Gather"): _gather,
     ("", "MatMul"): _matmul,

@@ -12,38 +12,18 @@ from typing import Any
 from qc.backends.tvm.gpu.expressions import activate
 from qc.backends.tvm.gpu.weights import Words
 
-__all__ = ["batched", "float_product", "word_product"]
+__all__ = ["batched", "linear"]
 
 
-def word_product(
-    name: str, words: Words, rows: int, columns: int, one: bool, bias: bool, residual: bool, kind: str
+def linear(
+    name: str, words: Words | None, rows: int, columns: int, one: bool, bias: bool, residual: bool, kind: str
 ) -> Any:
-    """``y = activation(x @ w.T + bias + r)`` with a quantized weight; `one`: x has one row."""
+    """``y = activation(x @ w.T + bias + r)`` with a weight in words, or in float; `one`: x has one row."""
     from tvm import te
 
-    held = {n: te.placeholder(s, words.pointers[n], name=n) for n, s in words.shapes(rows, columns).items()}
-
-    def get(parameter: str, *place: Any) -> Any:
-        return held[parameter][place]
-
-    weight = te.compute((rows, columns), lambda n, c: words.value(get, n, c), name="decoded")
-    return _product(name, held, weight, one, bias, residual, kind)
-
-
-def float_product(name: str, rows: int, columns: int, one: bool, bias: bool, residual: bool, kind: str) -> Any:
-    """The same with a weight in float."""
-    from tvm import te
-
-    weight = te.placeholder((rows, columns), "float32", name="w")
-    return _product(name, {"w": weight}, weight, one, bias, residual, kind)
-
-
-def _product(name: str, held: Mapping[str, Any], weight: Any, one: bool, bias: bool, residual: bool, kind: str) -> Any:
-    from tvm import te
-
-    rows, columns = (int(n) for n in weight.shape)
     m: Any = 1 if one else te.var("m", "int32")
     x = te.placeholder((m, columns), "float32", name="x")
+    held, weight = _weight(words, rows, columns)
     extra = {}
     if bias:
         extra["bias"] = te.placeholder((rows,), "float32", name="bias")
@@ -62,8 +42,22 @@ def _product(name: str, held: Mapping[str, Any], weight: Any, one: bool, bias: b
             return activate(kind, value)
 
         y = te.compute((m, rows), finished, name="y")
-    parameters = {"x": x, **held, "y": y, **extra}
-    return _function(name, parameters)
+    return _function(name, {"x": x, **held, "y": y, **extra})
+
+
+def _weight(words: Words | None, rows: int, columns: int) -> tuple[dict[str, Any], Any]:
+    """The parameters of a weight, and its values."""
+    from tvm import te
+
+    if words is None:
+        weight = te.placeholder((rows, columns), "float32", name="w")
+        return {"w": weight}, weight
+    held = {n: te.placeholder(s, words.pointers[n], name=n) for n, s in words.shapes(rows, columns).items()}
+
+    def get(parameter: str, *place: Any) -> Any:
+        return held[parameter][place]
+
+    return held, te.compute((rows, columns), lambda n, c: words.value(get, n, c), name="decoded")
 
 
 def batched(name: str) -> Any:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.tvm.gpu import images
 from qc.backends.tvm.gpu import kernels as gpu
 from qc.backends.tvm.kernels import rows
 from qc.backends.tvm.kernels.attention import Heads
 from qc.backends.tvm.program import Buffer, Program, Statement, Tensor, dense
 from qc.backends.tvm.shapes import Dim, Size, dim, product
+from qc.backends.tvm.windows import Window
 from qc.ir.errors import UnsupportedError
 
 __all__ = ["GpuProgram", "Launch"]
@@ -171,6 +173,11 @@ class GpuProgram(Program):
         """Slices of `width` elements, by tuples of indices into axes of these sizes."""
         integers = [*sizes, product(indices.shape[:-1]), width]
         self.launch("gather_nd", gpu.gather_nd, (_kind(x), len(sizes)), [x, indices, y, self.status], integers, [y])
+
+    def pool(self, kind: str, window: Window, x: Tensor, y: Tensor) -> None:
+        """One number of each window: the ``largest``, or the mean of what is ``inside`` or ``padded`` with zeros."""
+        integers = [x.shape[0] * x.shape[1], *x.shape[2:], *y.shape[2:]]
+        self.launch("pool", images.pool, (kind, window), [x, y], integers, [y])
 
     def use(self, name: str, kind: str = "") -> None:
         """There are no C functions here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,11 @@ class Words:
             zero = code("zeros", group) if self.zero is None else x.const(self.zero, "uint32")
             number = x.Cast("float32", held) - x.Cast("float32", zero)
         return number * get("scale", row, group)
+
+    def flat(self, get: Callable[[str, Any], Any], rows: int, columns: int) -> Callable[[Any, Any], Any]:
+        """What reads an element by row and column, of parameters that are read by name and place."""
+        shapes = self.shapes(rows, columns)
+        return functools.partial(self.value, lambda name, row, column: get(name, row * shapes[name][1] + column))
 
     def pack(self, tensor: QuantizedTensor, name: str) -> np.ndarray:
         """One parameter of a weight."""

@@ -1,8 +1,8 @@
-"""Convolution and pooling of images."""
+"""Convolution and pooling of images. A signal over one axis is an image of one row."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -10,28 +10,51 @@ import onnx_ir as ir
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.products import Tail, product_of
 from qc.backends.tvm.pack import pack_columns
-from qc.backends.tvm.program import Tensor
-from qc.backends.tvm.shapes import Dim, divide
+from qc.backends.tvm.program import Tensor, dense
+from qc.backends.tvm.shapes import Dim, dim
+from qc.backends.tvm.windows import AXES, Window
 from qc.ir.quant import Weight, read_weight
 
-__all__ = ["average_pool", "convolution", "max_pool"]
+__all__ = ["as_image", "average_pool", "convolution", "max_pool", "window_of"]
 
 
-def _window(at: Lowering, node: ir.Node, kernel: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
-    """Strides, dilations and padding (begin and end of each axis) of two axes."""
-    rank = len(kernel)
-    automatic = node.attributes.get("auto_pad")
-    if rank != 2 or (automatic is not None and automatic.as_string() not in ("NOTSET", "VALID")):
-        raise at.refuse(node, "it is not over two axes, or pads by a rule")
-    strides = [int(i) for i in at.attribute(node, "strides", [1] * rank)]  # type: ignore[attr-defined]
-    dilations = [int(i) for i in at.attribute(node, "dilations", [1] * rank)]  # type: ignore[attr-defined]
-    pads = [int(i) for i in at.attribute(node, "pads", [0] * (2 * rank))]  # type: ignore[attr-defined]
-    return strides, dilations, pads
+def as_image(x: Tensor) -> Tensor:
+    """A tensor without gaps, whose first two axes are batch and channels, as images."""
+    shape = (*x.shape[:2], *[dim(1)] * (2 + AXES - len(x.shape)), *x.shape[2:])
+    return x.view(shape, dense(shape))
 
 
-def _places(size: Dim, kernel: int, stride: int, dilation: int, begin: int, end: int, ceil: bool = False) -> Dim:
-    left = size + (begin + end - dilation * (kernel - 1) - 1 + (stride - 1 if ceil else 0))
-    return divide(left, stride) + 1
+def window_of(at: Lowering, node: ir.Node, x: Tensor, sizes: Sequence[int]) -> Window:
+    """The window of a node that moves over the last axes of x."""
+    rank = len(sizes)
+    if not 1 <= rank <= AXES or len(x.shape) != 2 + rank or x.dtype != ir.DataType.FLOAT:
+        raise at.refuse(node, "it is not over one or two axes of float32")
+
+    def pair(numbers: Sequence[int], absent: int) -> tuple[int, int]:
+        first, second = (*[absent] * (AXES - rank), *map(int, numbers))
+        return first, second
+
+    strides, dilations = (pair(at.attribute(node, n, [1] * rank), 1) for n in ("strides", "dilations"))  # type: ignore[arg-type]
+    steps = pair(sizes, 1), strides, dilations
+    held = node.attributes.get("auto_pad")
+    rule = held.as_string() if held is not None else "NOTSET"
+    if rule.startswith("SAME"):
+        total = [_missing(at, node, *axis) for axis in zip(as_image(x).shape[2:], *steps, strict=True)]
+        less, more = pair([t // 2 for t in total[-rank:]], 0), pair([t - t // 2 for t in total[-rank:]], 0)
+        return Window(*steps, *((less, more) if rule == "SAME_UPPER" else (more, less)))
+    none = [0] * (2 * rank)
+    pads: list[int] = at.attribute(node, "pads", none) if rule == "NOTSET" else none  # type: ignore[assignment]
+    return Window(*steps, pair(pads[:rank], 0), pair(pads[rank:], 0))
+
+
+def _missing(at: Lowering, node: ir.Node, n: Dim, size: int, stride: int, dilation: int) -> int:
+    """The padding with which there are ``ceil(n / stride)`` places."""
+    reach = dilation * (size - 1) + 1
+    if stride == 1:
+        return reach - 1
+    if n.constant is None:
+        raise at.refuse(node, "it pads an image of unknown size by a rule")
+    return max((-(-n.constant // stride) - 1) * stride + reach - n.constant, 0)
 
 
 @operator("Conv")
@@ -42,30 +65,27 @@ def convolution(at: Lowering, node: ir.Node) -> None:
     """
     x, weight, bias = at.input(node, 0), read_weight(node.inputs[1]), at.input(node, 2)
     assert x is not None
-    if weight is None or len(weight.shape) != 4:
-        raise at.refuse(node, "its weight is computed, or not over two axes")
-    out, each, *kernel = weight.shape
+    if weight is None:
+        raise at.refuse(node, "its weight is computed")
+    out, each, *sizes = weight.shape
     groups = int(at.attribute(node, "group", 1))  # type: ignore[call-overload]
-    strides, dilations, pads = _window(at, node, tuple(kernel))
+    window, rank = window_of(at, node, x, sizes), len(sizes)
+    x = as_image(at.contiguous(x))
     batch, channels, height, width = x.shape
-    places = [
-        _places(n, kernel[i], strides[i], dilations[i], pads[i], pads[i + 2]) for i, n in enumerate((height, width))
-    ]
-    y = at.result(node.outputs[0], (batch, out, *places))
-    numbers = ", ".join(map(str, (*kernel, *strides, *dilations, *pads[:2])))
-    x = at.contiguous(x)
+    places = window.places((height, width))
+    y = as_image(at.result(node.outputs[0], (batch, out, *places[-rank:])))
     if each == 1 and groups > 1:
-        _depthwise(at, x, weight, bias, y, groups, numbers)
+        _depthwise(at, x, weight, bias, y, groups, window)
         return
     at.program.use("patches")
-    columns, rows = each * math.prod(kernel), batch * places[0] * places[1]
+    columns, rows = weight.matrix[1], batch * places[0] * places[1]
     wide = at.isa.tile[1]
     unit = wide * at.isa.lanes
     for g in range(groups):
         patches = at.program.tensor((rows, columns))
         at.program.add(
             f"patches({x.c}, {patches.c}, {batch.c}, {channels.c}, {g * each}, {each}, {height.c}, {width.c}, "
-            f"{places[0].c}, {places[1].c}, {numbers});",
+            f"{places[0].c}, {places[1].c}, {window.c});",
             [x],
             [patches],
         )
@@ -95,9 +115,9 @@ def _packed(at: Lowering, weight: Weight, group: int, rows: int, columns: int, u
 
 
 def _depthwise(
-    at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, groups: int, numbers: str
+    at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, groups: int, window: Window
 ) -> None:
-    size = math.prod(weight.shape)
+    size = weight.matrix[0] * weight.matrix[1]
 
     def make() -> np.ndarray:
         return np.ascontiguousarray(weight.numpy(), np.float32)
@@ -107,7 +127,7 @@ def _depthwise(
     at.program.use("depthwise")
     at.program.add(
         f"depthwise({x.c}, {held.c}, {extra[0].c if extra else 'NULL'}, {y.c}, {x.shape[0].c}, {groups}, "
-        f"{weight.shape[0] // groups}, {x.shape[2].c}, {x.shape[3].c}, {y.shape[2].c}, {y.shape[3].c}, {numbers});",
+        f"{weight.shape[0] // groups}, {x.shape[2].c}, {x.shape[3].c}, {y.shape[2].c}, {y.shape[3].c}, {window.c});",
         [x, *extra],
         [y],
     )
@@ -116,33 +136,22 @@ def _depthwise(
 @operator("MaxPool")
 def max_pool(at: Lowering, node: ir.Node) -> None:
     """The largest number of each window."""
-    _pool(at, node, "1")
+    _pool(at, node, "largest")
 
 
 @operator("AveragePool")
 def average_pool(at: Lowering, node: ir.Node) -> None:
     """The mean of each window."""
-    _pool(at, node, "2" if at.attribute(node, "count_include_pad", 0) else "0")
+    _pool(at, node, "padded" if at.attribute(node, "count_include_pad", 0) else "inside")
 
 
 def _pool(at: Lowering, node: ir.Node, kind: str) -> None:
-    x = at.input(node, 0)
+    x, sizes = at.input(node, 0), node.attributes["kernel_shape"].as_ints()
     assert x is not None
-    kernel = tuple(int(i) for i in at.attribute(node, "kernel_shape"))  # type: ignore[attr-defined]
-    strides, dilations, pads = _window(at, node, kernel)
-    if any(v.uses() for v in node.outputs[1:]) or len(x.shape) != 4:
-        raise at.refuse(node, "its indices are read, or it is not over images")
-    ceil = bool(at.attribute(node, "ceil_mode", 0))
-    places = [
-        _places(n, kernel[i], strides[i], dilations[i], pads[i], pads[i + 2], ceil) for i, n in enumerate(x.shape[2:])
-    ]
-    x = at.contiguous(x)
-    y = at.result(node.outputs[0], (*x.shape[:2], *places))
-    numbers = ", ".join(map(str, (*kernel, *strides, *dilations, *pads)))
-    at.program.use("pool")
-    at.program.add(
-        f"pool({kind}, {x.c}, {y.c}, {(x.shape[0] * x.shape[1]).c}, {x.shape[2].c}, {x.shape[3].c}, {places[0].c}, "
-        f"{places[1].c}, {numbers});",
-        [x],
-        [y],
-    )
+    window = window_of(at, node, x, sizes)
+    if any(v.uses() for v in node.outputs[1:]):
+        raise at.refuse(node, "its indices are read")
+    image = as_image(at.contiguous(x))
+    places = window.places(image.shape[2:], ceil=bool(at.attribute(node, "ceil_mode", 0)))
+    y = at.result(node.outputs[0], (*x.shape[:2], *places[-len(sizes) :]))
+    at.program.pool(kind, window, image, as_image(y))

@@ -1,0 +1,125 @@
+"""GPU kernels of images: convolutions and pooling."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from qc.backends.tvm.gpu.expressions import activate
+from qc.backends.tvm.gpu.threads import BLOCK, Threads
+from qc.backends.tvm.gpu.weights import Words
+from qc.backends.tvm.windows import Window
+
+__all__ = ["convolve", "pool"]
+
+_SIZES = ("batch", "height", "width", "down", "right")
+_CHANNELS, _STEP = 16, 32
+_LOWEST = -3.4028234e38
+
+
+def convolve(
+    name: str, window: Window, groups: int, words: Words | None, rows: int, columns: int, bias: bool, residual: bool,
+    kind: str,
+) -> Any:  # fmt: skip
+    """``y[b, o, p] = activation(sum_c x[b, c at p] w[o, c] + bias[o] + r[b, o, p])``, c an element of the window.
+
+    A thread computes `_CHANNELS` output channels of a group at one place, and reads what lies under its window once for
+    them. The threads of a block, at neighbouring places, share the weight, `_STEP` columns of it at a time.
+    """
+    out, (high, wide) = rows // groups, window.sizes
+    each, count = columns // (high * wide), min(out, _CHANNELS)
+    parts = -(-out // count)
+    pointers = {"x": "float32", **({"w": "float32"} if words is None else words.pointers), "y": "float32"}
+    pointers |= {n: "float32" for n, used in (("bias", bias), ("r", residual)) if used}
+    with Threads(name, pointers, _SIZES) as k:
+        T, s = k.T, k.sizes
+        places = T.bind(s["down"] * s["right"])
+        tiles = T.truncdiv(places + (BLOCK - 1), BLOCK)
+
+        def weight(row: Any, column: Any) -> Any:
+            return k.get("w", row * columns + column)
+
+        weight = weight if words is None else words.flat(k.get, rows, columns)
+        with k.blocks(s["batch"] * (groups * parts) * tiles) as (block, thread):
+            batch, group, part, tile = k.split(block, [s["batch"], T.int32(groups), T.int32(parts), tiles])
+            place = T.bind(tile * BLOCK + thread)
+            starts = _starts(window, k.split(place, [s["down"], s["right"]]))
+            first, image = T.bind(part * count), T.bind((batch * groups + group) * each)
+            weights, sums, x = k.common(count * _STEP), k.own(count), k.own(1)
+            for o in range(count):
+                k.set(sums, o, T.float32(0))
+            with T.serial(0, -(-columns // _STEP)) as step:
+                start = T.bind(step * _STEP)
+                k.wait()
+                with k.strided(thread, T.int32(count * _STEP)) as i:
+                    o, c = (T.bind(f(i, _STEP)) for f in (T.truncdiv, T.truncmod))
+                    row = T.bind(group * out + T.min(first + o, out - 1))
+                    column = T.bind(T.min(start + c, columns - 1))
+                    k.set(weights, i, weight(row, column))
+                k.wait()
+                with T.serial(0, T.min(columns - start, _STEP)) as c:
+                    column = T.bind(start + c)
+                    i, j = (T.truncmod(T.truncdiv(column, wide), high), T.truncmod(column, wide))
+                    k.set(x, 0, T.float32(0))
+                    with _inside(k, window, starts, (i, j)) as pixel:
+                        k.set(x, 0, _read(k, image + T.truncdiv(column, high * wide), pixel))
+                    for o in range(count):
+                        k.set(sums, o, sums[o] + x[0] * weights[c + o * _STEP])
+            for o in range(count):
+                with T.If(k.x.And(place < places, first + o < out)), T.Then():
+                    row = T.bind(group * out + first + o)
+                    at = T.bind((batch * rows + row) * places + place)
+                    value = sums[o]
+                    value = value + k.get("bias", row) if bias else value
+                    value = value + k.get("r", at) if residual else value
+                    k.put("y", at, activate(kind, T.bind(value)))
+    return k.function()
+
+
+def pool(name: str, kind: str, window: Window) -> Any:
+    """One number of each window: the ``largest``, or the mean of what is ``inside`` or ``padded`` with zeros."""
+    with Threads(name, {"x": "float32", "y": "float32"}, _SIZES) as k:
+        T, s = k.T, k.sizes
+        with k.elements(s["batch"] * s["down"] * s["right"]) as e:
+            image, *place = k.split(e, [s["batch"], s["down"], s["right"]])
+            starts = _starts(window, place)
+            total, count = k.own(1), k.own(1, "int32")
+            k.set(total, 0, T.float32(_LOWEST if kind == "largest" else 0))
+            k.set(count, 0, T.int32(0))
+            sizes = window.sizes
+            with T.serial(0, sizes[0]) as i, T.serial(0, sizes[1]) as j, _inside(k, window, starts, (i, j)) as pixel:
+                x = _read(k, image, pixel)
+                k.set(total, 0, T.max(total[0], x) if kind == "largest" else total[0] + x)
+                k.set(count, 0, count[0] + 1)
+            if kind == "padded":
+                k.set(count, 0, _counted(k, window, starts))
+            k.put("y", e, total[0] if kind == "largest" else total[0] / T.cast(count[0], "float32"))
+    return k.function()
+
+
+def _starts(window: Window, place: Any) -> list[Any]:
+    """Row and column of the first element of a window."""
+    return [p * stride - before for p, stride, before in zip(place, window.strides, window.before, strict=True)]
+
+
+@contextlib.contextmanager
+def _inside(k: Threads, window: Window, starts: list[Any], element: Any) -> Iterator[tuple[Any, Any]]:
+    """What is done if an element of a window lies on its image: yields the row and column."""
+    T, s = k.T, k.sizes
+    row, column = (T.bind(start + n * step) for start, n, step in zip(starts, element, window.dilations, strict=True))
+    with T.If(k.x.all(row >= 0, row < s["height"], column >= 0, column < s["width"])), T.Then():
+        yield row, column
+
+
+def _read(k: Threads, image: Any, pixel: tuple[Any, Any]) -> Any:
+    return k.get("x", (image * k.sizes["height"] + pixel[0]) * k.sizes["width"] + pixel[1])
+
+
+def _counted(k: Threads, window: Window, starts: list[Any]) -> Any:
+    """The elements of a window that lie on an image or its padding."""
+    found: Any = 1
+    for axis, size in enumerate(("height", "width")):
+        left, step = k.sizes[size] + window.behind[axis] - starts[axis], window.dilations[axis]
+        found = found * k.T.min(k.T.truncdiv(left + (step - 1), step), window.sizes[axis])
+    return found

@@ -1,0 +1,83 @@
+"""Convolutions and pooling on an OpenCL device, against the verifying runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from qc.backends.target import backend_for
+from qc.backends.tvm.backend import TvmCpu
+from qc.ir.model import Model
+from qc.ir.runtime import Session
+from qc.ir.text import parse
+from qc.passes.manager import PassManager
+from qc.passes.pipeline import Step
+from qc.passes.quantize.weights import QuantizeWeights
+
+Run = Callable[[Model, Path, dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+IMAGES = """
+f (float[batch,3,high,wide] x) => (float[batch,9,h,w] y, float[batch,1,h2,w2] one) {
+  first = Conv <strides = [2, 1], pads = [1, 0, 2, 3], dilations = [1, 2]> (x, w1, b1)
+  active = Relu (first)
+  grouped = Conv <group = 2, pads = [0, 1, 0, 1]> (active, w2)
+  sum = Add (grouped, active)
+  gated = HardSwish (sum)
+  each = Conv <group = 16, strides = [1, 2], auto_pad = "VALID"> (gated, w3, b3)
+  capped = Clip (each, low, high6)
+  pooled = MaxPool <kernel_shape = [3, 2], strides = [2, 2], pads = [1, 0, 1, 1], ceil_mode = 1> (capped)
+  y = Conv (pooled, w4)
+  same = Conv <auto_pad = "SAME_UPPER"> (pooled, w5)
+  one = Sigmoid (same)
+}
+"""
+SHAPES = {
+    "w1": (16, 3, 3, 3), "b1": (16,), "w2": (16, 8, 1, 3), "w3": (32, 1, 2, 3), "b3": (32,), "w4": (9, 32, 1, 1),
+    "w5": (1, 32, 2, 2),
+}  # fmt: skip
+POOLS = """
+f (float[batch,4,9,8] x, float[batch,6,len] z)
+  => (float[batch,4,h,w] a, float[batch,4,h2,w2] b, float[batch,4,1,1] c, float[batch,6,l2] d, float[batch,16,l3] e) {
+  a = AveragePool <kernel_shape = [3, 3], strides = [2, 3], pads = [1, 2, 1, 0]> (x)
+  b = AveragePool <kernel_shape = [2, 3], pads = [1, 0, 1, 2], strides = [2, 2], count_include_pad = 1, ceil_mode = 1>
+    (x)
+  c = GlobalAveragePool (x)
+  d = MaxPool <kernel_shape = [3], strides = [2]> (z)
+  e = Conv <pads = [2, 0], dilations = [2]> (z, w)
+}
+"""
+
+
+def constants(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {n: rng.standard_normal(s, np.float32) / 4 for n, s in shapes.items()}
+
+
+def test_a_network_of_convolutions_computes_what_the_standard_says(on_device: Run, tmp_path: Path) -> None:
+    """Two images of one size, and then one of another, with the same library; two weights are quantized."""
+    model = parse(IMAGES, weights={**constants(SHAPES), "low": np.float32(0), "high6": np.float32(6)})
+    quantize = QuantizeWeights(convolution="int8", exclude=("w[145]",))
+    model = Model.of(PassManager([Step(quantize)], verify=False).run(model)[0])
+    rng, reference, runner = np.random.default_rng(0), Session(model), None
+    for shape in ((2, 3, 13, 11), (1, 3, 8, 20)):
+        x = rng.standard_normal(shape, np.float32)
+        found = on_device(model, tmp_path, {"x": x}) if runner is None else runner.run({"x": x})
+        runner = backend_for("tvm-opencl").open(tmp_path)
+        for name, value in reference.run({"x": x}).items():
+            np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5)
+    coded = {p.name.split("_")[1] for p in (tmp_path / "kernels").iterdir() if "scale_ptr" in p.read_text()}
+    assert coded == {"conv"}
+
+
+def test_pooling_and_signals_of_one_axis(on_device: Run, tmp_path: Path) -> None:
+    model = parse(POOLS, weights=constants({"w": (16, 6, 3)}))
+    rng = np.random.default_rng(0)
+    inputs = {"x": rng.standard_normal((2, 4, 9, 8), np.float32), "z": rng.standard_normal((2, 6, 15), np.float32)}
+    (tmp_path / "here").mkdir()
+    TvmCpu(level="x86-64").emit(model, tmp_path / "here")
+    runs = [on_device(model, tmp_path, inputs), TvmCpu(level="x86-64").open(tmp_path / "here").run(inputs)]
+    for name, value in Session(model).run(inputs).items():
+        for found in runs:
+            np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5)

@@ -10,13 +10,19 @@ __all__ = ["REDUCTIONS", "copy_function", "loop_function", "reduce_function"]
 REDUCTIONS = {
     "ReduceSum": ("0", "t += {x}", "t"),
     "ReduceMean": ("0", "t += {x}", "t / (float)count"),
-    "ReduceMax": ("{first}", "if ({x} > t) t = {x}", "t"),
-    "ReduceMin": ("{first}", "if ({x} < t) t = {x}", "t"),
+    "ReduceMax": ("{lowest}", "if ({x} > t) t = {x}", "t"),
+    "ReduceMin": ("{highest}", "if ({x} < t) t = {x}", "t"),
     "ReduceProd": ("1", "t *= {x}", "t"),
     "ReduceL2": ("0", "t += {x} * {x}", "sqrtf(t)"),
     "ReduceSumSquare": ("0", "t += {x} * {x}", "t"),
 }
 """How a total starts, takes an element in, and becomes the result."""
+
+_ENDS = {
+    "float": ("-INFINITY", "INFINITY"), "int64_t": ("INT64_MIN", "INT64_MAX"), "int32_t": ("INT32_MIN", "INT32_MAX"),
+    "int8_t": ("INT8_MIN", "INT8_MAX"), "uint8_t": ("0", "UINT8_MAX"),
+}  # fmt: skip
+"""The lowest and the highest number of a type: what the extremes of no numbers are."""
 
 
 def loop_function(expression: str, kinds: Sequence[str], out: str, rank: int) -> tuple[str, str]:
@@ -65,7 +71,9 @@ def reduce_function(kind: str, ctype: str, kept: int, rank: int) -> tuple[str, s
     lines = [f"static void {name}(const {ctype} *x, {ctype} *y, const int64_t *n, const int64_t *s) {{"]
     terms = " + ".join(f"i{a} * s[{a}]" for a in range(kept)) or "0"
     lines += [f"  for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(kept)]
-    lines += [f"  {{ const {ctype} *r = x + {terms}; {ctype} t = {start.format(first='*r')}; int64_t count = 1;"]
+    lowest, highest = _ENDS[ctype]
+    start = start.format(lowest=lowest, highest=highest)
+    lines += [f"  {{ const {ctype} *r = x + {terms}; {ctype} t = {start}; int64_t count = 1;"]
     lines += [f"    count *= n[{a}];" for a in range(kept, rank)]
     lines += [f"    for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(kept, rank)]
     inner = " + ".join(f"i{a} * s[{a}]" for a in range(kept, rank)) or "0"

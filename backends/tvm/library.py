@@ -247,15 +247,17 @@ class Writer:
         return past.shape[0], mask.shape[-1] if mask is not None else past.shape[2]
 
     def _check_dims(self) -> str:
-        """New tokens must fit behind those in the caches."""
+        """Sizes must fit together, and new tokens behind those in the caches."""
         lines = ["static int check_dims(const qc_instance *q, const int64_t *dims) {"]
+        conditions = [f"  if (!({c})) return QC_E_ARGUMENT;" for c in self.program.conditions]
         tokens = next((v for v in self.model.graph.inputs if _role(v) == "tokens"), None)
         past = next(iter(self.lowering.cached), None)
-        if tokens is None or past is None:
-            return "\n".join([*lines, "  (void)q; (void)dims;\n  return QC_OK;\n}"])
-        held, new = self.lowering.get(past).shape, self.lowering.get(tokens).shape
-        test = f"{(held[2] + new[-1]).c} > q->room || {held[0].c} > q->batch"
-        return "\n".join([*lines, self._locals(test), f"  return {test} ? QC_E_LIMIT : QC_OK;\n}}"])
+        test = "0"
+        if tokens is not None and past is not None:
+            held, new = self.lowering.get(past).shape, self.lowering.get(tokens).shape
+            test = f"{(held[2] + new[-1]).c} > q->room || {held[0].c} > q->batch"
+        used = self._locals("\n".join([test, *conditions]))
+        return "\n".join([*lines, used, "  (void)q;", *conditions, f"  return {test} ? QC_E_LIMIT : QC_OK;\n}}"])
 
     def _ports(self) -> str:
         cached = self.lowering.cached

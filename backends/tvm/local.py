@@ -72,7 +72,7 @@ class LocalLibrary:
         """The shape of an output."""
         shape = (ctypes.c_int64 * 16)()
         rank = self._c.qc_output_shape(index, _numbers(dims), shape)
-        return tuple(shape[:rank])
+        return tuple(max(n, 0) for n in shape[:rank])  # a run refuses those that are negative
 
     def run(self, dims: Sequence[int], inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> int:
         """Runs once, on arrays without gaps."""

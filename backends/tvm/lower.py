@@ -138,8 +138,9 @@ class Lowering:
     def _inputs(self) -> None:
         for value in self.model.graph.inputs:
             for axis in value.shape or ():
-                if not isinstance(axis, int) and axis.value is not None:
-                    self.program.dims.setdefault(str(axis.value), c_name(str(axis.value)))
+                name = None if isinstance(axis, int) else axis.value
+                if name is not None and str(name) not in self.program.dims:
+                    self.program.dims[str(name)] = c_name(str(name), self.program.dims.values())
         for number, value in enumerate(self.model.graph.inputs):
             if value.shape is None or value.dtype not in C_TYPES:
                 kind = "an unknown shape" if value.shape is None else value.dtype.name
@@ -183,7 +184,9 @@ class Lowering:
     def _constant(self, value: ir.Value) -> Tensor:
         weight, tensor = read_weight(value), stored(value)
         if weight is None and tensor is None:
-            raise UnsupportedError(f"The TVM target lost the value {value.name!r}: it is of no supported kind.")
+            producer = value.producer()
+            assert producer is not None
+            raise self.refuse(producer, f"its output {value.name!r} is read")
         if weight is None or (weight.format is None and not weight.dtype.is_floating_point()):
             held = tensor if weight is None else weight.tensor
             assert held is not None
@@ -236,6 +239,7 @@ class Lowering:
     def result(self, value: ir.Value, shape: Sequence[Size], dtype: ir.DataType = ir.DataType.FLOAT) -> Tensor:
         """A tensor for the output of a node: the caller's array if it is an output of the model."""
         sizes = tuple(map(dim, shape))
+        self.program.require_sizes(sizes)
         if value in self._outputs and dtype in C_TYPES:
             buffer = Buffer("output", self._outputs[value], product(sizes) * self.program.bytes_of(dtype))
             tensor = Tensor(buffer, dtype, sizes, dense(sizes))
@@ -280,6 +284,11 @@ class Lowering:
         for value, number in self._outputs.items():
             self.program.label = f"output {value.name}"
             tensor = self.get(value)
+            if value.dtype is not None and value.dtype not in C_TYPES:
+                raise UnsupportedError(
+                    f"Expected outputs of {', '.join(t.name for t in C_TYPES)}, found {value.dtype.name} at "
+                    f"{value.name!r}. Compile for ort-cpu."
+                )
             self.outputs.append(tensor)
             if tensor.buffer is not None and tensor.buffer.kind == "cache":
                 continue

@@ -159,6 +159,7 @@ class Program:
         functions: C functions by name, for what no kernel does.
         streamed: Constants that kernels read whole.
         dims: Names in C of the symbolic dimensions, by their names in the model.
+        conditions: What must hold of the dimensions of a run, in C.
     """
 
     def __init__(self) -> None:
@@ -169,6 +170,7 @@ class Program:
         self.kernels: dict[str, tuple[Any, tuple[Any, ...], int, int]] = {}
         self.functions: dict[str, str] = {}
         self.dims: dict[str, str] = {}
+        self.conditions: dict[str, None] = {}
         self._blobs: dict[object, Tensor] = {}
         self._end = 0
         self.streamed: list[Buffer] = []
@@ -186,6 +188,7 @@ class Program:
                 "The TVM target computes in float32."
             )
         sizes = tuple(map(dim, shape))
+        self.require_sizes(sizes)
         buffer = Buffer("arena", len(self.arena), product(sizes) * self.bytes_of(dtype))
         self.arena.append(buffer)
         return Tensor(buffer, dtype, sizes, dense(sizes))
@@ -226,6 +229,33 @@ class Program:
         """Size of all constants with what aligns them."""
         return self._end
 
+    def require_equal(self, a: Size, b: Size) -> None:
+        """Two sizes must be the same; where only a run knows them, it is refused if they are not."""
+        self._require(_is_zero(dim(a) - b), f"{dim(a).c} == {dim(b).c}")
+
+    def require_spread(self, size: Size, to: Size) -> None:
+        """An axis must have one element, or as many as the one that it is repeated along."""
+        size, to = dim(size), dim(to)
+        self._require(_is_zero((size - to) * (size - 1)), f"({size.c} == 1 || {size.c} == {to.c})")
+
+    def require_within(self, size: Size, of: Size) -> None:
+        """A size must not exceed another."""
+        left = dim(of) - size
+        holds = None if left.constant is None else left.constant >= 0
+        self._require(holds, f"{dim(size).c} <= {dim(of).c}")
+
+    def require_sizes(self, sizes: Sequence[Dim]) -> None:
+        """No size may be negative."""
+        for size in sizes:
+            if "-" in size.c:
+                self._require(None if size.constant is None else False, f"{size.c} >= 0")
+
+    def _require(self, holds: bool | None, condition: str) -> None:
+        if holds is None:
+            self.conditions[condition] = None
+        elif not holds:
+            raise UnsupportedError(f"Expected sizes that fit together at {self.label}, found that not {condition}.")
+
     def kernel(self, stem: str, generator: Any, *arguments: Any, pointers: int, integers: int) -> str:
         """Registers a kernel and returns its name, the same for the same arguments."""
         digest = hashlib.sha256(repr((generator.__qualname__, arguments)).encode()).hexdigest()[:8]
@@ -236,6 +266,11 @@ class Program:
     def add(self, text: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         """Adds a statement."""
         self.statements.append(Statement(text, buffers_of(reads), buffers_of(writes), self.label))
+
+
+def _is_zero(size: Dim) -> bool | None:
+    """None if only a run knows."""
+    return None if size.constant is None else size.constant == 0
 
 
 def buffers_of(tensors: Sequence[Tensor]) -> tuple[Buffer, ...]:

@@ -71,7 +71,7 @@ class RemoteLibrary:
         """The shape of an output."""
         self._send(b"s", struct.pack("<q", index), _numbers(dims))
         rank = self._integer()
-        return struct.unpack(f"<{rank}q", self._read(8 * rank))
+        return tuple(max(n, 0) for n in struct.unpack(f"<{rank}q", self._read(8 * rank)))  # as `LocalLibrary`
 
     def run(self, dims: Sequence[int], inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> int:
         """Runs once, on arrays without gaps."""

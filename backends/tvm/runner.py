@@ -101,8 +101,8 @@ class TvmRunner:
             )
         if code:
             raise InputError(f"Cannot use {directory / WEIGHTS}: {library.error(code)}. Copy the artifact again.")
-        self._limits = library.default_limits()
-        self._create()
+        self._limits: list[int] = []
+        self._create(library.default_limits())
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs once. Inputs that the model does not have are ignored.
@@ -154,12 +154,14 @@ class TvmRunner:
             yield token
             new = (token,)
 
-    def _create(self) -> None:
-        code = self._library.create(self._limits, self._threads)
+    def _create(self, limits: Sequence[int]) -> None:
+        self._limits = [-1] * len(limits)  # no instance, until there is one
+        code = self._library.create(limits, self._threads)
         if code == _E_LIMIT:
-            sizes = ", ".join(f"{n} = {v}" for n, v in zip(self._dims, self._limits, strict=True))
+            sizes = ", ".join(f"{n} = {v}" for n, v in zip(self._dims, limits, strict=True))
             raise InputError(f"An input of {sizes} needs buffers of more than 2 GiB. Run it in smaller parts.")
         self._check(code)
+        self._limits = list(limits)
 
     def _sizes(self, inputs: Mapping[str, np.ndarray]) -> list[int]:
         """The value of each dimension, the same wherever it appears."""
@@ -174,8 +176,7 @@ class TvmRunner:
 
     def _require_room(self, dims: Sequence[int]) -> None:
         if any(d > limit for d, limit in zip(dims, self._limits, strict=True)):
-            self._limits = [max(d, limit) for d, limit in zip(dims, self._limits, strict=True)]
-            self._create()
+            self._create([max(d, limit) for d, limit in zip(dims, self._limits, strict=True)])
 
     def _require_context(self, tokens: int) -> None:
         """Room for a text of so many tokens."""

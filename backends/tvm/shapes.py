@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["Dim", "Size", "c_name", "dim", "divide", "largest", "product", "smallest", "stride_of"]
+__all__ = ["Dim", "Size", "bounded", "c_name", "dim", "divide", "largest", "product", "smallest", "stride_of", "wider"]
+
+_ALL = 1 << 30
+"""A limit that stands for the end of any axis."""
 
 Monomial = tuple[str, ...]
 
@@ -87,8 +91,10 @@ def product(sizes: Iterable[Size]) -> Dim:
 
 
 def divide(a: Size, b: Size) -> Dim:
-    """``floor(a / b)`` of non-negative sizes; exact where every term is a multiple, or b is one of its factors."""
+    """``floor(a / b)`` of a positive b; exact where every term is a multiple, or b is one of its factors."""
     a, b = dim(a), dim(b)
+    if a.constant is not None and b.constant:
+        return dim(a.constant // b.constant)
     if a == b:
         return dim(1)
     if len(b.terms) == 1:
@@ -125,6 +131,28 @@ def smallest(a: Size, b: Size) -> Dim:
     return a if a == b else dim(f"qc_min({a.c}, {b.c})")
 
 
+def wider(a: Size, b: Size) -> Dim:
+    """What two sizes broadcast to."""
+    a, b = dim(a), dim(b)
+    if a.constant is not None:
+        return b if a.constant == 1 else a
+    if b.constant is not None:
+        return a if b.constant == 1 else b
+    return a if a == b else dim(f"qc_wide({a.c}, {b.c})")
+
+
+def bounded(value: Size, size: Size) -> Dim:
+    """A limit of a slice within ``[0, size]``; a negative one counts from the end."""
+    value, size = dim(value), dim(size)
+    if value == size or (value.constant is not None and value.constant >= _ALL):
+        return size
+    if value == dim(0):
+        return value
+    if value.constant is not None and size.constant is not None:
+        return dim(min(max(value.constant + (size.constant if value.constant < 0 else 0), 0), size.constant))
+    return dim(f"qc_bound({value.c}, {size.c})")
+
+
 def stride_of(size: Size, stride: Size) -> Dim:
     """The stride of an axis along which an operand repeats if its size is 1, which may be known only in a run."""
     size, stride = dim(size), dim(stride)
@@ -133,7 +161,9 @@ def stride_of(size: Size, stride: Size) -> Dim:
     return dim(f"qc_step({size.c}, {stride.c})")
 
 
-def c_name(text: str) -> str:
-    """A C identifier for a symbolic dimension."""
-    name = re.sub(r"\W", "_", text)
-    return f"d_{name}"
+def c_name(text: str, taken: Iterable[str] = ()) -> str:
+    """A C identifier for a symbolic dimension that differs from those taken in more than the case of letters."""
+    name = f"d_{re.sub(r'[^A-Za-z0-9_]', '_', text)}"
+    used = {t.lower() for t in taken}
+    numbered = (f"{name}_{i}" for i in itertools.count(2))
+    return name if name.lower() not in used else next(n for n in numbered if n.lower() not in used)

@@ -98,7 +98,10 @@ def _fuse(softmax: ir.Node) -> ir.Node:
     inputs = [q, k, v]
     if masks:
         added = [_added(mask, q, extra, softmax.graph) for mask in masks]
-        inputs.append(_one_row_per_query(_sum(added, extra), q, extra, softmax.graph))
+        total = _sum(added, extra)
+        if total.shape is not None and (not total.shape or (total.shape[-1] == 1 and k.shape[2] != 1)):
+            raise Decline("the mask has no number for each key")
+        inputs.append(_one_row_per_query(total, q, extra, softmax.graph))
     attributes = {"scale": float(scale * q_scale * k_scale * inner_scale)}
     if softcap:
         attributes["softcap"] = float(softcap)

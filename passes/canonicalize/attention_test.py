@@ -169,6 +169,7 @@ def test_cache_stays_in_front_and_remains_an_output(build, keeps):
             None,
             "the softmax is not over the last axis",
         ),
+        (_SCORES + "z = Add (qk, some) " + _SUM, None, "the mask has no number for each key"),
     ],
 )
 def test_what_the_operator_does_not_define_is_left_alone(build, keeps, body, outputs, reason):

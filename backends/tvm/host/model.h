@@ -12,7 +12,7 @@ extern "C" {
 /* Every function returns one of these. */
 enum {
   QC_OK = 0,
-  QC_E_ARGUMENT = 1, /* a null pointer, or a dimension that is not positive */
+  QC_E_ARGUMENT = 1, /* a null pointer, or dimensions that are negative or do not fit together */
   QC_E_FILE = 2,     /* the weights file cannot be opened or mapped */
   QC_E_WEIGHTS = 3,  /* it is cut short, changed, or of another model */
   QC_E_MEMORY = 4,   /* not enough memory */

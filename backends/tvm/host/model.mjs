@@ -6,6 +6,8 @@ const FUNCTIONS = {
   qc_min: Math.min,
   qc_max: Math.max,
   qc_div: (a, b) => (b === 0 ? 0 : Math.floor(a / b)),
+  qc_wide: (a, b) => (a === 1 ? b : a),
+  qc_bound: (at, size) => Math.min(Math.max(at < 0 ? at + size : at, 0), size),
   qc_step: (size, stride) => (size === 1 ? 0 : stride),
   qc_up: (a, unit) => Math.ceil(a / unit) * unit,
 };

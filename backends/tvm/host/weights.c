@@ -2,7 +2,9 @@
 
 static inline int64_t qc_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t qc_min(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t qc_div(int64_t a, int64_t b) { return b == 0 ? 0 : a / b; }
+static inline int64_t qc_div(int64_t a, int64_t b) { return b == 0 ? 0 : a / b - (a % b < 0); }
+static inline int64_t qc_wide(int64_t a, int64_t b) { return a == 1 ? b : a; }
+static inline int64_t qc_bound(int64_t at, int64_t size) { return qc_min(qc_max(at < 0 ? at + size : at, 0), size); }
 static inline int64_t qc_step(int64_t size, int64_t stride) { return size == 1 ? 0 : stride; }
 static inline int64_t qc_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
@@ -21,7 +23,7 @@ static inline float half_to_float(uint16_t h) {
 
 const char *qc_error(int code) {
   static const char *const texts[] = {
-      "no error", "a null pointer, or a dimension that is not positive", "the weights file cannot be opened or mapped",
+      "no error", "a null pointer, or dimensions that are negative or do not fit together", "the weights file cannot be opened or mapped",
       "the weights file is cut short, changed, or of another model", "not enough memory",
       "larger than the limits of the instance", "a token, position or index outside of its table",
       "this processor lacks instructions that the library was compiled for",

@@ -40,6 +40,8 @@ def group_query_attention(at: Lowering, node: ir.Node) -> None:
     caches = [cache_of(at, node.inputs[i], node.outputs[i - 2], kv, channels) for i in (3, 4)]
     lengths = at.get(node.inputs[5])  # type: ignore[arg-type]  # number of keys of each text, less one
     length = at.get(past).shape[2]
+    for size, wanted in ((lengths.elements, batch), (at.get(past).shape[0], batch), (k.shape[2], s), (v.shape[2], s)):
+        at.program.require_equal(size, wanted)
     before = once(at, ("past", lengths.buffer), lambda: past_of(at, lengths, batch, s, length))
     positions = once(at, ("positions", before.buffer), lambda: positions_of(at, before, batch, s))
     rotary = bool(at.attribute(node, "do_rotary", 0))
@@ -144,8 +146,10 @@ def positions_of(at: Lowering, before: Tensor, batch: Dim, s: Dim) -> Tensor:
 def attention(at: Lowering, node: ir.Node) -> None:
     """Attention on values that the graph computes, with a mask or a bias on the scores."""
     q, k, v = (at.get(value) for value in node.inputs[:3])  # type: ignore[arg-type]
-    if any(value is not None for value in node.inputs[4:]) or any(x.uses() for x in node.outputs[1:]):
-        raise at.refuse(node, "it has a cache of its own, or its scores are read")
+    if any(value is not None for value in node.inputs[4:]):
+        raise at.refuse(node, "it has a cache of its own")
+    if any(int(at.attribute(node, f"{side}_window_size", -1)) >= 0 for side in ("left", "right")):  # type: ignore[call-overload]
+        raise at.refuse(node, "its queries see a window")
     merged = len(q.shape) == 3
     if merged:
         heads, kv = (int(at.attribute(node, n)) for n in ("q_num_heads", "kv_num_heads"))  # type: ignore[call-overload]
@@ -159,6 +163,9 @@ def attention(at: Lowering, node: ir.Node) -> None:
     if width is None or value_width is None:
         raise at.refuse(node, "the width of its heads is unknown")
     batch, s, t = q.shape[0], q.shape[2], k.shape[2]
+    for x, wanted in ((k, (batch, kv, t, width)), (v, (batch, kv, t, value_width))):
+        for size, needed in zip(x.shape, wanted, strict=True):
+            at.program.require_equal(size, needed)
     held = at.attribute(node, "scale")
     scale = float(held) if held is not None else width**-0.5  # type: ignore[arg-type]
     softcap = float(at.attribute(node, "softcap", 0.0))  # type: ignore[arg-type]
@@ -201,7 +208,9 @@ def bias_of(at: Lowering, mask: Tensor, batch: Dim, heads: int, s: Dim, t: Dim) 
     sizes = (*[dim(1)] * missing, *bias.shape)
     strides = (*[dim(0)] * missing, *bias.strides)
     steps = []
+    at.program.require_equal(sizes[3], t)
     for size, stride, wanted in zip(sizes[:3], strides[:3], (batch, dim(heads), s), strict=True):
+        at.program.require_spread(size, wanted)
         steps.append(stride if size == wanted and size != dim(1) else stride_of(size, stride))
     return bias, steps
 
@@ -224,6 +233,8 @@ def rotary_embedding(at: Lowering, node: ir.Node) -> None:
         raise at.refuse(node, "the width of its heads is unknown")
     y = at.result(node.outputs[0], x.shape)
     y4 = split_heads(at, y, int(x4.shape[1].constant or 0)) if len(x.shape) == 3 else y
+    for size, wanted in zip(positions.shape, (x4.shape[0], x4.shape[2]), strict=True):
+        at.program.require_equal(size, wanted)
     tables = [at.contiguous(cos), at.contiguous(sin)]
     interleaved = bool(at.attribute(node, "interleaved", 0))
     at.program.rotate(x4, y4, tables, at.contiguous(positions), width, 2 * half, interleaved, before=None)

@@ -26,12 +26,16 @@ _BINARY = {
     "Min": "{a} < {b} ? {a} : {b}", "Max": "{a} > {b} ? {a} : {b}", "Pow": "powf({a}, {b})",
     "PRelu": "{a} < 0 ? {a} * {b} : {a}",
 }  # fmt: skip
+_WHOLE_DIV = "{b} == 0 ? 0 : {b} == -1 ? -{a} : {a} / {b}"
+"""Of integers, of which processors refuse two quotients."""
+
 _TO_BOOL = frozenset({"Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN"})
 _UNARY = {
     "Neg": "-{a}", "Abs": "{a} < 0 ? -{a} : {a}", "Sqrt": "sqrtf({a})", "Exp": "expf({a})", "Log": "logf({a})",
     "Tanh": "tanhf({a})", "Sigmoid": "1.0f / (1.0f + expf(-{a}))", "Erf": "erff({a})", "Floor": "floorf({a})",
     "Ceil": "ceilf({a})", "Round": "rintf({a})", "Reciprocal": "1.0f / {a}", "Relu": "{a} > 0 ? {a} : 0", "Not": "!{a}",
-    "Sin": "sinf({a})", "Cos": "cosf({a})", "IsNaN": "{a} != {a}", "Softplus": "log1pf(expf({a}))",
+    "Sin": "sinf({a})", "Cos": "cosf({a})", "IsNaN": "{a} != {a}",
+    "Softplus": "fmaxf({a}, 0.0f) + log1pf(expf(-fabsf({a})))",
     "Softsign": "{a} / (1.0f + fabsf({a}))", "Sign": "({a} > 0) - ({a} < 0)",
     "HardSwish": "{a} * fminf(fmaxf({a} / 6.0f + 0.5f, 0.0f), 1.0f)",
 }  # fmt: skip
@@ -52,8 +56,9 @@ def binary(at: Lowering, node: ir.Node) -> None:
     if all(t.values is not None for t in tensors) and node.op_type in _NUMBERS:
         _numbers(at, node, tensors)
         return
-    operation = _BINARY[node.op_type]
-    if tensors[0].dtype != F and node.op_type == "Pow":
+    whole = tensors[0].dtype != F
+    operation = _WHOLE_DIV if whole and node.op_type == "Div" else _BINARY[node.op_type]
+    if whole and node.op_type == "Pow":
         raise at.refuse(node, "it raises integers to a power")
     total = tensors[0]
     for i, other in enumerate(tensors[1:]):
@@ -197,6 +202,8 @@ def batch_normalization(at: Lowering, node: ir.Node) -> None:
     """``(x - mean) / sqrt(var + eps) * scale + bias`` per channel."""
     x, scale, bias, mean, var = (at.get(v) for v in node.inputs[:5] if v is not None)
     eps = float(at.attribute(node, "epsilon", 1e-5))  # type: ignore[arg-type]
+    for held in (scale, bias, mean, var):
+        at.program.require_equal(held.shape[0], x.shape[1])
 
     def per_channel(t: Tensor) -> Tensor:
         trailing = len(x.shape) - 2

@@ -72,6 +72,7 @@ def convolution(at: Lowering, node: ir.Node) -> None:
     window, rank = window_of(at, node, x, sizes), len(sizes)
     x = as_image(at.contiguous(x))
     batch, channels, height, width = x.shape
+    at.program.require_equal(channels, each * groups)
     places = window.places((height, width))
     y = as_image(at.result(node.outputs[0], (batch, out, *places[-rank:])))
     if each == 1 and groups > 1:
@@ -149,8 +150,6 @@ def _pool(at: Lowering, node: ir.Node, kind: str) -> None:
     x, sizes = at.input(node, 0), node.attributes["kernel_shape"].as_ints()
     assert x is not None
     window = window_of(at, node, x, sizes)
-    if any(v.uses() for v in node.outputs[1:]):
-        raise at.refuse(node, "its indices are read")
     image = as_image(at.contiguous(x))
     places = window.places(image.shape[2:], ceil=bool(at.attribute(node, "ceil_mode", 0)))
     y = at.result(node.outputs[0], (*x.shape[:2], *places[-len(sizes) :]))

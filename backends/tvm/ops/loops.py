@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from qc.backends.tvm.lower import Lowering
 from qc.backends.tvm.program import Tensor
-from qc.backends.tvm.shapes import Dim, dim, largest, stride_of
+from qc.backends.tvm.shapes import Dim, dim, stride_of, wider
 
 __all__ = ["broadcast", "copy", "fill", "loop"]
 
@@ -17,17 +18,10 @@ def broadcast(at: Lowering, shapes: Sequence[Sequence[Dim]]) -> tuple[Dim, ...]:
     found = []
     for axis in range(rank):
         sizes = [s[axis - rank + len(s)] for s in shapes if axis - rank + len(s) >= 0]
-        wide = [s for s in sizes if s != dim(1)]
-        known = [s for s in wide if s.constant is not None]
-        found.append(known[0] if known else _widest(wide))
+        found.append(functools.reduce(wider, sizes, dim(1)))
+        for size in sizes:
+            at.program.require_spread(size, found[-1])
     return tuple(found)
-
-
-def _widest(sizes: Sequence[Dim]) -> Dim:
-    found = sizes[0] if sizes else dim(1)
-    for size in sizes[1:]:
-        found = largest(found, size)
-    return found
 
 
 def loop(at: Lowering, expression: str, inputs: Sequence[Tensor], y: Tensor) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.loops import broadcast, copy, fill, loop
 from qc.backends.tvm.program import C_TYPES, Tensor, dense
-from qc.backends.tvm.shapes import Dim, Size, dim, divide, product, smallest, stride_of
+from qc.backends.tvm.shapes import Dim, Size, bounded, dim, divide, largest, product, stride_of
 
 __all__ = [
     "concat",
@@ -85,7 +85,7 @@ def range_(at: Lowering, node: ir.Node) -> None:
     (first,), (end,), (every,) = start.values, limit.values, delta.values  # type: ignore[misc]
     if every.constant is None or every.constant < 1:
         raise at.refuse(node, "its step is not positive and constant")
-    count = divide(end - first + (every.constant - 1), every)
+    count = largest(divide(end - first + (every.constant - 1), every), 0)
     y = at.result(node.outputs[0], (count,), start.dtype)
     at.program.count(y, first, every)
 
@@ -116,6 +116,7 @@ def reshape(at: Lowering, node: ir.Node) -> None:
     open_axes = [i for i, s in enumerate(wanted) if s.constant == -1]
     for i in open_axes:
         wanted[i] = _rest(x.shape, [s for s in wanted if s.constant != -1])
+    at.program.require_equal(product(wanted), x.elements)
     at.set(node.outputs[0], reshaped(at, x, wanted))
 
 
@@ -188,7 +189,8 @@ def flatten(at: Lowering, node: ir.Node) -> None:
     """Two axes."""
     x = at.input(node, 0)
     assert x is not None
-    axis = int(at.attribute(node, "axis", 1)) % max(len(x.shape), 1)  # type: ignore[call-overload]
+    axis = int(at.attribute(node, "axis", 1))  # type: ignore[call-overload]
+    axis = axis + len(x.shape) if axis < 0 else axis
     at.set(node.outputs[0], reshaped(at, x, (product(x.shape[:axis]), product(x.shape[axis:]))))
 
 
@@ -199,6 +201,8 @@ def squeeze(at: Lowering, node: ir.Node) -> None:
     assert x is not None
     gone = range(len(x.shape)) if axes is None else [a % len(x.shape) for a in axes]
     gone = [a for a in gone if axes is not None or x.shape[a] == dim(1)]
+    for a in gone:
+        at.program.require_equal(x.shape[a], 1)
     if x.values is not None:
         at.set(node.outputs[0], at.numbers(x.values, x.dtype, scalar=True) if gone else x)
         return
@@ -262,6 +266,8 @@ def split(at: Lowering, node: ir.Node) -> None:
         count = len(node.outputs)
         each = divide(x.shape[axis] + (count - 1), count)
         sizes = (*[each] * (count - 1), x.shape[axis] - each * (count - 1))
+    at.program.require_sizes(sizes)
+    at.program.require_equal(sum(sizes, dim(0)), x.shape[axis])
     start = dim(0)
     for value, length in zip(node.outputs, sizes, strict=True):
         shape = [*x.shape[:axis], length, *x.shape[axis + 1 :]]
@@ -289,19 +295,12 @@ def slice_(at: Lowering, node: ir.Node) -> None:
         if step < 1:
             raise at.refuse(node, "it steps backwards")
         n = shape[axis]
-        first, last = _bound(start, n), _bound(end, n)
-        shape[axis] = divide(last - first + (step - 1), step)
+        first, last = bounded(start, n), bounded(end, n)
+        length = last - first if dim(0) == first or last == n else largest(last - first, 0)
+        shape[axis] = divide(length + (step - 1), step)
         offset = offset + strides[axis] * first
         strides[axis] = strides[axis] * step
     at.set(node.outputs[0], x.view(shape, strides, offset))
-
-
-def _bound(value: Dim, size: Dim) -> Dim:
-    """A limit of a slice within ``[0, size]``."""
-    if value.constant is not None and value.constant < 0:
-        value = size + value
-        return value if size.constant is None else dim(max(0, value.constant or 0))
-    return size if value.constant is not None and value.constant >= 1 << 30 else smallest(value, size)
 
 
 def _slice_numbers(
@@ -324,6 +323,9 @@ def concat(at: Lowering, node: ir.Node) -> None:
     total = dim(0)
     for part in parts:
         total = total + part.shape[axis]
+        for i in range(len(part.shape)):
+            if i != axis:
+                at.program.require_equal(part.shape[i], parts[0].shape[i])
     y = at.result(node.outputs[0], (*parts[0].shape[:axis], total, *parts[0].shape[axis + 1 :]), parts[0].dtype)
     start = dim(0)
     for part in parts:
@@ -398,6 +400,9 @@ def gather_elements(at: Lowering, node: ir.Node) -> None:
     axis = int(at.attribute(node, "axis", 0)) % rank  # type: ignore[call-overload]
     if indices.dtype != ir.DataType.INT64:
         raise at.refuse(node, "its indices are not int64")
+    for i in range(rank):
+        if i != axis:
+            at.program.require_within(indices.shape[i], x.shape[i])
     x, indices = at.stored(x), at.contiguous(indices)
     y = at.result(node.outputs[0], indices.shape, x.dtype)
     kind = C_TYPES[x.dtype][0]

@@ -27,7 +27,7 @@ from qc.backends.tvm.pack import (
     why_decoded,
 )
 from qc.backends.tvm.program import Tensor
-from qc.backends.tvm.shapes import Dim, Size, dim, divide, product
+from qc.backends.tvm.shapes import Dim, Size, dim, divide, product, stride_of
 from qc.ir import dialect
 from qc.ir.quant import Weight, read_weight
 
@@ -90,7 +90,8 @@ def linear(at: Lowering, node: ir.Node) -> None:
     x = at.input(node if source is None else source, 0)
     assert x is not None
     bias = at.input(node, 2)
-    rows = weight.shape[0]
+    rows, columns = weight.shape
+    at.program.require_equal(x.shape[-1], columns)
     shape = (*x.shape[:-1], dim(rows))
     tail = tail_of(at, node, shape)
     y = at.result(tail.value, shape)
@@ -257,6 +258,7 @@ def matmul(at: Lowering, node: ir.Node) -> None:
     a, b = at.stored(a), at.stored(b)
     lead = broadcast(at, [a.shape[:-2], b.shape[:-2]])
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    at.program.require_equal(k, b.shape[-2])
     y = at.result(node.outputs[0], (*lead, m, n))
     if a.strides[-1] != dim(1):
         a = at.contiguous(a)
@@ -285,7 +287,7 @@ def _batch_step(tensor: Tensor, lead: tuple[Dim, ...]) -> list[Dim]:
     missing = len(lead) - (len(tensor.shape) - 2)
     steps = [dim(0)] * missing
     for size, stride in zip(tensor.shape[:-2], tensor.strides[:-2], strict=True):
-        steps.append(dim(0) if size == dim(1) else stride)
+        steps.append(stride_of(size, stride))
     return steps
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -22,8 +24,8 @@ def normalization(at: Lowering, node: ir.Node) -> None:
     axis = int(at.attribute(node, "axis", -1))  # type: ignore[call-overload]
     if axis % len(x.shape) != len(x.shape) - 1:
         raise at.refuse(node, "it normalizes several axes")
-    if any(v.uses() for v in node.outputs[1:]) or x.dtype != ir.DataType.FLOAT:
-        raise at.refuse(node, "its statistics are read, or it does not compute in float32")
+    if x.dtype != ir.DataType.FLOAT:
+        raise at.refuse(node, f"it normalizes {x.dtype.name}")
     for held in (weight, bias):
         if held is not None and held.shape != (x.shape[-1],):
             raise at.refuse(node, "its gain is no vector of the last axis")
@@ -62,16 +64,13 @@ def reduce(at: Lowering, node: ir.Node) -> None:
     assert x is not None
     x = at.stored(x)
     rank = len(x.shape)
-    gone = list(range(rank))
-    held = node.attributes.get("axes")
+    held: Any = at.attribute(node, "axes", ())
     if axes is not None:
         if axes.values is None or any(v.constant is None for v in axes.values):
             raise at.refuse(node, "its axes are computed")
-        gone = [int(v.constant) % rank for v in axes.values]  # type: ignore[arg-type]
-    elif held is not None:
-        gone = [a % rank for a in held.as_ints()]
-    elif at.attribute(node, "noop_with_empty_axes", 0):
-        gone = []
+        held = [v.constant for v in axes.values]
+    every = not held and not at.attribute(node, "noop_with_empty_axes", 0)
+    gone = list(range(rank)) if every else [int(a) % rank for a in held]
     keep = [i for i in range(rank) if i not in gone]
     with_ones = bool(at.attribute(node, "keepdims", 1))
     shape = [dim(1) if i in gone else x.shape[i] for i in range(rank)] if with_ones else [x.shape[i] for i in keep]
@@ -149,6 +148,7 @@ def top_k(at: Lowering, node: ir.Node) -> None:
     if count is None or axis % len(x.shape) != len(x.shape) - 1 or x.dtype != ir.DataType.FLOAT:
         raise at.refuse(node, "its count is computed, or it is not over the last axis of float32")
     x = at.contiguous(x)
+    at.program.require_within(count, x.shape[-1])
     shape = (*x.shape[:-1], count)
     y = at.result(node.outputs[0], shape)
     places = at.result(node.outputs[1], shape, ir.DataType.INT64)

@@ -1,0 +1,165 @@
+"""Operators by themselves against ONNX Runtime: their rarer options, sizes known only in a run, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qc.backends.tvm.backend import TvmCpu
+from qc.ir.errors import InputError, UnsupportedError
+from qc.ir.model import Model
+from qc.ir.runtime import Session
+from qc.ir.text import parse
+
+pytest.importorskip("tvm", reason="kernels are compiled by TVM")
+
+RNG = np.random.default_rng(0)
+
+
+def values(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+CASES = {
+    "axes of a reduction that are empty": (
+        """f (float[n,3] x) => (float[1,1] y, float[n,3] z) {
+            none = Constant <value = int64[0] {}> ()  y = ReduceSum (x, none)
+            z = ReduceSum <noop_with_empty_axes = 1> (x, none) }""",
+        [{"x": values(4, 3)}],
+    ),
+    "extremes of nothing": (
+        """f (float[n,3] x) => (float[3] high, float[3] low) {
+            first = Constant <value = int64[1] {0}> ()
+            high = ReduceMax <keepdims = 0> (x, first)  low = ReduceMin <keepdims = 0> (x, first) }""",
+        [{"x": values(2, 3)}, {"x": values(0, 3)}],
+    ),
+    "windows rounded up, of which none begins in the padding": (
+        """f (float[1,2,h,w] x) => (float[1,2,i,j] y) {
+            y = MaxPool <kernel_shape = [1,1], strides = [2,2], ceil_mode = 1> (x) }""",
+        [{"x": values(1, 2, h, w)} for h, w in ((1, 2), (4, 5))],
+    ),
+    "slices that reach beyond both ends": (
+        """f (float[n,3] x) => (float[a,3] last, float[b,3] rest, float[c,3] middle, float[d,3] second) {
+            first = Constant <value = int64[1] {0}> ()  minus4 = Constant <value = int64[1] {-4}> ()
+            minus1 = Constant <value = int64[1] {-1}> ()  far = Constant <value = int64[1] {9223372036854775807}> ()
+            two = Constant <value = int64[1] {2}> ()
+            last = Slice (x, minus4, far, first)  rest = Slice (x, first, minus1, first)
+            middle = Slice (x, two, minus1, first)  second = Slice (x, minus4, minus1, first, two) }""",
+        [{"x": values(n, 3)} for n in (0, 1, 2, 3, 4, 7)],
+    ),
+    "sizes that broadcast in a run only": (
+        """f (float[n,3] a, float[m,3] b, float[n,k,2] p, float[m,2,k] q) => (float[w,3] y, float[w,k,k] z) {
+            y = Add (a, b)  z = MatMul (p, q) }""",
+        [
+            {"a": values(n, 3), "b": values(m, 3), "p": values(n, 4, 2), "q": values(m, 2, 4)}
+            for n, m in ((1, 3), (3, 1), (2, 2), (0, 1))
+        ],
+    ),
+    "names of dimensions that differ in case or signs only": (
+        """f (float[n,N] x, float["a-b","a+b"] z) => (float[n,N] y, float["a-b","a+b"] w) {
+            y = Relu (x)  w = Relu (z) }""",
+        [{"x": values(2, 3), "z": values(4, 5)}],
+    ),
+    "all axes flattened into rows": (
+        "f (float[n,3] x) => (float[m,1] y) { y = Flatten <axis = 2> (x) }",
+        [{"x": values(2, 3)}],
+    ),
+    "a softplus of large numbers": (
+        "f (float[n] x) => (float[n] y) { y = Softplus (x) }",
+        [{"x": np.array([-200, -1, 0, 1, 200], np.float32)}],
+    ),
+}
+
+
+def library(model: Model, directory: Path):
+    backend = TvmCpu()
+    backend.emit(model, directory)
+    return backend.open(directory, threads=1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_operator_is_that_of_onnx_runtime(name: str, tmp_path: Path) -> None:
+    text, batches = CASES[name]
+    model = parse(text)
+    runner, session = library(model, tmp_path), Session(model)
+    for batch in batches:
+        found = runner.run(batch)
+        for output, expected in session.run(batch).items():
+            assert found[output].shape == expected.shape
+            np.testing.assert_allclose(found[output], expected, rtol=1e-5, atol=1e-6)
+
+
+REFUSED = {
+    "a window of attention": (
+        "f (float[1,2,n,8] q) => (float[1,2,n,8] y) { y = Attention <left_window_size = 2> (q, q, q) }",
+        "no kernel for Attention at .*: its queries see a window",
+    ),
+    "a pool of bytes": (
+        "f (uint8[1,1,4,4] x) => (uint8[1,1,2,2] y) { y = MaxPool <kernel_shape = [2,2], strides = [2,2]> (x) }",
+        "no kernel for MaxPool at .*: it is not over one or two axes of float32",
+    ),
+    "indices of a pool": (
+        "f (float[1,1,4,4] x) => (float[1,1,3,3] y, int64[1,1,3,3] i) { y, i = MaxPool <kernel_shape = [2,2]> (x) }",
+        "no kernel for MaxPool at .*: its output 'i' is read",
+    ),
+    "an output of another type": (
+        "f (float[n] x) => (float[n] y, double z) { y = Relu (x)  z = Constant <value = double {1.0}> () }",
+        "found DOUBLE at 'z'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_kernel_computes_is_refused(name: str, tmp_path: Path) -> None:
+    text, reason = REFUSED[name]
+    with pytest.raises(UnsupportedError, match=reason):
+        TvmCpu().emit(parse(text), tmp_path)
+
+
+UNFIT = {
+    "two sizes of an axis": (
+        "f (float[n] a, float[m] b) => (float[n] y) { y = Add (a, b) }",
+        {"a": values(3), "b": values(5)},
+    ),
+    "an axis and a constant": (
+        "f (float[n] a) => (float[4] y) { b = Constant <value = float[4] {1.0, 2.0, 3.0, 4.0}> ()  y = Add (a, b) }",
+        {"a": values(3)},
+    ),
+    "columns and rows": (
+        "f (float[2,n] a, float[m,2] b) => (float[2,2] y) { y = MatMul (a, b) }",
+        {"a": values(2, 3), "b": values(4, 2)},
+    ),
+    "another number of elements": (
+        "f (float[n] a) => (float[2,m] y) { s = Constant <value = int64[2] {2, -1}> ()  y = Reshape (a, s) }",
+        {"a": values(3)},
+    ),
+    "parts of different widths": (
+        "f (float[2,n] a, float[2,m] b) => (float[4,n] y) { y = Concat <axis = 0> (a, b) }",
+        {"a": values(2, 3), "b": values(2, 4)},
+    ),
+    "an axis that is not one": (
+        "f (float[n,2] a) => (float[2] y) { z = Constant <value = int64[1] {0}> ()  y = Squeeze (a, z) }",
+        {"a": values(3, 2)},
+    ),
+    "an image smaller than a window": (
+        "f (float[1,1,h,w] a) => (float[1,1,i,j] y) { y = MaxPool <kernel_shape = [5,5]> (a) }",
+        {"a": values(1, 1, 2, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_sizes_that_do_not_fit_together_are_refused_in_a_run(name: str, tmp_path: Path) -> None:
+    text, batch = UNFIT[name]
+    runner = library(parse(text), tmp_path)
+    with pytest.raises(InputError, match="do not fit together"):
+        runner.run(batch)
+
+
+def test_integers_are_divided_by_zero_without_harm(tmp_path: Path) -> None:
+    model = parse("f (int64[n] a, int64[n] b) => (int64[n] y) { y = Div (a, b) }")
+    a, b = np.array([7, -7, 7, np.iinfo(np.int64).min]), np.array([2, 2, 0, -1])
+    found = library(model, tmp_path).run({"a": a, "b": b})["y"]
+    assert found[:2].tolist() == [3, -3]

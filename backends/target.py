@@ -213,8 +213,7 @@ def _tvm_gpu(name: str, options: str) -> Backend:
     from qc.backends.tvm.gpu.backend import TvmGpu
     from qc.backends.tvm.gpu.languages import LANGUAGES
 
-    _without_options(f"tvm-{name}", options)
-    return TvmGpu(LANGUAGES[name])
+    return TvmGpu.parse(LANGUAGES[name], options)
 
 
 _TARGETS: dict[str, Callable[[str], Backend]] = {

@@ -68,10 +68,6 @@ def lower_to_program(model: Model, isa: Isa, *, exact: bool, cells: Cells) -> tu
     """
     lowering = Lowering(model, CpuProgram(isa), exact, cells)
     lowering.run()
-    if cells.narrow and not lowering.cached:
-        raise UnsupportedError(
-            f"Expected a decoder whose cache the library keeps, to store it as {cells.name}; found none. Leave out kv=."
-        )
     return lowering.program, lowering
 
 
@@ -121,6 +117,11 @@ class Lowering:
                 continue
             self.program.label = site_name(node)
             handlers[node.domain, node.op_type](self, node)
+        if self.cells.narrow and not self.cached:
+            raise UnsupportedError(
+                f"Expected a decoder whose cache the library keeps, to store it as {self.cells.name}; found none. "
+                "Leave out kv=."
+            )
         self._finish()
 
     def _check(self, handlers: Mapping[tuple[str, str], Handler]) -> None:

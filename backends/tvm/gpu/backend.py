@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from qc.backends.target import Coverage, PreparedRunner, Runner, Target
 from qc.backends.tvm.gpu.languages import Language
+from qc.backends.tvm.kernels.caches import cells
+from qc.ir.errors import InputError
 from qc.ir.model import Model
 from qc.ir.quant import read_weight
 from qc.passes.pipeline import Step
 
 __all__ = ["TvmGpu"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _FORMATS = (
     *(
@@ -36,9 +42,19 @@ class TvmGpu:
 
     Attributes:
         language: Of the kernels.
+        kv: What caches of keys and values are stored in.
     """
 
     language: Language
+    kv: str = "float32"
+
+    @classmethod
+    def parse(cls, language: Language, options: str) -> Self:
+        """Reads what stands behind the colon of a target: nothing, or ``kv=...``."""
+        name, _, kv = options.partition("=")
+        if name not in ("", "kv"):
+            raise InputError(f"Expected no option of tvm-{language.name} but kv=..., found {options!r}.")
+        return cls(language, cells(kv).name) if name else cls(language)
 
     @property
     def target(self) -> Target:
@@ -67,7 +83,7 @@ class TvmGpu:
         """Writes kernels, launch table, weights and library."""
         from qc.backends.tvm.gpu.emit import emit_for_gpu
 
-        emit_for_gpu(model, directory, self.language)
+        emit_for_gpu(model, directory, self.language, cells(self.kv))
 
     def streamed_bytes(self, directory: Path) -> int:
         """Bytes of weights that are read to yield one token."""

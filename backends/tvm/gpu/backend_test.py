@@ -14,11 +14,13 @@ import pytest
 from qc.backends.target import backend_for, target_names
 from qc.backends.tvm.gpu import products
 from qc.backends.tvm.gpu.build import build_kernels
+from qc.backends.tvm.gpu.caches import append
 from qc.backends.tvm.gpu.kernels import attend, normalize
 from qc.backends.tvm.gpu.languages import LANGUAGES
 from qc.backends.tvm.gpu.nvidia import ARCHITECTURES, COMPILER
 from qc.backends.tvm.gpu.weights import Words
 from qc.backends.tvm.kernels.attention import Heads
+from qc.backends.tvm.kernels.caches import CELLS
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model
 from qc.ir.runtime import Session
@@ -134,6 +136,8 @@ def test_every_language_has_the_kernels_of_a_decoder(language: str) -> None:
     kernels = {
         "rms": (normalize, ("rms", True, False)),
         "attend": (attend, (Heads(32, 32, 2, True, 0, False, 0.2),)),
+        "codes": (attend, (Heads(32, 32, 2, True, 0, False, 0.2, cells=CELLS["uint4"]),)),
+        "append": (append, (32, CELLS["float16"])),
         "row": (products.linear, (words, 384, 256, True, False, True, "none")),
         "rows": (products.linear, (words, 384, 256, False, True, False, "silu")),
     }

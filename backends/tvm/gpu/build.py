@@ -53,7 +53,7 @@ def build_kernels(kernels: Mapping[str, tuple[Any, tuple[Any, ...]]], language: 
     """
     check_versions()
     root, found = Path(__file__).parent, {}
-    sources = digest_of([*root.glob("*.py"), root.parent / "kernels/vectors.py"])
+    sources = digest_of([*root.glob("*.py"), *(root.parent / f"kernels/{n}.py" for n in ("caches", "vectors"))])
     for name, (generator, arguments) in sorted(kernels.items()):
         key = f"{sources}\n{PAIR}\n{language}\n{name}\n{generator.__qualname__}{arguments}"
         kept = cache_directory() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

@@ -29,7 +29,7 @@ def _devices() -> int:
 
 
 @pytest.fixture(scope="session")
-def on_device() -> Callable[[Model, Path, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+def on_device() -> Callable[..., dict[str, np.ndarray]]:
     """``on_device(model, directory, inputs)`` compiles for OpenCL into the directory and runs once."""
     header = ["cc", "-E", "-include", "CL/cl.h", "-x", "c", "/dev/null"]
     if shutil.which("cc") is None or subprocess.run(header, capture_output=True, check=False).returncode:
@@ -37,8 +37,8 @@ def on_device() -> Callable[[Model, Path, dict[str, np.ndarray]], dict[str, np.n
     if not _devices():
         pytest.skip("needs an OpenCL device, such as pocl-opencl-icd")
 
-    def run(model: Model, directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        backend = TvmGpu(OPENCL)
+    def run(model: Model, directory: Path, inputs: dict[str, np.ndarray], kv: str = "float32") -> dict[str, np.ndarray]:
+        backend = TvmGpu(OPENCL, kv)
         lowered, _ = PassManager(list(backend.lowering()), stage="lowering", verify=False).run(model.clone())
         backend.emit(Model.of(lowered), directory)
         return backend.open(directory).run(inputs)

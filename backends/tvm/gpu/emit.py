@@ -13,6 +13,7 @@ from qc.backends.tvm.gpu.library import GpuWriter, launch_table
 from qc.backends.tvm.gpu.nvidia import COMPILER, compile_image
 from qc.backends.tvm.gpu.ops import lower_for_gpu
 from qc.backends.tvm.host import template
+from qc.backends.tvm.kernels.caches import Cells
 from qc.backends.tvm.library import written
 from qc.backends.tvm.toolchain import require_header
 from qc.ir.model import Model
@@ -22,15 +23,21 @@ __all__ = ["LAUNCHES", "emit_for_gpu"]
 LAUNCHES = "launches.json"
 
 
-def emit_for_gpu(model: Model, directory: Path, language: Language) -> None:
+def emit_for_gpu(model: Model, directory: Path, language: Language, cells: Cells) -> None:
     """Writes everything into an existing directory.
 
     The C library is that of the language. Where it is another one than OpenCL, that of OpenCL stands aside, which runs
     in its place where the device is missing. A library for CUDA needs kernels that are compiled already, so there is
     one if the compiler is here.
+
+    Args:
+        model: A lowered model; unchanged.
+        directory: Where to.
+        language: Of the kernels.
+        cells: What caches of keys and values are stored in.
     """
     require_header("cc", OPENCL.header, f"gcc, {OPENCL.package}")
-    program, lowering = lower_for_gpu(model)
+    program, lowering = lower_for_gpu(model, cells)
     kernels = {name: k[:2] for name, k in program.kernels.items()}
     built = build_kernels(kernels, language)
     (directory / "kernels").mkdir()

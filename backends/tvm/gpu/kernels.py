@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qc.backends.tvm.gpu.caches import Rows
 from qc.backends.tvm.gpu.expressions import activate, parse
 from qc.backends.tvm.gpu.threads import BLOCK, Threads
 from qc.backends.tvm.gpu.weights import Words
@@ -262,7 +263,9 @@ def attend(name: str, h: Heads) -> Any:
     ``a = a e^(m - m') + sum e^(s - m') v``; the result is ``a / l``: "Online normalizer calculation for softmax"
     (Milakov, Gimelshein), equations 5-7. A thread scores one key of a tile, and holds every `BLOCK`-th channel of a.
     """
-    pointers = {**dict.fromkeys("qkvy", "float32"), "past": "int32", **({"bias": "float32"} if h.bias else {})}
+    held = "uint32" if h.cells.narrow else "float32"
+    pointers = {"q": "float32", "k": held, "v": held, "y": "float32", "past": "int32"}
+    pointers |= {"bias": "float32"} if h.bias else {}
     integers = ["kvheads", "s", "t", *_STRIDES, *(("bb", "bh", "bs") if h.bias else ()), "units"]
     each = -(-h.value_width // BLOCK)
     with Threads(name, pointers, integers) as k:
@@ -276,6 +279,7 @@ def attend(name: str, h: Heads) -> Any:
             values = T.bind(batch * s["vb"] + kv * s["vh"])
             high = T.bind(T.min(k.get("past", batch) + query + 1, s["t"])) if h.causal else s["t"]
             low = T.bind(T.max(high - h.window, 0)) if h.window else T.int32(0)
+            k_rows, v_rows = Rows(k, h.cells, "k", h.width), Rows(k, h.cells, "v", h.value_width)
             row, scores, powers = k.common(h.width), k.common(BLOCK), k.common(BLOCK)
             state, sums, score = k.own(2), k.own(each), k.own(1)
             with k.strided(thread, T.int32(h.width)) as c:
@@ -294,8 +298,8 @@ def attend(name: str, h: Heads) -> Any:
                 k.set(score, 0, T.float32(_NOTHING))
                 with T.If(seen), T.Then():
                     k.set(score, 0, T.float32(0))
-                    with T.serial(0, h.width) as c:
-                        k.set(score, 0, score[0] + row[c] * k.get("k", keys + key * s["ks"] + c))
+                    at = T.bind(keys + key * s["ks"])
+                    k_rows.each(at, lambda c, x: k.set(score, 0, score[0] + row[c] * x))
                     k.set(score, 0, score[0] * T.float32(h.scale))
                     if h.softcap:
                         cap = T.float32(h.softcap)
@@ -322,7 +326,7 @@ def attend(name: str, h: Heads) -> Any:
                     for n in range(each):
                         c = thread + n * BLOCK
                         with T.If(c < h.value_width), T.Then():
-                            value = k.get("v", values + (start + j) * s["vs"] + c)
+                            value = v_rows.channel(T.bind(values + (start + j) * s["vs"]), c)
                             k.set(sums, n, sums[n] + powers[j] * value)
                 k.wait()
             for n in range(each):

@@ -11,6 +11,7 @@ from qc.backends.integers import rounded_source
 from qc.backends.tvm.gpu import images, kernels, products
 from qc.backends.tvm.gpu.program import GpuProgram
 from qc.backends.tvm.gpu.weights import Words, why_decoded, words_of
+from qc.backends.tvm.kernels.caches import Cells
 from qc.backends.tvm.lower import Handler, Lowering, supported
 from qc.backends.tvm.ops.images import as_image, window_of
 from qc.backends.tvm.ops.loops import broadcast, copy
@@ -25,14 +26,14 @@ from qc.ir.quant import Weight, read_weight
 __all__ = ["GpuLowering", "lower_for_gpu"]
 
 
-def lower_for_gpu(model: Model) -> tuple[GpuProgram, Lowering]:
+def lower_for_gpu(model: Model, cells: Cells) -> tuple[GpuProgram, Lowering]:
     """Lowers a model to launches.
 
     Raises:
         UnsupportedError: If an operator, a type or a shape has no kernel; names the node.
     """
     program = GpuProgram()
-    lowering = GpuLowering(model, program, exact=True)
+    lowering = GpuLowering(model, program, exact=True, cells=cells)
     lowering.run()
     return program, lowering
 

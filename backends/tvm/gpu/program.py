@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.tvm.gpu import images
+from qc.backends.tvm.gpu import caches, images
 from qc.backends.tvm.gpu import kernels as gpu
 from qc.backends.tvm.kernels import rows
 from qc.backends.tvm.kernels.attention import Heads
+from qc.backends.tvm.kernels.caches import Cells
 from qc.backends.tvm.program import Buffer, Program, Statement, Tensor, dense
 from qc.backends.tvm.shapes import Dim, Size, dim, product
 from qc.backends.tvm.windows import Window
@@ -158,6 +159,13 @@ class GpuProgram(Program):
         tensors = [x, y, *tables, positions, self.status]
         integers = [heads, s, positions.strides[0], *strides, rows, batch * s]
         self.launch("rotate", gpu.rotate, (width, rotated, interleaved, before is not None), tensors, integers, [y])
+
+    def append(self, x: Tensor, y: Tensor, positions: Tensor, width: int, cells: Cells) -> None:
+        """Stores heads in a cache of codes, at their positions."""
+        batch, heads, s, _ = x.shape
+        strides = [t.strides[i] for t in (x, y) for i in range(3)]
+        integers = [heads, s, positions.strides[0], *strides, dim("qc_room"), batch * s]
+        self.launch("append", caches.append, (width, cells), [x, y, positions, self.status], integers, [y])
 
     def attend(
         self, shape: Heads, q: Tensor, k: Tensor, v: Tensor, y4: Tensor, y: Tensor, before: Tensor | None, keys: Dim,

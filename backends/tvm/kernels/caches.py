@@ -12,9 +12,10 @@ from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.vectors import Kernel, Vectors
 from qc.ir.errors import InputError
 
-__all__ = ["CELLS", "Cells", "Rows", "append", "cells"]
+__all__ = ["CELLS", "LARGEST_HALF", "Cells", "Rows", "append", "cells"]
 
-_LARGEST_HALF = 65504.0
+LARGEST_HALF = 65504.0
+"""The largest number of 16 bits; larger ones are stored as it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Cells:
         if not self.narrow:
             return x.view(np.uint8)
         if not self.levels:
-            return np.clip(x, -_LARGEST_HALF, _LARGEST_HALF).astype(np.float16).view(np.uint8)
+            return np.clip(x, -LARGEST_HALF, LARGEST_HALF).astype(np.float16).view(np.uint8)
         low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
         top, span = np.float32(self.levels), high - low
         inverse = np.divide(top, span, out=np.zeros_like(span), where=span > 0)
@@ -166,7 +167,7 @@ def append(isa: Isa, name: str, width: int, held: Cells) -> Any:
 def _store_halves(kernel: Kernel, _held: Cells, width: int, x: Any, y: Any) -> None:
     v, T, b = kernel.v, kernel.v.T, kernel.buffers
     with T.serial(0, width) as d:
-        value = T.bind(T.max(T.min(b["x"][x + d], T.float32(_LARGEST_HALF)), T.float32(-_LARGEST_HALF)))
+        value = T.bind(T.max(T.min(b["x"][x + d], T.float32(LARGEST_HALF)), T.float32(-LARGEST_HALF)))
         v.store(b["y"], y + 2 * d, T.reinterpret("uint8x2", T.cast(value, "float16")), 2)
 
 

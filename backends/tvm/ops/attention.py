@@ -107,10 +107,16 @@ def cache_of(at: Lowering, past: ir.Value | None, present: ir.Value, kv: int, ch
     if past not in at.cached:
         if not past.is_graph_input() or not present.is_graph_output():
             raise at.refuse(present.producer(), "its cache is not an input and output of the model")  # type: ignore[arg-type]
-        narrow = at.cells.narrow
-        row, dtype = (at.cells.row_bytes(channels), ir.DataType.UINT8) if narrow else (channels, ir.DataType.FLOAT)
-        if narrow and (present.uses() or (at.cells.bits == 4 and channels % 2)):
-            raise at.refuse(present.producer(), f"its cache cannot be kept as {at.cells.name}")  # type: ignore[arg-type]
+        row, dtype = channels, ir.DataType.FLOAT
+        if at.cells.narrow:
+            dtype = ir.DataType.UINT8
+            size = at.program.bytes_of(dtype)
+            if present.uses() or channels * at.cells.bits % (8 * size):
+                reason = (
+                    f"its cache, of {channels} channels, cannot be kept as {at.cells.name} in units of {size} bytes"
+                )
+                raise at.refuse(present.producer(), reason)  # type: ignore[arg-type]
+            row = at.cells.row_bytes(channels) // size
         at.cached[past] = at.program.cache((dim("qc_batch"), kv, dim("qc_room"), row), dtype)
     return at.cached[past]
 

@@ -28,6 +28,9 @@ DEFAULT_PROMPT = 512
 _DEFAULT_SIZE = 16
 """Default limit of a dimension that nothing is known about."""
 
+_ALL_LOGITS = "  const int64_t qc_skip = 0; /* all logits */\n  (void)qc_skip;"
+"""What tells sizes of memory, and checks of sizes, that no logits are left out."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
@@ -210,8 +213,10 @@ class Writer:
     def sizes(self, name: str, result: str, buffers: Sequence[Buffer]) -> str:
         """A function that yields the bytes of buffers."""
         body = "\n".join(f"  size[{i}] = {b.bytes.c};" for i, b in enumerate(buffers))
-        skip = "  const int64_t qc_skip = 0; /* memory for all logits */\n  (void)size; (void)qc_skip;"
-        return f"static void {name}(const int64_t *dims, {result}) {{\n{self._locals(body)}\n{skip}\n{body}\n}}"
+        return (
+            f"static void {name}(const int64_t *dims, {result}) {{\n{self._locals(body)}\n{_ALL_LOGITS}\n"
+            f"  (void)size;\n{body}\n}}"
+        )
 
     def _caches(self) -> str:
         cached = self.lowering.cached
@@ -257,7 +262,9 @@ class Writer:
             held, new = self.lowering.get(past).shape, self.lowering.get(tokens).shape
             test = f"{(held[2] + new[-1]).c} > q->room || {held[0].c} > q->batch"
         used = self._locals("\n".join([test, *conditions]))
-        return "\n".join([*lines, used, "  (void)q;", *conditions, f"  return {test} ? QC_E_LIMIT : QC_OK;\n}}"])
+        return "\n".join(
+            [*lines, used, _ALL_LOGITS, "  (void)q;", *conditions, f"  return {test} ? QC_E_LIMIT : QC_OK;\n}}"]
+        )
 
     def _ports(self) -> str:
         cached = self.lowering.cached

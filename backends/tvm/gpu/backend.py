@@ -69,12 +69,18 @@ class TvmGpu:
         return TvmCpu().lowering()
 
     def coverage(self, model: Model) -> Coverage:
-        """Every node runs on a kernel, or the model is refused; but some formats of weights become float weights."""
+        """Every node runs on a kernel, or the model is refused.
+
+        But some formats of weights become float weights, and activations are rounded in float.
+        """
+        from qc.backends.integers import rounded_source
         from qc.backends.tvm.gpu.weights import why_decoded
 
         def why(node: ir.Node) -> str:
             weight = read_weight(node.outputs[0])
             reason = why_decoded(weight.format) if weight is not None and weight.format is not None else ""
+            if weight is None and rounded_source(node.outputs[0]) is not None:
+                return "rounded in float: no kernel multiplies codes"
             return f"stored in float: {reason}" if reason else ""
 
         return Coverage.counted((node, why(node)) for node in model.graph)

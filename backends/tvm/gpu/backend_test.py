@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from qc.backends.target import backend_for, target_names
 from qc.backends.tvm.gpu import products
 from qc.backends.tvm.gpu.build import build_kernels
 from qc.backends.tvm.gpu.caches import append
-from qc.backends.tvm.gpu.kernels import attend, normalize
+from qc.backends.tvm.gpu.kernels import attend, map_elements, normalize
 from qc.backends.tvm.gpu.languages import LANGUAGES
 from qc.backends.tvm.gpu.nvidia import ARCHITECTURES, COMPILER
 from qc.backends.tvm.gpu.weights import Words
@@ -144,6 +145,16 @@ def test_every_language_has_the_kernels_of_a_decoder(language: str) -> None:
     for name, built in build_kernels(kernels, LANGUAGES[language]).items():
         assert built.entry in built.source
         assert set(built.parameters[: built.buffers]) == set(built.declared[: built.buffers_declared]), name
+
+
+@pytest.mark.parametrize("language", sorted(LANGUAGES))
+def test_sources_hold_numbers_with_all_digits(language: str) -> None:
+    number = float.fromhex("0x1.b6db6ep-4")
+    kernels = {"scaled": (map_elements, (f"rintf({{a}} * {number.hex()}f)", ("float32",), "float32", 1))}
+    source = build_kernels(kernels, LANGUAGES[language])["scaled"].source
+    assert np.float32(number) in [np.float32(text) for text in re.findall(r"\d\.\d+e[+-]\d+", source)]
+    rounding = {"cuda": "nearbyintf", "opencl": "rint", "metal": "rint", "webgpu": "round"}[language]
+    assert re.search(rf"\b{rounding}\(", source)
 
 
 def test_other_languages_run_as_opencl_where_their_device_is_missing(

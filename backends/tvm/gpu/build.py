@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def _build(function: Any, name: str, language: Language) -> Built:
     (kind, device), = devices.items()  # fmt: skip
     device = finish()(device)
     (kernel,) = device.functions.values()
-    source = tvm.get_global_func(f"target.build.{language.name}")(device, kind).inspect_source()
+    source = _exact(tvm.get_global_func(f"target.build.{language.name}")(device, kind).inspect_source(), device)
+    for theirs, ours in language.spelled.items():
+        source = re.sub(rf"\b{theirs}\b", ours, source)
     parameters = [str(p.name) for p in kernel.params]
     pointers = [p.removesuffix("_ptr") for p in parameters if p.endswith("_ptr")]
     if any(p.endswith("_ptr") for p in parameters[len(pointers) :]):
@@ -103,6 +106,16 @@ def _build(function: Any, name: str, language: Language) -> Built:
         (*held, *integers, *sizes),
         len(held),
     )
+
+
+def _exact(source: str, device: Any) -> str:
+    """The source with nine digits of each number, which tell all floats apart; TVM prints seven."""
+    import tvm
+
+    nodes = json.loads(tvm.ir.save_json(device))["nodes"]
+    numbers = [abs(node["data"]["value"]) for node in nodes if node["type"] == "ir.FloatImm"]
+    digits = {f"{number:.6e}": f"{number:.8e}" for number in numbers}
+    return re.sub(r"\d\.\d{6}e[+-]\d+", lambda found: digits.get(found[0], found[0]), source)
 
 
 def _scheduled(module: Any, name: str) -> Any:

@@ -17,7 +17,7 @@ from qc.backends.tvm.kernels.attention import Heads
 
 __all__ = [
     "activation", "attend", "decode_rows", "gated", "gather", "gather_nd", "map_elements", "normalize", "reduce_axes",
-    "rotate", "softmax",
+    "rotate", "row_ranges", "softmax",
 ]  # fmt: skip
 
 _NOTHING = -3.0e38
@@ -128,6 +128,25 @@ def softmax(name: str) -> Any:
             total = _sum(k, thread, n, power)
             with k.strided(thread, n) as i:
                 k.put("y", row * k.sizes["ldy"] + i, power(i) / total)
+    return k.function()
+
+
+def row_ranges(name: str) -> Any:
+    """The smallest and the largest entry of each row; a block for each."""
+    with Threads(name, dict.fromkeys(("x", "low", "high"), "float32"), ("ld", "n", "units")) as k:
+        T, s = k.T, k.sizes
+        with k.blocks(s["units"]) as (row, thread):
+            start, ends = T.bind(row * s["ld"]), k.own(2)
+            for slot in range(2):
+                k.set(ends, slot, k.get("x", start))
+            with k.strided(thread, s["n"]) as i:
+                x = k.get("x", start + i)
+                k.set(ends, 0, T.min(ends[0], x))
+                k.set(ends, 1, T.max(ends[1], x))
+            low, high = k.fold(thread, ends[0], T.min), k.fold(thread, ends[1], T.max)
+            with T.If(thread == 0), T.Then():
+                k.put("low", row, low)
+                k.put("high", row, high)
     return k.function()
 
 

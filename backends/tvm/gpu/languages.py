@@ -22,6 +22,7 @@ class Language:
         link: What the library of that host is linked with.
         header: What that file includes.
         package: What to install where its headers or libraries are missing.
+        spelled: What it calls functions that TVM spells in another way, by TVM's names.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Language:
     link: tuple[str, ...] = ()
     header: str = ""
     package: str = ""
+    spelled: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 OPENCL = Language(
@@ -42,7 +44,9 @@ OPENCL = Language(
 CUDA = Language(
     "cuda", "CUDA kernels and, with nvcc, a C library that launches them", "cu", host="cuda.c", link=("-ldl",)
 )
-METAL = Language("metal", "Metal kernels and a launch table", "metal", {"max_num_threads": 256})
+METAL = Language(
+    "metal", "Metal kernels and a launch table", "metal", {"max_num_threads": 256}, spelled={"nearbyint": "rint"}
+)
 WEBGPU = Language(
     "webgpu", "WebGPU kernels and a module for browsers that launches them", "wgsl", {"max_num_threads": 256},
     module="model.mjs",

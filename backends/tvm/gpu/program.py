@@ -13,6 +13,7 @@ from qc.backends.tvm.gpu import caches, images
 from qc.backends.tvm.gpu import kernels as gpu
 from qc.backends.tvm.kernels import rows
 from qc.backends.tvm.kernels.attention import Heads
+from qc.backends.tvm.kernels.bytes import row_ranges
 from qc.backends.tvm.kernels.caches import Cells
 from qc.backends.tvm.program import Buffer, Program, Statement, Tensor, dense
 from qc.backends.tvm.shapes import Dim, Size, dim, product
@@ -24,6 +25,7 @@ __all__ = ["GpuProgram", "Launch"]
 _WORD = 4
 
 _KERNELS = {
+    row_ranges: gpu.row_ranges,
     rows.activation: gpu.activation,
     rows.gated: gpu.gated,
     rows.normalize: gpu.normalize,

@@ -37,14 +37,18 @@ static void device_end(device *d) {
   if (d->context != NULL) clReleaseContext(d->context);
 }
 
-/* All kernels as one program: compilers take long to begin. */
+/* All kernels as one program: compilers take long to begin. Quotients are rounded as elsewhere where the device can: codes
+   of activations are rounded from them. */
 static int program_make(device *d, const kernel_facts *facts) {
   cl_int code = CL_SUCCESS;
   const char *sources[KERNELS + 1];
   for (int i = 0; i < KERNELS; i++) sources[i] = facts[i].source;
   d->program = clCreateProgramWithSource(d->context, KERNELS, sources, NULL, &code);
   CL_TRY(code);
-  CL_TRY(clBuildProgram(d->program, 1, &d->id, "", NULL, NULL));
+  cl_device_fp_config able = 0;
+  CL_TRY(clGetDeviceInfo(d->id, CL_DEVICE_SINGLE_FP_CONFIG, sizeof able, &able, NULL));
+  const char *options = able & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "-cl-fp32-correctly-rounded-divide-sqrt" : "";
+  CL_TRY(clBuildProgram(d->program, 1, &d->id, options, NULL, NULL));
   return QC_OK;
 }
 

@@ -158,14 +158,24 @@ def _parameters(at: Lowering, grid: Grid, x: Tensor, m: Dim, columns: int, ld: D
     low, high = at.program.tensor((m,)), at.program.tensor((m,))
     name = at.program.kernel("ranges", row_ranges, pointers=3, integers=2)
     at.program.call(name, [x, low, high], [ld, columns], m, writes=[low, high])
-    at.program.use("grids")
-    at.program.add(
-        f"grids({low.c}, {high.c}, {scale.c}, {zero.c}, {m.c}, {int(not grid.token)}, {int(grid.signed)}, {grid.bits}, "
-        f"{float(np.float32(grid.clip))!r}f, {grid.shift});",
-        [low, high],
-        [scale, zero],
-    )
+    if not grid.token:
+        low, high = (_reduced(at, kind, x) for kind, x in (("ReduceMin", low), ("ReduceMax", high)))
+    if grid.signed:
+        factor = np.float32(grid.clip) / np.float32((1 << (grid.bits - 1)) - 1)
+        loop(at, f"fmaxf(fmaxf(-{{a}}, {{b}}) * {float(factor).hex()}f, 1e-30f)", [low, high], scale)
+        fill(at, zero, "0")
+        return scale, zero
+    clip = f"{float(np.float32(grid.clip)).hex()}f"
+    first, last = f"{clip} * fminf({{a}}, 0.0f)", f"{clip} * fmaxf({{b}}, 0.0f)"
+    loop(at, f"fmaxf(({last} - {first}) / {(1 << grid.bits) - 1}.0f, 1e-30f)", [low, high], scale)
+    loop(at, f"(int32_t)rintf(-({first}) / {{b}}) - {grid.shift}", [low, scale], zero)
     return scale, zero
+
+
+def _reduced(at: Lowering, kind: str, x: Tensor) -> Tensor:
+    found = at.program.tensor((1,))
+    at.program.reduce(kind, x, 0, found)
+    return found
 
 
 @operator("QuantizeLinear", "DynamicQuantizeLinear")

@@ -62,14 +62,12 @@ class Dim:
 
     @property
     def c(self) -> str:
-        """The C expression."""
+        """The C expression, which may stand anywhere in another."""
         if not self.terms:
             return "0"
-        parts = []
-        for m, c in self.terms:
-            factors = [*([str(c)] if c != 1 or not m else []), *m]
-            parts.append(" * ".join(factors))
-        return " + ".join(parts) if len(parts) == 1 else f"({' + '.join(parts)})"
+        parts = [[*([str(c)] if c != 1 or not m else []), *m] for m, c in self.terms]
+        text = " + ".join(" * ".join(factors) for factors in parts)
+        return f"({text})" if len(parts) > 1 or len(parts[0]) > 1 else text
 
 
 Size = int | Dim

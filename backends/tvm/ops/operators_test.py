@@ -57,6 +57,12 @@ CASES = {
             for n, m in ((1, 3), (3, 1), (2, 2), (0, 1))
         ],
     ),
+    "products of as many matrices as a product of dimensions says": (
+        """f (float[n,m,2,3] a, float[n,m,3,2] b) => (float[w,2,2] y) {
+            s = Constant <value = int64[3] {-1, 2, 3}> ()  t = Constant <value = int64[3] {-1, 3, 2}> ()
+            p = Reshape (a, s)  q = Reshape (b, t)  y = MatMul (p, q) }""",
+        [{"a": values(2, 3, 2, 3), "b": values(2, 3, 3, 2)}],
+    ),
     "names of dimensions that differ in case or signs only": (
         """f (float[n,N] x, float["a-b","a+b"] z) => (float[n,N] y, float["a-b","a+b"] w) {
             y = Relu (x)  w = Relu (z) }""",

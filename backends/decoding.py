@@ -30,19 +30,29 @@ def generate(
     Raises:
         InputError: If the model does not generate text, or the prompt does not fit it.
     """
-    limit = context_limit(runner.provenance)
     if runner.signature.input("decoder_tokens") is None:
-        return _decoder(runner, tokens, plan(runner.signature, tokens, max_tokens, limit), stop, sampling)
-    start = decoder_start(runner.provenance)
+        return _decoder(runner, tokens, plan(runner, tokens, max_tokens), stop, sampling)
+    _require_text(runner.signature, tokens)
+    start, limit = decoder_start(runner.provenance), context_limit(runner.provenance)
     return _encoder_decoder(runner, tokens, start, min(max_tokens, limit or max_tokens), stop, sampling)
 
 
-def plan(signature: Signature, tokens: Sequence[int], max_tokens: int, limit: int | None) -> int:
-    """Checks that a text can be generated and returns how many tokens fit.
+def plan(runner: Runner, tokens: Sequence[int], max_tokens: int) -> int:
+    """Checks that a decoder can go on with a text, and returns for how many tokens.
 
     Raises:
         InputError: If the model does not generate text, or the prompt is empty or too long.
     """
+    _require_text(runner.signature, tokens)
+    limit = context_limit(runner.provenance)
+    if limit is None:
+        return max_tokens
+    if len(tokens) >= limit:
+        raise InputError(f"Expected a prompt of fewer than {limit} tokens, found {len(tokens)}. Shorten it.")
+    return min(max_tokens, limit - len(tokens))
+
+
+def _require_text(signature: Signature, tokens: Sequence[int]) -> None:
     require_tokens(signature)
     if signature.output("logits") is None:
         raise InputError(
@@ -51,11 +61,6 @@ def plan(signature: Signature, tokens: Sequence[int], max_tokens: int, limit: in
         )
     if len(tokens) == 0:
         raise InputError("Expected a prompt of at least one token, found none.")
-    if limit is None:
-        return max_tokens
-    if len(tokens) >= limit:
-        raise InputError(f"Expected a prompt of fewer than {limit} tokens, found {len(tokens)}. Shorten it.")
-    return min(max_tokens, limit - len(tokens))
 
 
 def context_limit(provenance: Mapping[str, str]) -> int | None:
@@ -105,7 +110,6 @@ def _decoder(
 def _encoder_decoder(
     runner: Runner, tokens: Sequence[int], start: int, max_tokens: int, stop: Sequence[int], sampling: Sampling
 ) -> Iterator[int]:
-    plan(runner.signature, tokens, max_tokens, None)
     logits = runner.signature.output("logits")
     assert logits is not None
     text, ends, choose = [start], frozenset(stop), sampling.chooser()

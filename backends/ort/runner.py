@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qc.backends.decoding import context_limit, generate, plan
+from qc.backends.decoding import generate, plan
 from qc.backends.inputs import cache_shape, check_inputs, text_inputs
 from qc.backends.ort.emit import MODEL
 from qc.backends.ort.genai import shares_buffer
@@ -88,8 +88,7 @@ class OrtRunner:
         """
         if not self.signature.caches:
             return generate(self, tokens, max_tokens, stop, sampling)
-        limit = context_limit(self.provenance)
-        return self._cached(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop), sampling)
+        return self._cached(tokens, plan(self, tokens, max_tokens), frozenset(stop), sampling)
 
     def _cached(
         self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int], sampling: Sampling

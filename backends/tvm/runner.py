@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.decoding import context_limit, generate, plan
+from qc.backends.decoding import generate, plan
 from qc.backends.inputs import check_inputs
 from qc.backends.sampling import GREEDY, Sampling
 from qc.backends.tvm.emit import EMULATED, FACTS, LIBRARY, WEIGHTS, library_directory
@@ -136,8 +136,7 @@ class TvmRunner:
         """
         if not self._decoder:
             return generate(self, tokens, max_tokens, stop, sampling)
-        limit = context_limit(self.provenance)
-        return self._generate(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop), sampling)
+        return self._generate(tokens, plan(self, tokens, max_tokens), frozenset(stop), sampling)
 
     def _generate(
         self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int], sampling: Sampling

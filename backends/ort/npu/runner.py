@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.decoding import context_limit, generate, plan
+from qc.backends.decoding import generate, plan
 from qc.backends.inputs import check_inputs, text_inputs
 from qc.backends.ort.npu.device import CpuSession, FixedSession, open_session
 from qc.backends.ort.npu.emit import FACTS, OUTER
@@ -86,8 +86,7 @@ class FixedRunner:
         """
         if not self.signature.caches:
             return generate(self, tokens, max_tokens, stop, sampling)
-        limit = context_limit(self.provenance)
-        return self._generate(tokens, plan(self.signature, tokens, max_tokens, limit), frozenset(stop), sampling)
+        return self._generate(tokens, plan(self, tokens, max_tokens), frozenset(stop), sampling)
 
     def _generate(
         self, tokens: Sequence[int], max_tokens: int, stop: frozenset[int], sampling: Sampling

@@ -100,6 +100,29 @@ class CpuProgram(Program):
         places = f"{count.c}, {len(sizes)}, DIMS({_listed(sizes)}), {size}"
         self.add(f"TRY(gather_nd({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
 
+    def gather_elements(self, x: Tensor, indices: Tensor, y: Tensor, axis: int) -> None:
+        """One element along an axis for each index."""
+        kind = C_TYPES[x.dtype][0]
+        self.use("gather_elements", kind)
+        places = (
+            f"{len(x.shape)}, {axis}, {x.shape[axis].c}, DIMS({_listed(indices.shape)}), DIMS({_listed(x.strides)})"
+        )
+        self.add(f"TRY(gather_elements_{kind}({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
+
+    def top_k(self, x: Tensor, y: Tensor, places: Tensor, count: Dim, *, largest: bool) -> None:
+        """The first `count` of each row in order, with their places, the first of equals first."""
+        kind = C_TYPES[x.dtype][0]
+        self.use("top_k", kind)
+        sizes = ", ".join(s.c for s in (product(x.shape[:-1]), x.shape[-1], count))
+        self.add(f"top_k_{kind}({x.c}, {y.c}, {places.c}, {sizes}, {int(largest)});", [x], [y, places])
+
+    def cum_sum(self, x: Tensor, y: Tensor, axis: int) -> None:
+        """Running sums of an axis."""
+        kind = C_TYPES[x.dtype][0]
+        self.use("cum_sum", kind)
+        sizes = ", ".join(s.c for s in (product(x.shape[:axis]), x.shape[axis], product(x.shape[axis + 1 :])))
+        self.add(f"cum_sum_{kind}({x.c}, {y.c}, {sizes});", [x], [y])
+
     def pool(self, kind: str, window: Window, x: Tensor, y: Tensor) -> None:
         """One number of each window: the ``largest``, or the mean of what is ``inside`` or ``padded`` with zeros."""
         self.use("pool")

@@ -1,4 +1,4 @@
-"""GPU kernels of our own schedule: maps, rows, look-ups, rotation of heads and attention.
+"""GPU kernels of our own schedule: maps, rows, rotation of heads and attention.
 
 Parameters and meaning are those of the kernels for processors with the same names, `qc.backends.tvm.kernels`, with the
 number of units as last integer.
@@ -12,11 +12,10 @@ from typing import Any
 from qc.backends.tvm.gpu.caches import Rows
 from qc.backends.tvm.gpu.expressions import activate, parse
 from qc.backends.tvm.gpu.threads import BLOCK, Threads
-from qc.backends.tvm.gpu.weights import Words
 from qc.backends.tvm.kernels.attention import Heads
 
 __all__ = [
-    "activation", "attend", "decode_rows", "gated", "gather", "gather_nd", "map_elements", "normalize", "reduce_axes",
+    "activation", "attend", "gated", "map_elements", "normalize", "reduce_axes",
     "rotate", "row_ranges", "softmax",
 ]  # fmt: skip
 
@@ -196,47 +195,6 @@ def reduce_axes(name: str, kind: str, dtype: str, kept: int, rank: int) -> Any:
             found = T.sqrt(found) if kind == "ReduceL2" else found
             with T.If(thread == 0), T.Then():
                 k.put("y", block, found)
-    return k.function()
-
-
-def gather(name: str, kind: str) -> Any:
-    """``y[o, j, i] = x[o, index[j], i]``; an index counts from the end if it is negative."""
-    pointers = {"x": kind, "index": "int32", "y": kind, "status": "int32"}
-    with Threads(name, pointers, ("outer", "n", "count", "inner")) as k:
-        T, s = k.T, k.sizes
-        with k.elements(s["outer"] * s["count"] * s["inner"]) as i:
-            o, j, c = k.split(i, [s["outer"], s["count"], s["inner"]])
-            index = k.get("index", j)
-            index = k.checked(T.bind(T.if_then_else(index < 0, index + s["n"], index)), s["n"])
-            k.put("y", i, k.get("x", (o * s["n"] + index) * s["inner"] + c))
-    return k.function()
-
-
-def gather_nd(name: str, kind: str, depth: int) -> Any:
-    """``y[j, i] = x[index[j, 0], index[j, 1], ..., i]``."""
-    sizes = [f"n{a}" for a in range(depth)]
-    with Threads(name, {"x": kind, "index": "int32", "y": kind, "status": "int32"}, [*sizes, "count", "width"]) as k:
-        T, s = k.T, k.sizes
-        with k.elements(s["count"] * s["width"]) as i:
-            j, c = k.split(i, [s["count"], s["width"]])
-            at: Any = T.int32(0)
-            for axis, size in enumerate(sizes):
-                index = k.get("index", j * depth + axis)
-                at = at * s[size] + k.checked(T.bind(T.if_then_else(index < 0, index + s[size], index)), s[size])
-            k.put("y", i, k.get("x", at * s["width"] + c))
-    return k.function()
-
-
-def decode_rows(name: str, words: Words, rows: int, columns: int) -> Any:
-    """Rows of a quantized weight as floats."""
-    pointers = {**words.pointers, "index": "int32", "y": "float32", "status": "int32"}
-    with Threads(name, pointers, ("count",)) as k:
-        T, value = k.T, words.flat(k.get, rows, columns)
-        with k.elements(k.sizes["count"] * columns) as i:
-            j, c = k.split(i, [k.sizes["count"], T.int32(columns)])
-            index = k.get("index", j)
-            row = k.checked(T.bind(T.if_then_else(index < 0, index + rows, index)), T.int32(rows))
-            k.put("y", i, value(row, c))
     return k.function()
 
 

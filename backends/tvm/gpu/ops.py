@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.integers import rounded_source
-from qc.backends.tvm.gpu import images, kernels, products
+from qc.backends.tvm.gpu import images, lookups, products
 from qc.backends.tvm.gpu.program import GpuProgram
 from qc.backends.tvm.gpu.weights import Words, why_decoded, words_of
 from qc.backends.tvm.kernels.caches import Cells
@@ -145,7 +145,7 @@ def _gather(at: GpuLowering, node: ir.Node) -> None:
     y = at.result(node.outputs[0], (*indices.shape, weight.shape[1]))
     arguments = (_words(weight), *weight.shape)
     tensors = [*_weight(at, weight), indices, y, at.program.status]
-    at.program.launch("decode", kernels.decode_rows, arguments, tensors, [indices.elements], [y])
+    at.program.launch("decode", lookups.decode_rows, arguments, tensors, [indices.elements], [y])
 
 
 def _matmul(at: GpuLowering, node: ir.Node) -> None:

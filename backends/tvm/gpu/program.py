@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.tvm.gpu import caches, images
+from qc.backends.tvm.gpu import caches, images, lookups, order
 from qc.backends.tvm.gpu import kernels as gpu
 from qc.backends.tvm.kernels import rows
 from qc.backends.tvm.kernels.attention import Heads
@@ -147,7 +147,7 @@ class GpuProgram(Program):
     def gather(self, table: Tensor, indices: Tensor, y: Tensor, outer: Dim, n: Dim, inner: Dim) -> None:
         """``y[o, j, i] = table[o, indices[j], i]``."""
         tensors = [table, indices, y, self.status]
-        self.launch("gather", gpu.gather, (_kind(table),), tensors, [outer, n, indices.elements, inner], [y])
+        self.launch("gather", lookups.gather, (_kind(table),), tensors, [outer, n, indices.elements, inner], [y])
 
     def rotate(
         self, x: Tensor, y: Tensor, tables: list[Tensor], positions: Tensor, width: int, rotated: int,
@@ -182,7 +182,23 @@ class GpuProgram(Program):
     def gather_nd(self, x: Tensor, indices: Tensor, y: Tensor, sizes: Sequence[Dim], width: Dim) -> None:
         """Slices of `width` elements, by tuples of indices into axes of these sizes."""
         integers = [*sizes, product(indices.shape[:-1]), width]
-        self.launch("gather_nd", gpu.gather_nd, (_kind(x), len(sizes)), [x, indices, y, self.status], integers, [y])
+        self.launch("gather_nd", lookups.gather_nd, (_kind(x), len(sizes)), [x, indices, y, self.status], integers, [y])
+
+    def gather_elements(self, x: Tensor, indices: Tensor, y: Tensor, axis: int) -> None:
+        """One element along an axis for each index."""
+        integers = [x.shape[axis], *indices.shape, *x.strides]
+        arguments, tensors = (_kind(x), len(x.shape), axis), [x, indices, y, self.status]
+        self.launch("gather_elements", lookups.gather_elements, arguments, tensors, integers, [y])
+
+    def top_k(self, x: Tensor, y: Tensor, places: Tensor, count: Dim, *, largest: bool) -> None:
+        """The first `count` of each row in order, with their places, the first of equals first."""
+        integers = [x.shape[-1], count, product(x.shape[:-1])]
+        self.launch("top_k", order.top_k, (_kind(x), largest), [x, y, places], integers, [y, places])
+
+    def cum_sum(self, x: Tensor, y: Tensor, axis: int) -> None:
+        """Running sums of an axis."""
+        integers = [product(x.shape[:axis]), x.shape[axis], product(x.shape[axis + 1 :])]
+        self.launch("cum_sum", order.cum_sum, (_kind(x),), [x, y], integers, [y])
 
     def pool(self, kind: str, window: Window, x: Tensor, y: Tensor) -> None:
         """One number of each window: the ``largest``, or the mean of what is ``inside`` or ``padded`` with zeros."""

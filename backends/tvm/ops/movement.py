@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.loops import broadcast, copy, fill, loop
-from qc.backends.tvm.program import C_TYPES, Tensor, dense
+from qc.backends.tvm.program import Tensor, dense
 from qc.backends.tvm.shapes import Dim, Size, bounded, dim, divide, largest, product, stride_of
 
 __all__ = [
@@ -405,12 +405,4 @@ def gather_elements(at: Lowering, node: ir.Node) -> None:
             at.program.require_within(indices.shape[i], x.shape[i])
     x, indices = at.stored(x), at.contiguous(indices)
     y = at.result(node.outputs[0], indices.shape, x.dtype)
-    kind = C_TYPES[x.dtype][0]
-    at.program.use("gather_elements", kind)
-    sizes, strides = (", ".join(s.c for s in values) for values in (indices.shape, x.strides))
-    at.program.add(
-        f"TRY(gather_elements_{kind}({x.c}, {indices.c}, {y.c}, {rank}, {axis}, {x.shape[axis].c}, DIMS({sizes}), "
-        f"DIMS({strides})));",
-        [x, indices],
-        [y],
-    )
+    at.program.gather_elements(x, indices, y, axis)

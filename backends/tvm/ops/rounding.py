@@ -12,7 +12,7 @@ from qc.backends.tvm.kernels.bytes import PADDING, quantize_grid, row_ranges
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.loops import fill, loop
 from qc.backends.tvm.program import Tensor
-from qc.backends.tvm.shapes import Dim
+from qc.backends.tvm.shapes import Dim, Size
 from qc.ir import dialect
 from qc.ir.quant import Weight, read_weight
 from qc.passes.canonicalize._graph import stored
@@ -147,7 +147,7 @@ def _codes(at: Lowering, grid: Grid, x: Tensor, m: Dim, columns: int, ld: Dim) -
     return Codes(q, scale, total, None if plain else zero, m)
 
 
-def _parameters(at: Lowering, grid: Grid, x: Tensor, m: Dim, columns: int, ld: Dim) -> tuple[Tensor, Tensor]:
+def _parameters(at: Lowering, grid: Grid, x: Tensor, m: Dim, columns: Size, ld: Dim) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row."""
     scale, zero = at.program.tensor((m,)), at.program.tensor((m,), ir.DataType.INT32)
     if grid.scale is not None:
@@ -211,17 +211,15 @@ def round_in_float(at: Lowering, node: ir.Node, source: ir.Node | None) -> None:
     y = at.result(value, x.shape)
     low, high = grid.ends
     rounded = f"(fminf(fmaxf(rintf({{a}} / {{b}}) + (float){{c}}, {low}.0f), {high}.0f) - (float){{c}}) * {{b}}"
-    if grid.scale is None or grid.scale.size == 1:
+    if grid.scale is None:
         rows, m, k, ld = at.rows(x)
-        columns = k.constant
-        if columns is None:
-            raise at.refuse(node, "the length of its rows is unknown")
-        scale, zero = (t.view((m, 1), (1, 0)) for t in _parameters(at, grid, rows, m, columns, ld))
+        scale, zero = (t.view((m, 1), (1, 0)) for t in _parameters(at, grid, rows, m, k, ld))
         loop(at, rounded, [rows.view((m, k), (ld, 1)), scale, zero], y.view((m, k), (k, 1)))
         return
     assert grid.zero is not None
     shape = [1] * len(x.shape)
-    shape[grid.axis] = grid.scale.size
+    if grid.scale.size > 1:
+        shape[grid.axis] = grid.scale.size
     scale = at.program.array(grid.scale.reshape(shape))
     zero = at.program.array((np.broadcast_to(grid.zero, grid.scale.shape) - grid.shift).astype(np.int32).reshape(shape))
     loop(at, rounded, [x, scale, zero], y)

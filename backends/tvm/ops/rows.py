@@ -10,8 +10,7 @@ import onnx_ir as ir
 from qc.backends.tvm.c_loops import REDUCTIONS
 from qc.backends.tvm.kernels.rows import normalize, softmax
 from qc.backends.tvm.lower import Lowering, operator
-from qc.backends.tvm.program import C_TYPES
-from qc.backends.tvm.shapes import dim, product
+from qc.backends.tvm.shapes import dim
 
 __all__ = ["arg_max", "cum_sum", "global_average_pool", "normalization", "reduce", "softmax_", "top_k"]
 
@@ -106,15 +105,7 @@ def arg_max(at: Lowering, node: ir.Node) -> None:
     if not at.attribute(node, "keepdims", 1):
         shape = [x.shape[i] for i in keep]
     y = at.result(node.outputs[0], shape, ir.DataType.INT64)
-    kind = C_TYPES[x.dtype][0]
-    at.program.functions[f"arg_max_{kind}"] = (
-        f"static void arg_max_{kind}(const {kind} *x, int64_t *y, int64_t rows, int64_t n) {{\n"
-        "  for (int64_t i = 0; i < rows; i++, x += n) {\n"
-        "    y[i] = 0;\n"
-        "    for (int64_t j = 1; j < n; j++) if (x[j] > x[y[i]]) y[i] = j;\n  }\n}"
-    )
-    rows = product(turned.shape[:-1])
-    at.program.add(f"arg_max_{kind}({turned.c}, {y.c}, {rows.c}, {turned.shape[-1].c});", [turned], [y])
+    at.program.top_k(turned, at.program.tensor(y.shape, x.dtype), y, dim(1), largest=True)
 
 
 @operator("CumSum")
@@ -128,14 +119,7 @@ def cum_sum(at: Lowering, node: ir.Node) -> None:
     x = at.contiguous(x)
     number %= len(x.shape)
     y = at.result(node.outputs[0], x.shape, x.dtype)
-    kind = C_TYPES[x.dtype][0]
-    at.program.functions[f"cum_sum_{kind}"] = (
-        f"static void cum_sum_{kind}(const {kind} *x, {kind} *y, int64_t outer, int64_t n, int64_t inner) {{\n"
-        "  for (int64_t o = 0; o < outer; o++, x += n * inner, y += n * inner)\n"
-        "    for (int64_t i = 0; i < n * inner; i++) y[i] = x[i] + (i < inner ? 0 : y[i - inner]);\n}"
-    )
-    outer, inner = product(x.shape[:number]), product(x.shape[number + 1 :])
-    at.program.add(f"cum_sum_{kind}({x.c}, {y.c}, {outer.c}, {x.shape[number].c}, {inner.c});", [x], [y])
+    at.program.cum_sum(x, y, number)
 
 
 @operator("TopK")
@@ -152,9 +136,4 @@ def top_k(at: Lowering, node: ir.Node) -> None:
     shape = (*x.shape[:-1], count)
     y = at.result(node.outputs[0], shape)
     places = at.result(node.outputs[1], shape, ir.DataType.INT64)
-    at.program.use("top_k")
-    largest = int(bool(at.attribute(node, "largest", 1)))
-    rows = product(x.shape[:-1])
-    at.program.add(
-        f"top_k({x.c}, {y.c}, {places.c}, {rows.c}, {x.shape[-1].c}, {count.c}, {largest});", [x], [y, places]
-    )
+    at.program.top_k(x, y, places, count, largest=bool(at.attribute(node, "largest", 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -14,7 +15,7 @@ from qc.backends.tvm.cpu_program import CpuProgram
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.caches import CELLS, Cells
 from qc.backends.tvm.program import C_TYPES, Buffer, Program, Tensor, dense
-from qc.backends.tvm.shapes import Dim, Size, c_name, dim, product
+from qc.backends.tvm.shapes import Dim, Size, c_name, dim, product, spelled
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model
 from qc.ir.quant import read_weight
@@ -235,11 +236,33 @@ class Lowering:
 
     def set(self, value: ir.Value, tensor: Tensor) -> None:
         """Says where the value of an output of a node lies."""
-        self._tensors[value] = tensor
+        shape = self._sizes(value, tensor.shape)
+        strides = dense(shape) if tensor.contiguous else tensor.strides
+        self._tensors[value] = dataclasses.replace(tensor, shape=shape, strides=strides)
+
+    def spelled(self, value: ir.Value, axis: int) -> Dim | None:
+        """The size of an axis as the graph spells it, None if it does not in terms of the sizes of inputs."""
+        shape = value.shape
+        if shape is None or axis >= len(shape):
+            return None
+        size = shape[axis]
+        if isinstance(size, int):
+            return dim(size)
+        return None if size.value is None else spelled(str(size.value), self.program.dims)
+
+    def _sizes(self, value: ir.Value, shape: Sequence[Dim]) -> tuple[Dim, ...]:
+        """Sizes that it takes a function to compute, as the graph spells them: else they grow from layer to layer."""
+        found = []
+        for axis, size in enumerate(shape):
+            short = self.spelled(value, axis) if size.calls and len(shape) == len(value.shape or ()) else None
+            if short is not None:
+                self.program.require_equal(size, short)
+            found.append(size if short is None else short)
+        return tuple(found)
 
     def result(self, value: ir.Value, shape: Sequence[Size], dtype: ir.DataType = ir.DataType.FLOAT) -> Tensor:
         """A tensor for the output of a node: the caller's array if it is an output of the model."""
-        sizes = tuple(map(dim, shape))
+        sizes = self._sizes(value, tuple(map(dim, shape)))
         self.program.require_sizes(sizes)
         if value in self._outputs and dtype in C_TYPES:
             buffer = Buffer("output", self._outputs[value], product(sizes) * self.program.bytes_of(dtype))

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import itertools
+import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["Dim", "Size", "bounded", "c_name", "dim", "divide", "largest", "product", "smallest", "stride_of", "wider"]
+__all__ = [
+    "Dim",
+    "Size",
+    "bounded",
+    "c_name",
+    "dim",
+    "divide",
+    "largest",
+    "product",
+    "smallest",
+    "spelled",
+    "stride_of",
+    "wider",
+]
 
 _ALL = 1 << 30
 """A limit that stands for the end of any axis."""
@@ -36,6 +52,11 @@ class Dim:
         if not self.terms:
             return 0
         return self.terms[0][1] if len(self.terms) == 1 and not self.terms[0][0] else None
+
+    @property
+    def calls(self) -> bool:
+        """Whether it takes a function to compute it."""
+        return any("(" in symbol for m, _ in self.terms for symbol in m)
 
     def __add__(self, other: Size) -> Dim:
         terms = dict(self.terms)
@@ -118,7 +139,7 @@ def largest(a: Size, b: Size) -> Dim:
     a, b = dim(a), dim(b)
     if a.constant is not None and b.constant is not None:
         return dim(max(a.constant, b.constant))
-    return a if a == b else dim(f"qc_max({a.c}, {b.c})")
+    return a if a == b or (b == dim(0) and "-" not in a.c) else dim(f"qc_max({a.c}, {b.c})")
 
 
 def smallest(a: Size, b: Size) -> Dim:
@@ -136,7 +157,24 @@ def wider(a: Size, b: Size) -> Dim:
         return b if a.constant == 1 else a
     if b.constant is not None:
         return a if b.constant == 1 else b
-    return a if a == b else dim(f"qc_wide({a.c}, {b.c})")
+    parts = sorted({*_parts(a), *_parts(b)}, key=lambda size: size.c)
+    if len(parts) == 1:
+        return a
+    symbol = _Wide(functools.reduce(lambda text, size: f"qc_wide({text}, {size.c})", parts[1:], parts[0].c))
+    symbol.parts = tuple(parts)
+    return dim(symbol)
+
+
+class _Wide(str):
+    """What several sizes broadcast to; it remembers them, each once, so that it does not grow where they come again."""
+
+    __slots__ = ("parts",)
+    parts: tuple[Dim, ...]
+
+
+def _parts(size: Dim) -> tuple[Dim, ...]:
+    symbol = size.terms[0][0][0] if len(size.terms) == 1 and len(size.terms[0][0]) == 1 else ""
+    return symbol.parts if isinstance(symbol, _Wide) and size == dim(symbol) else (size,)
 
 
 def bounded(value: Size, size: Size) -> Dim:
@@ -149,6 +187,34 @@ def bounded(value: Size, size: Size) -> Dim:
     if value.constant is not None and size.constant is not None:
         return dim(min(max(value.constant + (size.constant if value.constant < 0 else 0), 0), size.constant))
     return dim(f"qc_bound({value.c}, {size.c})")
+
+
+def spelled(text: str, names: Mapping[str, str]) -> Dim | None:
+    """The size that the name of a dimension, or a sum of products of such names, stands for; None if it is no such."""
+    if text in names:
+        return dim(names[text])
+    try:
+        return _value(ast.parse(text, mode="eval").body, names)
+    except (SyntaxError, KeyError):
+        return None
+
+
+def _value(node: ast.AST, names: Mapping[str, str]) -> Dim:
+    match node:
+        case ast.Constant(value=int(number)):
+            return dim(number)
+        case ast.Name(id=name):
+            return dim(names[name])
+        case ast.BinOp(left=a, op=op, right=b):
+            return _OPERATIONS[type(op)](_value(a, names), _value(b, names))
+    raise KeyError(node)
+
+
+_OPERATIONS: dict[type, Callable[[Dim, Dim], Dim]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
 
 
 def stride_of(size: Size, stride: Size) -> Dim:

@@ -13,6 +13,7 @@ from qc.backends.tvm.gpu.caches import Rows
 from qc.backends.tvm.gpu.expressions import activate, parse
 from qc.backends.tvm.gpu.threads import BLOCK, Threads
 from qc.backends.tvm.kernels.attention import Heads
+from qc.backends.tvm.kernels.vectors import LOWEST
 
 __all__ = [
     "activation", "attend", "gated", "map_elements", "normalize", "reduce_axes",
@@ -116,7 +117,7 @@ def softmax(name: str) -> Any:
         with k.blocks(k.sizes["units"]) as (row, thread):
             start = T.bind(row * k.sizes["ldx"])
             top = k.own(1)
-            k.set(top, 0, T.float32(_NOTHING))
+            k.set(top, 0, T.float32(LOWEST))
             with k.strided(thread, n) as i:
                 k.set(top, 0, T.max(top[0], k.get("x", start + i)))
             largest = k.fold(thread, top[0], T.max)

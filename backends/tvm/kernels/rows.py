@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qc.backends.tvm.isa import Isa
-from qc.backends.tvm.kernels.vectors import Kernel, Vectors
+from qc.backends.tvm.kernels.vectors import LOWEST, Kernel, Vectors
 
 __all__ = ["activation", "gated", "normalize", "softmax"]
 
@@ -62,16 +62,16 @@ def softmax(isa: Isa, name: str) -> Any:
         with kernel.units() as row:
             vectors = T.bind((n + L - 1) // L)
             top, tail, sums = (kernel.registers(L) for _ in range(3))
-            v.store(top, 0, v.spread(-3.0e38))
+            v.store(top, 0, v.spread(LOWEST))
             v.store(sums, 0, v.spread(0.0))
 
             def get(i: Any, buffer: Any, base: Any) -> Any:
-                """The vector at i, minus infinity (-3e38) beyond the row."""
+                """The vector at i, the lowest number beyond the row."""
                 with T.If((i + 1) * L <= n):
                     with T.Then():
                         v.store(tail, 0, v.load(buffer, base + i * L))
                     with T.Else():
-                        v.store(tail, 0, v.spread(-3.0e38))
+                        v.store(tail, 0, v.spread(LOWEST))
                         with T.serial(0, n - i * L) as j:
                             T.buffer_store(tail, buffer[base + i * L + j], [j])
                 return v.load(tail, 0)
@@ -79,7 +79,6 @@ def softmax(isa: Isa, name: str) -> Any:
             with T.serial(0, vectors) as i:
                 v.store(top, 0, v.maximum(v.load(top, 0), get(i, x, row * ldx)))
             m = v.largest_lane(v.load(top, 0))
-            m = T.bind(T.Select(m > T.float32(-3.0e38), m, T.float32(-3.0e38)))
             with T.serial(0, vectors) as i:
                 shifted = T.bind(get(i, x, row * ldx) - T.broadcast(m, L))
                 # exp() clamps at -87: what a mask put far below must be nothing, not e^-87

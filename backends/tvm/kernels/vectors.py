@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from qc.backends.tvm.isa import Isa
 
-__all__ = ["ERF", "ERF_BELOW", "Kernel", "Vectors"]
+__all__ = ["ERF", "ERF_BELOW", "LOWEST", "Kernel", "Vectors"]
+
+LOWEST = -3.4028234663852886e38
+"""The lowest number of float32, which some masks add: where all of a row have it, all count alike."""
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -115,7 +115,8 @@ def reshape(at: Lowering, node: ir.Node) -> None:
     wanted = [x.shape[i] if s.constant == 0 and not zeros else s for i, s in enumerate(sizes)]
     open_axes = [i for i, s in enumerate(wanted) if s.constant == -1]
     for i in open_axes:
-        wanted[i] = _rest(x.shape, [s for s in wanted if s.constant != -1])
+        known = at.spelled(node.outputs[0], i)  # right for no elements, too
+        wanted[i] = known if known is not None else _rest(x.shape, [s for s in wanted if s.constant != -1])
     at.program.require_equal(product(wanted), x.elements)
     at.set(node.outputs[0], reshaped(at, x, wanted))
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from qc.backends.tvm.backend import TvmCpu
+from qc.backends.tvm.isa import best_for_host
+from qc.backends.tvm.kernels.caches import CELLS
+from qc.backends.tvm.lower import lower_to_program
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import Model
 from qc.ir.runtime import Session
@@ -71,6 +74,10 @@ CASES = {
     "all axes flattened into rows": (
         "f (float[n,3] x) => (float[m,1] y) { y = Flatten <axis = 2> (x) }",
         [{"x": values(2, 3)}],
+    ),
+    "a softmax of rows that a mask of the lowest number takes whole": (
+        "f (float[2,n] x) => (float[2,n] y) { y = Softmax (x) }",
+        [{"x": np.stack([values(n), np.full(n, np.finfo(np.float32).min)])} for n in (3, 19)],
     ),
     "a softplus of large numbers": (
         "f (float[n] x) => (float[n] y) { y = Softplus (x) }",
@@ -162,6 +169,16 @@ def test_sizes_that_do_not_fit_together_are_refused_in_a_run(name: str, tmp_path
     runner = library(parse(text), tmp_path)
     with pytest.raises(InputError, match="do not fit together"):
         runner.run(batch)
+
+
+def test_sizes_do_not_grow_from_layer_to_layer() -> None:
+    """Positions are cut from a table: only shape inference knows that there are as many as tokens."""
+    layers = " ".join(f"a{i} = Add (h{i}, p)  h{i + 1} = Add (a{i}, h{i})" for i in range(30))
+    model = parse(f"""f (float[n,4] h0, float[64,4] table) => (float[n,4] y) {{
+        zero = Constant <value = int64[1] {{0}}> ()  n = Shape <start = 0, end = 1> (h0)
+        p = Slice (table, zero, n, zero) {layers} y = Relu (h30) }}""")
+    program, _ = lower_to_program(model, best_for_host(), exact=False, cells=CELLS["float32"])
+    assert sum(map(len, program.conditions)) < 1000
 
 
 def test_integers_are_divided_by_zero_without_harm(tmp_path: Path) -> None:

@@ -178,7 +178,8 @@ def _grouping_of(node: ir.Node, shape: tuple[int, ...], scale: tuple[int, ...]) 
         node.attributes[k].as_int() if k in node.attributes else d for k, d in (("axis", 1), ("block_size", 0))
     )
     axis %= len(shape)
-    if not block and scale in ((), (1,)) and shape[axis] > 1:
+    along = len(shape) > 2 and axis > 0  # the one scale of an axis of size 1 that is not that of the output channels
+    if not block and scale in ((), (1,)) and (shape[axis] > 1 or along):
         return None, "tensor"
     if len(shape) > 2:
         return (None, "in") if not block and axis == 0 and scale == shape[:1] else None

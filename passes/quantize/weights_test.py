@@ -279,18 +279,23 @@ def test_every_large_constant_that_stays_float_says_why() -> None:
     }
 
 
-def convolution() -> Model:
+def convolution(group: int = 2) -> Model:
     b = Builder()
-    x = b.input("x", ["batch", 6, 9, 9])
-    return b.model(b.op("Conv", [x, b.constant("kernel", normal(8, 3, 3, 3))], ["batch", 8, 7, 7], group=2))
+    x, kernel = b.input("x", ["batch", 6, 9, 9]), b.constant("kernel", normal(12, 6 // group, 3, 3))
+    return b.model(b.op("Conv", [x, kernel], ["batch", 12, 7, 7], group=group))
 
 
-@pytest.mark.parametrize(("spelling", "scales"), [("int8", 8), ("uint8", 8), ("int4", 8), ("int8:tensor", 1)])
-def test_a_convolution_is_decoded_by_the_standard_operator_with_its_kernel_in_place(spelling: str, scales: int) -> None:
-    original = convolution().graph.initializers["kernel"].const_value.numpy()
-    model, report = run(convolution(), QuantizeWeights(convolution=spelling))
+@pytest.mark.parametrize(
+    ("spelling", "scales", "group"),
+    [("int8", 12, 2), ("uint8", 12, 2), ("int4", 12, 2), ("int8:tensor", 1, 2), ("int8:tensor", 1, 6)],
+)
+def test_a_convolution_is_decoded_by_the_standard_operator_with_its_kernel_in_place(
+    spelling: str, scales: int, group: int
+) -> None:
+    original = convolution(group).graph.initializers["kernel"].const_value.numpy()
+    model, report = run(convolution(group), QuantizeWeights(convolution=spelling))
     decode = next(n for n in model.graph if n.op_type == "DequantizeLinear")
-    assert tuple(decode.inputs[0].shape) == (8, 3, 3, 3)
+    assert tuple(decode.inputs[0].shape) == (12, 6 // group, 3, 3)
     assert decode.inputs[1].const_value.size == scales
     weight = read_weight(decode.outputs[0])
     assert weight is not None

@@ -124,6 +124,14 @@ class Backend(Protocol):
 
     target: Target
 
+    def check(self, model: Model) -> None:
+        """Refuses a canonical model for what no recipe changes: called before passes take their time.
+
+        Raises:
+            UnsupportedError: If an operator of it does not run on the target, or a tool is missing.
+        """
+        ...
+
     def lowering(self) -> Sequence[Step]:
         """The passes that bring a canonical, perhaps quantized model to the target; run by the pass manager."""
         ...

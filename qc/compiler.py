@@ -238,6 +238,8 @@ def _compile(
                         model, context=context, probe=found.batches, calibration=data.calibration, outputs=outputs
                     )
                     outputs = manager.outputs
+                    for backend in backends.values():
+                        backend.check(model)
                 clock.start("recipe")
                 manager = PassManager(steps, verify=verify, observer=progress.pass_event)
                 quantized = model if chosen is different[-1] else model.clone()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import qc
 from qc.backends.inputs import text_inputs
 from qc.backends.ort.backend import OrtCpu
 from qc.backends.sampling import Sampling
@@ -28,6 +29,7 @@ from qc.ir.text import parse
 from qc.passes.canonicalize import canonicalize_passes
 from qc.passes.manager import PassManager
 from qc.passes.pipeline import Step, parse_pipeline
+from qc.progress import Progress
 
 pytest.importorskip("tvm", reason="kernels are compiled by TVM")
 
@@ -254,6 +256,25 @@ def test_an_operator_without_a_kernel_is_named(tmp_path: Path) -> None:
     model = parse("f (float[2,3,4,4] x) => (float[2,3,8,8] y) { y = DepthToSpace <blocksize = 1> (x) }")
     with pytest.raises(UnsupportedError, match="no kernel for DepthToSpace"):
         TvmCpu().emit(model, tmp_path)
+
+
+@pytest.mark.parametrize("lacks", ["a kernel", "a tool"])
+def test_what_will_fail_is_refused_before_passes_take_their_time(
+    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[str] = []
+
+    class Stages(Progress):
+        def stage(self, name: str) -> None:
+            stages.append(name)
+
+    operator = "Relu" if lacks == "a tool" else "DepthToSpace <blocksize = 1>"
+    model = parse(f"f (float[n,3,4,4] x) => (float[n,3,4,4] y) {{ y = {operator} (x) }}")
+    if lacks == "a tool":
+        monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"no kernel for DepthToSpace|Expected the tool cc, found none"):
+        qc.compile(model, tmp_path / "out", recipe="w4", target="tvm-cpu", progress=Stages())
+    assert "recipe" not in stages
 
 
 def test_a_model_whose_sizes_are_all_fixed_runs(tmp_path: Path) -> None:

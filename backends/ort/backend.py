@@ -53,6 +53,9 @@ class OrtCpu:
         about = "ONNX Runtime on a CPU; decoders also load in onnxruntime-genai"
         return Target("ort-cpu", about, ("onnxruntime", "1.26"), _formats(self.accuracy_level))
 
+    def check(self, model: Model) -> None:
+        """Nothing: the runtime has run the model already."""
+
     def lowering(self) -> Sequence[Step]:
         """The passes that bring a canonical, perhaps quantized model to ONNX Runtime's operators."""
         from qc.backends.ort.convolutions import LowerFloatConvolution

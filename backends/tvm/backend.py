@@ -19,7 +19,7 @@ from qc.ir.model import Model
 from qc.ir.quant import read_weight
 from qc.passes.pipeline import Step
 
-__all__ = ["TvmAndroid", "TvmCpu", "TvmIos"]
+__all__ = ["TvmAndroid", "TvmCpu", "TvmIos", "fused"]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,6 +58,20 @@ _FORMATS = (*_INTEGERS, *_TABLES)
 
 _LLVM = 230 << 20
 """Bytes that TVM and LLVM take for the kernels of a decoder, whatever its size."""
+
+
+def fused(model: Model) -> Model:
+    """A copy of a canonical model with the nodes that kernels compute; its weights are not read."""
+    from qc.passes.manager import PassManager
+
+    return PassManager(_fusing(), stage="lowering", verify=False).run(model.clone())[0]
+
+
+def _fusing() -> list[Step]:
+    from qc.passes.fuse.attention import MergeHeads
+    from qc.passes.fuse.gqa import FuseGroupQueryAttention
+
+    return [Step(p, optional=True) for p in (FuseGroupQueryAttention(), MergeHeads())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +126,20 @@ class TvmCpu:
         """The level where none is named."""
         return best_for_host()
 
+    def check(self, model: Model) -> None:
+        """Refuses what has no kernel, and asks for the tools."""
+        from qc.backends.tvm.lower import lower_to_program
+        from qc.backends.tvm.toolchain import check_versions, require_tools
+
+        check_versions()
+        require_tools((self.platform.cc[self.isa.arch], self.platform.ar[self.isa.arch]), self.platform.package)
+        lower_to_program(fused(model), self.isa, exact=self.exact, cells=cells(self.kv))
+
     def lowering(self) -> Sequence[Step]:
         """The passes that bring a canonical, perhaps quantized model to what the kernels compute."""
-        from qc.passes.fuse.attention import MergeHeads
-        from qc.passes.fuse.gqa import FuseGroupQueryAttention
         from qc.passes.fuse.pack_projections import PackProjections
 
-        return [Step(p, optional=True) for p in (PackProjections(), FuseGroupQueryAttention(), MergeHeads())]
+        return [Step(PackProjections(), optional=True), *_fusing()]
 
     def coverage(self, model: Model) -> Coverage:
         """Every node runs on a kernel, or the model is refused.

@@ -26,6 +26,7 @@ __all__ = [
     "compile_kernels",
     "digest_of",
     "require_header",
+    "require_tools",
     "run_tool",
     "write_whole",
 ]
@@ -187,6 +188,17 @@ def require_header(compiler: str, header: str, package: str) -> None:
         raise UnsupportedError(f"Expected {compiler} to find {header}, it does not. Install {package}.")
 
 
+def require_tools(tools: Sequence[str], package: str) -> None:
+    """Refuses to go on without a tool.
+
+    Raises:
+        UnsupportedError: With what to install.
+    """
+    missing = next((tool for tool in tools if shutil.which(tool) is None), None)
+    if missing is not None:
+        raise UnsupportedError(f"Expected the tool {missing}, found none. Install it ({package}) and compile again.")
+
+
 def run_tool(command: Sequence[str], directory: Path, package: str) -> None:
     """Runs a compiler or archiver.
 
@@ -194,8 +206,7 @@ def run_tool(command: Sequence[str], directory: Path, package: str) -> None:
         UnsupportedError: If it is not installed.
         InternalError: If it fails: what it reads is generated.
     """
-    if shutil.which(command[0]) is None:
-        raise UnsupportedError(f"Expected the tool {command[0]}, found none. Install it ({package}) and compile again.")
+    require_tools(command[:1], package)
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise InternalError(f"{command[0]} failed on generated files: {done.stderr.strip()[-2000:]}")

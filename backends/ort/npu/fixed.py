@@ -71,6 +71,9 @@ class FixedShapes(abc.ABC):
                 )
         return cls(**chosen, sizes=sizes)  # type: ignore[arg-type]
 
+    def check(self, model: Model) -> None:  # noqa: B027 - a default, not a duty
+        """Nothing: what a unit does not take stays off it, and the report says so."""
+
     def first_graph(self, model: Model) -> Model:
         """The first of the graphs of a lowered model, at its fixed shapes."""
         from qc.backends.ort.npu.shapes import Dimensions, graph_sizes

@@ -62,6 +62,15 @@ class TvmGpu:
         name, about = f"tvm-{self.language.name}", self.language.about
         return Target(name, about, ("qc-compiler", "0.1"), _FORMATS, stage="compiled", compilers=_COMPILERS)
 
+    def check(self, model: Model) -> None:
+        """Refuses what has no kernel, and asks for the tools."""
+        from qc.backends.tvm.backend import fused
+        from qc.backends.tvm.gpu.emit import require_tools_of_gpu
+        from qc.backends.tvm.gpu.ops import lower_for_gpu
+
+        require_tools_of_gpu()
+        lower_for_gpu(fused(model), cells(self.kv))
+
     def lowering(self) -> Sequence[Step]:
         """The passes that bring a canonical, perhaps quantized model to what the kernels compute."""
         from qc.backends.tvm.backend import TvmCpu

@@ -15,12 +15,21 @@ from qc.backends.tvm.gpu.ops import lower_for_gpu
 from qc.backends.tvm.host import template
 from qc.backends.tvm.kernels.caches import Cells
 from qc.backends.tvm.library import written
-from qc.backends.tvm.toolchain import require_header
+from qc.backends.tvm.toolchain import check_versions, require_header, require_tools
 from qc.ir.model import Model
 
-__all__ = ["LAUNCHES", "emit_for_gpu"]
+__all__ = ["LAUNCHES", "emit_for_gpu", "require_tools_of_gpu"]
 
 LAUNCHES = "launches.json"
+
+_TOOLS, _PACKAGES = ("cc", "ar"), f"gcc, {OPENCL.package}"
+
+
+def require_tools_of_gpu() -> None:
+    """Refuses to go on without the compilers, or without the headers that a library includes."""
+    check_versions()
+    require_tools(_TOOLS, _PACKAGES)
+    require_header(_TOOLS[0], OPENCL.header, _PACKAGES)
 
 
 def emit_for_gpu(model: Model, directory: Path, language: Language, cells: Cells) -> None:
@@ -36,7 +45,7 @@ def emit_for_gpu(model: Model, directory: Path, language: Language, cells: Cells
         language: Of the kernels.
         cells: What caches of keys and values are stored in.
     """
-    require_header("cc", OPENCL.header, f"gcc, {OPENCL.package}")
+    require_tools_of_gpu()
     program, lowering = lower_for_gpu(model, cells)
     kernels = {name: k[:2] for name, k in program.kernels.items()}
     built = build_kernels(kernels, language)
@@ -61,8 +70,7 @@ def emit_for_gpu(model: Model, directory: Path, language: Language, cells: Cells
     for place, writer in writers.items():
         place.mkdir(exist_ok=True)
         write_c(place, made[place], digest)
-        tools = ("cc", "ar", f"gcc, {OPENCL.package}")
-        build_library(place, place, {}, tools, [], writer.language.link)
+        build_library(place, place, {}, (*_TOOLS, _PACKAGES), [], writer.language.link)
     if language.module:
         (directory / language.module).write_text(template(language.module), "utf-8", newline="\n")
     write_facts(directory, model, lowering, level=language.name)

@@ -201,8 +201,12 @@ def _round(at: Lowering, node: ir.Node, source: ir.Node | None) -> None:
 
 
 def round_in_float(at: Lowering, node: ir.Node, source: ir.Node | None) -> None:
-    """The values of a grid that are nearest to those of an activation."""
+    """The values of a grid that are nearest to those of an activation; or a constant on one, such as a bias."""
     value = node.outputs[0]
+    constant = _decoded(at, node) if source is None else None
+    if constant is not None:
+        at.set(value, constant)
+        return
     grid = grid_of(source) if source is not None else None
     if source is None or grid is None:
         raise at.refuse(node, "its grid is computed, or it decodes what was not rounded here")
@@ -223,6 +227,26 @@ def round_in_float(at: Lowering, node: ir.Node, source: ir.Node | None) -> None:
     scale = at.program.array(grid.scale.reshape(shape))
     zero = at.program.array((np.broadcast_to(grid.zero, grid.scale.shape) - grid.shift).astype(np.int32).reshape(shape))
     loop(at, rounded, [x, scale, zero], y)
+
+
+def _decoded(at: Lowering, node: ir.Node) -> Tensor | None:
+    """A constant that is no weight: ``(code - zero point) * scale``."""
+    values = (*node.inputs, None)[:3]
+    codes, scale, zero = (stored(v) for v in values)
+    computed = zero is None and values[2] is not None
+    if codes is None or scale is None or computed or at.attribute(node, "block_size", 0):
+        return None
+    shape = [1] * len(codes.shape)
+    if scale.size > 1:
+        shape[int(at.attribute(node, "axis", 1))] = scale.size  # type: ignore[call-overload]
+
+    def make() -> np.ndarray:
+        start = zero.numpy().astype(np.int64).reshape(shape) if zero is not None else 0
+        number = (codes.numpy().astype(np.int64) - start).astype(np.float32)
+        return number * scale.numpy().astype(np.float32).reshape(shape)
+
+    sizes = codes.shape.numpy()
+    return at.program.constant((node.outputs[0], "f32"), make, 4 * codes.size, sizes, ir.DataType.FLOAT)
 
 
 def is_emulated(node: ir.Node, *, exact: bool) -> bool:

@@ -9,6 +9,7 @@ import pytest
 
 from qc.backends.tvm.backend import TvmCpu
 from qc.ir.runtime import Session
+from qc.ir.text import parse
 
 pytest.importorskip("tvm", reason="kernels are compiled by TVM")
 
@@ -49,3 +50,31 @@ def test_kernels_that_round_finer_by_themselves_do_without_the_rounding(linear, 
     expected = Session(model).run({"x": x})["y"]
     assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
     assert backend.coverage(model).off_target == 0
+
+
+QDQ = """
+f (float[batch,3,9,9] x) => (float[batch,8,7,7] y) {
+  q = QuantizeLinear (x, step, start)
+  d = DequantizeLinear (q, step, start)
+  w = DequantizeLinear <axis = 0> (codes, scales)
+  b = DequantizeLinear <axis = 0> (sums, steps)
+  y = Conv (d, w, b)
+}
+"""
+
+
+def test_a_network_that_another_tool_quantized_runs(tmp_path: Path) -> None:
+    """Its bias is a constant of int32 times scales."""
+    rng = np.random.default_rng(0)
+    scales = rng.uniform(0.001, 0.002, 8).astype(np.float32)
+    model = parse(
+        QDQ,
+        weights={
+            "step": np.float32(0.02), "start": np.uint8(121), "codes": rng.integers(-127, 127, (8, 3, 3, 3), np.int8),
+            "scales": scales, "sums": rng.integers(-9999, 9999, 8, np.int32), "steps": scales * np.float32(0.02),
+        },
+    )  # fmt: skip
+    TvmCpu(level="x86-64").emit(model, tmp_path)
+    x = rng.standard_normal((2, 3, 9, 9), np.float32)
+    found = TvmCpu(level="x86-64").open(tmp_path, threads=1).run({"x": x})["y"]
+    np.testing.assert_allclose(found, Session(model).run({"x": x})["y"], rtol=2e-5, atol=2e-5)

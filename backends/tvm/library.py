@@ -81,6 +81,11 @@ def feeds_text(model: Model, lowering: Lowering) -> bool:
     )
 
 
+def _wide(size: Dim) -> str:
+    """A size in floating point, in C."""
+    return re.sub(r"\bqc_(\w+)\(", r"wide_\1(", size.c)
+
+
 def _role(value: ir.Value) -> str:
     return value.metadata_props.get("qc.role", "other").partition(".")[0]
 
@@ -169,6 +174,7 @@ class Writer:
         yield from self.program.functions.values()
         yield self._lifetimes()
         yield self.sizes("buffer_sizes", "int64_t *size", self.program.arena)
+        yield self._fit()
         yield self._caches()
         yield self._ports()
         yield self._defaults()
@@ -217,6 +223,24 @@ class Writer:
             f"static void {name}(const int64_t *dims, {result}) {{\n{self._locals(body)}\n{_ALL_LOGITS}\n"
             f"  (void)size;\n{body}\n}}"
         )
+
+    def _fit(self) -> str:
+        """Whether buffers and arrays have sizes that kernels count to, in floating point: integers would overflow."""
+        cached, inputs = self.lowering.cached, [self.lowering.get(v) for v in self.model.graph.inputs]
+        held = [b.bytes for b in self.program.arena]
+        if cached:
+            batch, room = self._cache_limits()
+            held += [batch * room * t.shape[1] * t.shape[3] * self.program.bytes_of(t.dtype) for t in cached.values()]
+        arrays = [t.elements for t in (*inputs, *self.lowering.outputs) if not in_cache(t)]
+        tests = [
+            " && ".join(
+                [f"{_wide(size)} <= INT32_MAX" for size in dict.fromkeys(sizes) if size.constant is None] or "1"
+            )
+            for sizes in (held, arrays)
+        ]
+        body = f"  return {tests[0]} && (!arrays || ({tests[1]}));"
+        names = self._locals(body).replace("const int64_t d_", "const double d_")
+        return f"static int sizes_fit(const int64_t *dims, int arrays) {{\n{names}\n{_ALL_LOGITS}\n{body}\n}}"
 
     def _caches(self) -> str:
         cached = self.lowering.cached

@@ -15,6 +15,7 @@ static int size_instance(qc_instance *q, const qc_model *model, const int64_t *l
     if (limits[i] < 0 || limits[i] > INT32_MAX) return QC_E_ARGUMENT;
     q->limits[i] = limits[i];
   }
+  if (!sizes_fit(limits, 0)) return QC_E_LIMIT;
   TRY(cache_sizes(q, limits, room));
   buffer_sizes(limits, q->planned);
   for (int i = 0; i < BUFFERS; i++) {
@@ -48,12 +49,14 @@ int qc_reset(qc_instance *q) {
 
 size_t qc_memory(const qc_instance *q) { return q == NULL ? 0 : q->memory; }
 
-static int check_sizes(const qc_instance *q, const int64_t *dims) {
+/* Whether a run may have these dimensions; `arrays` says whether it writes whole outputs. */
+static int check_sizes(const qc_instance *q, const int64_t *dims, int arrays) {
   int64_t sizes[BUFFERS + 1];
   for (int i = 0; i < QC_DIMENSIONS; i++) {
     if (dims[i] < 0) return QC_E_ARGUMENT;
     if (dims[i] > q->limits[i]) return QC_E_LIMIT;
   }
+  if (!sizes_fit(dims, arrays)) return QC_E_LIMIT;
   TRY(check_dims(q, dims));
   buffer_sizes(dims, sizes);
   for (int i = 0; i < BUFFERS; i++)

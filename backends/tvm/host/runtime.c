@@ -243,7 +243,7 @@ void qc_destroy(qc_instance *q) {
 }
 
 static int checked_run(qc_instance *q, const int64_t *dims, const void *const *inputs, void *const *outputs, int64_t skip) {
-  TRY(check_sizes(q, dims));
+  TRY(check_sizes(q, dims, skip == 0));
   return run(q, dims, inputs, outputs, skip);
 }
 

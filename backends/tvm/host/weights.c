@@ -8,6 +8,15 @@ static inline int64_t qc_bound(int64_t at, int64_t size) { return qc_min(qc_max(
 static inline int64_t qc_step(int64_t size, int64_t stride) { return size == 1 ? 0 : stride; }
 static inline int64_t qc_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
+/* The same of sizes that may be more than integers hold. */
+static inline double wide_max(double a, double b) { return a > b ? a : b; }
+static inline double wide_min(double a, double b) { return a < b ? a : b; }
+static inline double wide_div(double a, double b) { return b == 0 ? 0 : floor(a / b); }
+static inline double wide_wide(double a, double b) { return a == 1 ? b : a; }
+static inline double wide_bound(double at, double size) { return wide_min(wide_max(at < 0 ? at + size : at, 0), size); }
+static inline double wide_step(double size, double stride) { return size == 1 ? 0 : stride; }
+static inline double wide_up(double a, double unit) { return floor((a + unit - 1) / unit) * unit; }
+
 static inline float half_to_float(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
   uint32_t bits;

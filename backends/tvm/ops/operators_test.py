@@ -10,6 +10,7 @@ import pytest
 from qc.backends.tvm.backend import TvmCpu
 from qc.backends.tvm.isa import best_for_host
 from qc.backends.tvm.kernels.caches import CELLS
+from qc.backends.tvm.local import LocalLibrary
 from qc.backends.tvm.lower import lower_to_program
 from qc.ir.errors import InputError, UnsupportedError
 from qc.ir.model import Model
@@ -169,6 +170,16 @@ def test_sizes_that_do_not_fit_together_are_refused_in_a_run(name: str, tmp_path
     runner = library(parse(text), tmp_path)
     with pytest.raises(InputError, match="do not fit together"):
         runner.run(batch)
+
+
+@pytest.mark.parametrize("sizes", [(2**31 - 1, 2**31 - 1), (2**31 - 1, 2**30), (2**20, 2**20)])
+def test_products_of_sizes_that_overflow_are_refused(sizes: tuple[int, int], tmp_path: Path) -> None:
+    """64 times the first two is negative or zero in 64 bits, once bytes are counted."""
+    model = parse("f (float[n,m,64] x) => (float[n,m,64] y) { h = Relu (x)  y = Sqrt (h) }")
+    TvmCpu().emit(model, tmp_path)
+    held = LocalLibrary(tmp_path / "libmodel.so", 2)
+    assert held.open(tmp_path / "model.weights") == 0
+    assert held.error(held.create(sizes, 1)) == "larger than the limits of the instance"
 
 
 def test_sizes_do_not_grow_from_layer_to_layer() -> None:

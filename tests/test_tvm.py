@@ -191,6 +191,21 @@ def test_facts_of_another_version_are_refused(emitted: dict[str, Path], tmp_path
         open_runner(tmp_path)
 
 
+def test_facts_of_another_model_are_refused(emitted: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(emitted["tvm"], tmp_path, dirs_exist_ok=True)
+    facts = json.loads((tmp_path / "model.json").read_text("utf-8"))
+    (tmp_path / "model.json").write_text(json.dumps(facts | {"model": "0" * 16}), "utf-8")
+    with pytest.raises(InputError, match=r"is of another model than model\.weights"):
+        open_runner(tmp_path)
+
+
+def test_a_cache_of_kernels_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QC_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="set QC_CACHE to another directory"):
+        toolchain.cache_directory()
+
+
 def test_a_token_outside_of_the_vocabulary_is_refused(emitted: dict[str, Path]) -> None:
     runner = open_runner(emitted["tvm"], threads=1)
     with pytest.raises(InputError, match="outside of its table"):

@@ -22,7 +22,17 @@ from qc.backends.tvm.toolchain import Platform, compile_c, compile_kernels, run_
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model, Port
 
-__all__ = ["EMULATED", "FACTS", "build_library", "emit", "library_directory", "write_c", "write_facts", "write_weights"]
+__all__ = [
+    "EMULATED",
+    "FACTS",
+    "build_library",
+    "emit",
+    "identity",
+    "library_directory",
+    "write_c",
+    "write_facts",
+    "write_weights",
+]
 
 FACTS, LIBRARY, WEIGHTS = "model.json", "libmodel.so", "model.weights"
 
@@ -54,7 +64,7 @@ def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: 
     _build(directory, objects, isa, platform)
     if platform.apple:
         write_framework(compile_kernels(kernels, isa, platform.apple), directory)
-    write_facts(directory, model, lowering, level=isa.name, march=_MARCH[isa.name])
+    write_facts(directory, model, lowering, made.model_id, level=isa.name, march=_MARCH[isa.name])
 
 
 def write_weights(directory: Path, program: Program, model_id: int) -> int:
@@ -73,9 +83,16 @@ def write_c(directory: Path, made: Sources, digest: int) -> None:
     (directory / "model.c").write_text(made.with_hash(digest), "utf-8", newline="\n")
 
 
-def write_facts(directory: Path, model: Model, lowering: Lowering, **more: object) -> None:
+def identity(weights: Path) -> str:
+    """What tells that a weights file belongs to a library, as its facts spell it."""
+    with weights.open("rb") as stream:
+        return stream.read(24)[16:][::-1].hex()
+
+
+def write_facts(directory: Path, model: Model, lowering: Lowering, model_id: int, **more: object) -> None:
     """Writes what the runner must know, and the files of the model that go along."""
     facts = {
+        "model": f"{model_id:016x}",
         "inputs": [_port(p) for p in model.signature.inputs],
         "outputs": [_port(p) for p in model.signature.outputs],
         "provenance": model.provenance,

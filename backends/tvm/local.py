@@ -42,7 +42,8 @@ class LocalLibrary:
         try:
             self._c = ctypes.CDLL(str(library.resolve()))
         except OSError as error:
-            raise UnsupportedError(f"Cannot load {library} here ({error}). It is for another machine.") from error
+            reason = "It is for another machine, or was cut short: compile it again here, or copy the artifact again."
+            raise UnsupportedError(f"Cannot load {library} here ({error}). {reason}") from error
         _declare(self._c)
         self._dimensions = dimensions
         self._model, self._instance = ctypes.c_void_p(), ctypes.c_void_p()

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qc.backends.decoding import generate, plan
 from qc.backends.inputs import check_inputs
 from qc.backends.sampling import GREEDY, Sampling
-from qc.backends.tvm.emit import EMULATED, FACTS, LIBRARY, WEIGHTS, library_directory
+from qc.backends.tvm.emit import EMULATED, FACTS, LIBRARY, WEIGHTS, identity, library_directory
 from qc.backends.tvm.isa import best_for_host, level
 from qc.backends.tvm.kernels.caches import cells
 from qc.backends.tvm.local import Draws, LocalLibrary
@@ -101,6 +101,8 @@ class TvmRunner:
             )
         if code:
             raise InputError(f"Cannot use {directory / WEIGHTS}: {library.error(code)}. Copy the artifact again.")
+        if facts["model"] != identity(directory / WEIGHTS):
+            raise InputError(f"{directory / FACTS} is of another model than {WEIGHTS}. Copy the artifact again.")
         self._limits: list[int] = []
         self._create(library.default_limits())
 
@@ -213,7 +215,8 @@ def read_facts(directory: Path) -> dict[str, Any]:
     file = directory / FACTS
     try:
         facts = json.loads(file.read_text("utf-8"))
-        return {**facts, "dimensions": list(facts["dimensions"]), "cells": cells(facts["cells"]).name}
+        read = {"model": str(facts["model"]), "cells": cells(facts["cells"]).name}
+        return {**facts, **read, "dimensions": list(facts["dimensions"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = "Copy the artifact again, or compile it again if another version of qc did"
         raise InputError(f"{file} is not readable ({error}). {hint}.") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qc.backends.tvm.isa import Isa
-from qc.ir.errors import InternalError, UnsupportedError
+from qc.ir.errors import InputError, InternalError, UnsupportedError
 
 __all__ = [
     "PAIR",
@@ -232,13 +232,30 @@ def cache_directory() -> Path:
     """Where kernels are kept by content."""
     base = os.environ.get("QC_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     directory = Path(base) / "qc" / "kernels"
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_cache(directory, error) from error
     return directory
+
+
+def _no_cache(directory: Path, error: OSError) -> InputError:
+    return InputError(
+        f"Cannot keep compiled kernels in {directory} ({error.strerror}). Free some space, or set QC_CACHE to another "
+        "directory."
+    )
 
 
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a file that appears complete: other processes read the cache too."""
-    handle, name = tempfile.mkstemp(dir=file.parent)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(content)
-    os.replace(name, file)
+    try:
+        handle, name = tempfile.mkstemp(dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+            os.replace(name, file)
+        except OSError:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise _no_cache(file.parent, error) from error

@@ -73,4 +73,5 @@ def emit_for_gpu(model: Model, directory: Path, language: Language, cells: Cells
         build_library(place, place, {}, (*_TOOLS, _PACKAGES), [], writer.language.link)
     if language.module:
         (directory / language.module).write_text(template(language.module), "utf-8", newline="\n")
-    write_facts(directory, model, lowering, level=language.name)
+    assert model_id is not None
+    write_facts(directory, model, lowering, model_id, level=language.name)

@@ -56,6 +56,9 @@ _TABLES = (
 
 _FORMATS = (*_INTEGERS, *_TABLES)
 
+_MATRIX = 2
+"""Axes of a weight that is no convolution's."""
+
 _LLVM = 230 << 20
 """Bytes that TVM and LLVM take for the kernels of a decoder, whatever its size."""
 
@@ -153,6 +156,8 @@ class TvmCpu:
         def why(node: ir.Node) -> str:
             weight = read_weight(node.outputs[0])
             reason = why_decoded(weight.format) if weight is not None and weight.format is not None else ""
+            if weight is not None and weight.format is not None and len(weight.shape) > _MATRIX:
+                reason = "convolutions multiply floats"
             rounds = weight is None and node.op_type in ("DequantizeLinear", "DynamicQuantize")
             if rounds and rounded_source(node.outputs[0]) is not None and is_emulated(node, exact=self.exact):
                 return "rounded in float: no kernel multiplies codes of this grid with this weight"

@@ -47,7 +47,6 @@ def test_activations_are_rounded_to_what_a_processor_rounds_them_to(on_device: R
     [
         f"{W8},quantize-activations",
         "quantize-weights{format=uint8,group=0},quantize-activations{granularity=token,bits=6,clip=0.9}",
-        f"{W8},quantize-activations{{mode=static}}",
     ],
 )
 def test_a_product_of_rounded_activations_is_that_of_integers(

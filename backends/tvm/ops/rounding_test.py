@@ -75,6 +75,9 @@ def test_a_network_that_another_tool_quantized_runs(tmp_path: Path) -> None:
         },
     )  # fmt: skip
     TvmCpu(level="x86-64").emit(model, tmp_path)
+    assert [n["reason"] for n in TvmCpu().coverage(model).nodes if "stored" in n["reason"]] == [
+        "stored in float: convolutions multiply floats"
+    ]
     x = rng.standard_normal((2, 3, 9, 9), np.float32)
     found = TvmCpu(level="x86-64").open(tmp_path, threads=1).run({"x": x})["y"]
     np.testing.assert_allclose(found, Session(model).run({"x": x})["y"], rtol=2e-5, atol=2e-5)

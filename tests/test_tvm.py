@@ -36,8 +36,9 @@ pytest.importorskip("tvm", reason="kernels are compiled by TVM")
 PROMPT = [3, 17, 200, 5, 1000, 42, 7]
 
 ALLOWED = {
-    "calloc", "close", "expf", "free", "fstat", "__fxstat", "malloc", "memcpy", "memset", "mmap", "munmap", "open",
-    "open64", "fstat64", "posix_memalign", "syscall", "__stack_chk_fail", "erff", "tanhf", "powf", "logf", "sqrtf",
+    "calloc", "close", "expf", "free", "fstat", "__fxstat", "madvise", "malloc", "memcpy", "memset", "mmap", "munmap",
+    "open", "open64", "fstat64", "posix_memalign", "syscall", "__stack_chk_fail", "erff", "tanhf", "powf", "logf",
+    "sqrtf",
     *(f"pthread_{n}" for n in ("create", "join", "mutex_init", "mutex_lock", "mutex_unlock", "mutex_destroy",
                                "cond_init", "cond_wait", "cond_signal", "cond_broadcast", "cond_destroy")),
 }  # fmt: skip

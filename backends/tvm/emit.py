@@ -43,6 +43,8 @@ _HEADER = 64
 _LANES = 1024
 _MAGIC = b"QCTVMW1\0"
 _LARGEST = (1 << 31) - 1
+_STEP = 1 << 21
+"""Bytes that are written at a time: what Linux holds of a file in pieces of a large page, it may map in such pages."""
 
 
 def emit(model: Model, directory: Path, isa: Isa, platform: Platform, *, exact: bool, cells: Cells) -> None:
@@ -166,20 +168,28 @@ _MARCH = {
 def _write_weights(program: Program, file: Path, model_id: int) -> int:
     """Writes the weights, one at a time, behind a header of 64 bytes; returns their hash."""
     size = program.weight_bytes
-    with file.open("w+b") as stream:
+    with file.open("w+b", buffering=_STEP) as stream:
         stream.write(bytes(_HEADER))
         for blob in program.blobs:
-            stream.write(bytes(_HEADER + blob.offset - stream.tell()))
+            _write(stream, memoryview(bytes(_HEADER + blob.offset - stream.tell())))
             content = np.ascontiguousarray(blob.make())
             if content.nbytes != blob.bytes:
                 raise AssertionError(f"A weight has {content.nbytes} bytes, planned were {blob.bytes}.")
-            content.tofile(stream)
+            _write(stream, memoryview(content.reshape(-1).view(np.uint8)))
             del content
         stream.flush()
         value = _hash(stream, size)
         stream.seek(0)
         stream.write(_MAGIC + struct.pack("<QQQ", size, model_id, value))
     return value
+
+
+def _write(stream: BinaryIO, content: memoryview) -> None:
+    """Writes to a stream that buffers steps, never beyond the end of one: so the system gets them whole."""
+    while content.nbytes:
+        size = _STEP - stream.tell() % _STEP
+        stream.write(content[:size])
+        content = content[size:]
 
 
 def _hash(stream: BinaryIO, size: int) -> int:

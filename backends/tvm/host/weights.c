@@ -112,6 +112,9 @@ int qc_open(const char *weights_file, qc_model **model) {
   void *bytes = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
   close(file);
   if (bytes == MAP_FAILED) return QC_E_FILE;
+#ifdef MADV_HUGEPAGE
+  madvise(bytes, size, MADV_HUGEPAGE); /* of pages that are read for the first time; it may be refused */
+#endif
   const int code = qc_open_memory(bytes, size, model);
   if (code != QC_OK)
     munmap(bytes, size);

@@ -26,8 +26,12 @@ _BINARY = {
     "Min": "{a} < {b} ? {a} : {b}", "Max": "{a} > {b} ? {a} : {b}", "Pow": "powf({a}, {b})",
     "PRelu": "{a} < 0 ? {a} * {b} : {a}",
 }  # fmt: skip
-_WHOLE_DIV = "{b} == 0 ? 0 : {b} == -1 ? -{a} : {a} / {b}"
-"""Of integers, of which processors refuse two quotients."""
+_REST = "({a} - {a} / {b} * {b} + {b})"
+_WHOLE = {
+    "Div": "{b} == 0 ? 0 : {b} == -1 ? -{a} : {a} / {b}",
+    "Mod": f"{{b}} == 0 || {{b}} == -1 ? 0 : {_REST} - {_REST} / {{b}} * {{b}}",
+}
+"""Of integers, of which processors refuse two quotients. A remainder has the sign of the divisor."""
 
 _TO_BOOL = frozenset({"Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN"})
 _UNARY = {
@@ -46,10 +50,11 @@ _NUMBERS: dict[str, Callable[[Dim, Dim], Dim]] = {
     "Div": divide,
     "Min": smallest,
     "Max": largest,
+    "Mod": lambda a, b: a - divide(a, b) * b,
 }
 
 
-@operator(*_BINARY)
+@operator(*_BINARY, *_WHOLE)
 def binary(at: Lowering, node: ir.Node) -> None:
     """Two operands; Min and Max take any number."""
     tensors = [at.get(v) for v in node.inputs if v is not None]
@@ -57,9 +62,9 @@ def binary(at: Lowering, node: ir.Node) -> None:
         _numbers(at, node, tensors)
         return
     whole = tensors[0].dtype != F
-    operation = _WHOLE_DIV if whole and node.op_type == "Div" else _BINARY[node.op_type]
-    if whole and node.op_type == "Pow":
-        raise at.refuse(node, "it raises integers to a power")
+    operation = (_BINARY | _WHOLE if whole else _BINARY).get(node.op_type)
+    if operation is None or (whole and node.op_type == "Pow") or at.attribute(node, "fmod", 0):
+        raise at.refuse(node, f"of {tensors[0].dtype.name}")
     total = tensors[0]
     for i, other in enumerate(tensors[1:]):
         last = i == len(tensors) - 2

@@ -80,6 +80,13 @@ CASES = {
         "f (float[2,n] x) => (float[2,n] y) { y = Softmax (x) }",
         [{"x": np.stack([values(n), np.full(n, np.finfo(np.float32).min)])} for n in (3, 19)],
     ),
+    "remainders, also of sizes": (
+        """f (int64[n] a, int64[n] b, float[m,2] x) => (int64[n] y, float[p,2] z) {
+            three = Constant <value = int64[1] {3}> ()  zero = Constant <value = int64[1] {0}> ()
+            m = Shape <start = 0, end = 1> (x)  rest = Mod (m, three)
+            y = Mod (a, b)  z = Slice (x, zero, rest, zero) }""",
+        [{"a": np.array([7, -7, 7, -7, 6]), "b": np.array([3, 3, -3, -3, -1]), "x": values(8, 2)}],
+    ),
     "a softplus of large numbers": (
         "f (float[n] x) => (float[n] y) { y = Softplus (x) }",
         [{"x": np.array([-200, -1, 0, 1, 200], np.float32)}],

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import qc
@@ -143,6 +144,29 @@ def test_several_threads_and_parts_of_a_prompt_change_nothing(emitted: dict[str,
     one, two = (open_runner(emitted["tvm"], threads=n) for n in (1, 3))
     prompt = list(np.random.default_rng(0).integers(0, 4096, 700))  # longer than what is computed at once
     assert list(one.generate(prompt, 4)) == list(two.generate(prompt, 4))
+
+
+def test_logits_that_more_than_a_product_yields_are_computed_for_all_tokens(
+    quantized: Model, emitted: dict[str, Path], tmp_path: Path
+) -> None:
+    """As with a soft cap, or a scale: a prompt of a hundred tokens needs room for a hundred rows."""
+    model = quantized.clone()
+    (number,) = (i for i, v in enumerate(model.graph.outputs) if v.name == "logits")
+    logits = model.graph.outputs[number]
+    half = ir.Value(name="half", const_value=ir.tensor(np.float32(0.5), name="half"), shape=ir.Shape([]))
+    half.dtype = ir.DataType.FLOAT
+    model.graph.register_initializer(half)
+    scaled = ir.node("Mul", [logits, half])
+    scaled.outputs[0].type, scaled.outputs[0].shape = logits.type, logits.shape
+    scaled.outputs[0].metadata_props.update(logits.metadata_props)
+    logits.metadata_props.clear()
+    logits.name, scaled.outputs[0].name = "unscaled", "logits"
+    model.graph.outputs[number] = scaled.outputs[0]
+    model.graph.append(scaled)
+    emit(Model.of(model), TvmCpu(exact=True), tmp_path)
+    prompt = PROMPT * 15
+    expected = list(open_runner(emitted["tvm"], threads=1).generate(prompt, 8))
+    assert list(open_runner(tmp_path, threads=1).generate(prompt, 8)) == expected
 
 
 def test_ten_instances_in_ten_threads_agree(emitted: dict[str, Path]) -> None:

@@ -130,10 +130,24 @@ class Writer:
             "INPUTS": len(signature.inputs),
             "OUTPUTS": len(signature.outputs),
             "VOCABULARY": logits.shape[-1] if self.decoder and logits is not None else 0,
+            "WHOLE_LOGITS": self._whole_logits() if self.decoder else 0,
         }
         lines = [f"enum {{ {', '.join(f'{k} = {v}' for k, v in constants.items())} }};"]
         lines.append(f"#define WEIGHT_BYTES ((uint64_t){self.program.weight_bytes}u)")
         return [*lines, "#define MODEL_ID @ID@", "#define WEIGHT_HASH @HASH@"]
+
+    def _whole_logits(self) -> int:
+        """The number of the dimension of new tokens, from 1, if logits are computed for all of them; else 0.
+
+        They are where more than a product yields them, as a soft cap.
+        """
+        number = next(i for i, p in enumerate(self.model.signature.outputs) if p.role == "logits")
+        writers = [s for s in self.program.statements if ("output", number) in {(b.kind, b.index) for b in s.writes}]
+        if any("qc_skip" in s.text for s in writers):
+            return 0
+        tokens = next(self.lowering.get(v) for v in self.model.graph.inputs if _role(v) == "tokens")
+        step = tokens.shape[-1].c
+        return self.names.index(step) + 1 if step in self.names else 0
 
     def source(self) -> str:
         """``model.c``."""

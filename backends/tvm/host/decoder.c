@@ -19,6 +19,7 @@ int qc_feed(qc_instance *q, const int64_t *tokens, int64_t count) {
       q->past = before;
       return code;
     }
+    if (WHOLE_LOGITS > 0) memmove(q->logits, q->logits + (part - 1) * VOCABULARY, sizeof(float) * VOCABULARY);
     q->past += part;
     tokens += part;
     count -= part;

@@ -224,7 +224,7 @@ static int checked_run(qc_instance *q, const int64_t *dims, const void *const *i
   output_sizes(dims, out);
   for (int i = 0; i < OUTPUTS; i++) {
     if (output_is_cache[i]) continue;
-    if (skip > 0 && outputs[i] != NULL) out[i] = (int64_t)VOCABULARY * 4;
+    if (skip > 0 && WHOLE_LOGITS == 0 && outputs[i] != NULL) out[i] = (int64_t)VOCABULARY * 4;
     if (q->held[i] >= qc_max(out[i], 4)) continue;
     buffer_free(&q->model->device, q->outputs[i]);
     if (q->held[i] > 0) q->memory -= (size_t)qc_max(q->held[i], LINE);

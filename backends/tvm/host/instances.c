@@ -30,7 +30,8 @@ static int size_instance(qc_instance *q, const qc_model *model, const int64_t *l
 /* Memory for a text: logits, a mask, and positions. */
 static int begin_text(qc_instance *q) {
   if (VOCABULARY == 0) return QC_OK;
-  q->logits = aligned(sizeof(float) * VOCABULARY * 3, &q->memory);
+  const int64_t rows = WHOLE_LOGITS > 0 ? q->limits[WHOLE_LOGITS > 0 ? WHOLE_LOGITS - 1 : 0] : 1;
+  q->logits = aligned(sizeof(float) * VOCABULARY * (size_t)qc_max(rows, 3), &q->memory);
   q->ones = aligned(sizeof(int64_t) * (size_t)q->room, &q->memory);
   q->running = aligned(sizeof(int64_t) * (size_t)q->room, &q->memory);
   if (q->logits == NULL || q->ones == NULL || q->running == NULL) return QC_E_MEMORY;

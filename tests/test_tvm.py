@@ -317,6 +317,16 @@ def test_what_will_fail_is_refused_before_passes_take_their_time(
     assert "recipe" not in stages
 
 
+def test_a_library_that_takes_the_place_of_a_loaded_one_is_loaded_itself(tmp_path: Path) -> None:
+    x, runners = np.array([[-4.0, 9.0]], np.float32), []
+    for operator in ("Relu", "Abs"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out").mkdir()
+        TvmCpu().emit(parse(f"f (float[1,2] x) => (float[1,2] y) {{ y = {operator} (x) }}"), tmp_path / "out")
+        runners.append(open_runner(tmp_path / "out", threads=1))
+    assert [r.run({"x": x})["y"].tolist() for r in runners] == [[[0.0, 9.0]], [[4.0, 9.0]]]
+
+
 def test_a_model_whose_sizes_are_all_fixed_runs(tmp_path: Path) -> None:
     model = parse("f (float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
     TvmCpu().emit(model, tmp_path)

@@ -27,6 +27,19 @@ BITS, GROUPS = {"ort-cpu": (2, 4, 8), "tvm-cpu": (2, 3, 4, 8)}, (16, 32, 64, 128
 
 def library(format: str, size: int) -> Callable[[np.ndarray], object] | None:
     """A C library of one product; None where no kernel reads the format, unless it is ``float``."""
+    from qc.backends.tvm.backend import TvmCpu
+
+    backend = TvmCpu()
+    if format not in ("float", *backend.target.formats):
+        return None
+    directory = tempfile.TemporaryDirectory()
+    emit_product(format, size, Path(directory.name))
+    runner = backend.open(Path(directory.name), threads=1)
+    return lambda row, keep=directory: runner.run({"x": row})
+
+
+def emit_product(format: str, size: int, directory: Path) -> None:
+    """Writes a C library that multiplies ``x`` by a weight of so many rows and columns."""
     import onnx_ir as ir
 
     from qc.backends.tvm.backend import TvmCpu
@@ -36,8 +49,6 @@ def library(format: str, size: int) -> Callable[[np.ndarray], object] | None:
     from qc.passes.quantize.weights import QuantizeWeights
 
     backend = TvmCpu()
-    if format not in ("float", *backend.target.formats):
-        return None
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", size]))
     numbers = np.random.default_rng(0).standard_normal((size, size), np.float32)
     weight = ir.Value(name="w", const_value=ir.tensor(numbers, name="w"), shape=ir.Shape(numbers.shape))
@@ -48,10 +59,7 @@ def library(format: str, size: int) -> Callable[[np.ndarray], object] | None:
     quantized = [] if format == "float" else [QuantizeWeights(format=format, metric="none")]
     steps = [*quantized, *backend.lowering()]
     model, _ = PassManager(steps, verify=False).run(Model.of(ir.Model(graph, ir_version=10)))
-    directory = tempfile.TemporaryDirectory()
-    backend.emit(model, Path(directory.name))
-    runner = backend.open(Path(directory.name), threads=1)
-    return lambda row, keep=directory: runner.run({"x": row})
+    backend.emit(model, directory)
 
 
 def session(bits: int, group: int, size: int, *, zero_points: bool) -> Callable[[np.ndarray], object]:

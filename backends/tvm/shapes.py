@@ -10,6 +10,8 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
+
 __all__ = [
     "Dim",
     "Size",
@@ -19,6 +21,7 @@ __all__ = [
     "divide",
     "largest",
     "product",
+    "scaled",
     "smallest",
     "spelled",
     "stride_of",
@@ -148,6 +151,15 @@ def smallest(a: Size, b: Size) -> Dim:
     if a.constant is not None and b.constant is not None:
         return dim(min(a.constant, b.constant))
     return a if a == b else dim(f"qc_min({a.c}, {b.c})")
+
+
+def scaled(size: Size, scale: np.float32) -> Dim:
+    """``floor(size * scale)``, multiplied in float32."""
+    size = dim(size)
+    if size.constant is not None:
+        return dim(int(np.float32(size.constant) * scale))
+    whole = int(scale)
+    return size * whole if whole == scale else dim(f"qc_scaled({size.c}, {float(scale)!r}f)")
 
 
 def wider(a: Size, b: Size) -> Dim:

@@ -6,6 +6,7 @@ static inline int64_t qc_div(int64_t a, int64_t b) { return b == 0 ? 0 : a / b -
 static inline int64_t qc_wide(int64_t a, int64_t b) { return a == 1 ? b : a; }
 static inline int64_t qc_bound(int64_t at, int64_t size) { return qc_min(qc_max(at < 0 ? at + size : at, 0), size); }
 static inline int64_t qc_step(int64_t size, int64_t stride) { return size == 1 ? 0 : stride; }
+static inline int64_t qc_scaled(int64_t size, float scale) { return (int64_t)((float)size * scale); }
 static inline int64_t qc_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
 /* The same of sizes that may be more than integers hold. */
@@ -15,6 +16,7 @@ static inline double wide_div(double a, double b) { return b == 0 ? 0 : floor(a 
 static inline double wide_wide(double a, double b) { return a == 1 ? b : a; }
 static inline double wide_bound(double at, double size) { return wide_min(wide_max(at < 0 ? at + size : at, 0), size); }
 static inline double wide_step(double size, double stride) { return size == 1 ? 0 : stride; }
+static inline double wide_scaled(double size, double scale) { return ceil(size * scale); }
 static inline double wide_up(double a, double unit) { return floor((a + unit - 1) / unit) * unit; }
 
 static inline float half_to_float(uint16_t h) {

@@ -26,6 +26,22 @@ def values(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
+RESIZED = [
+    ("linear", "half_pixel", "floor", "scales"),
+    ("linear", "pytorch_half_pixel", "floor", "less"),
+    ("linear", "align_corners", "floor", "scales"),
+    ("linear", "asymmetric", "floor", "less"),
+    ("nearest", "half_pixel", "round_prefer_floor", "scales"),
+    ("nearest", "half_pixel", "round_prefer_ceil", "less"),
+    ("nearest", "pytorch_half_pixel", "floor", "less"),
+    ("nearest", "pytorch_half_pixel", "ceil", "scales"),
+    ("nearest", "align_corners", "round_prefer_floor", "less"),
+    ("nearest", "align_corners", "ceil", "scales"),
+    ("nearest", "asymmetric", "floor", "scales"),
+    ("nearest", "asymmetric", "round_prefer_ceil", "less"),
+]
+"""Modes, where an element lies, which is the nearest, and scales."""
+
 CASES = {
     "axes of a reduction that are empty": (
         """f (float[n,3] x) => (float[1,1] y, float[n,3] z) {
@@ -91,6 +107,32 @@ CASES = {
         "f (float[n] x) => (float[n] y) { y = Softplus (x) }",
         [{"x": np.array([-200, -1, 0, 1, 200], np.float32)}],
     ),
+    "images of other sizes, by scales": (
+        f"""f (float[n,2,h,w] x) => ({", ".join(f"float[a{i},b{i},c{i},d{i}] y{i}" for i in range(len(RESIZED)))}) {{
+            scales = Constant <value = float[4] {{1.0, 1.0, 2.0, 1.4}}> ()
+            less = Constant <value = float[4] {{1.0, 1.0, 0.6, 0.5}}> () {
+            " ".join(
+                f'y{i} = Resize <mode = "{mode}", coordinate_transformation_mode = "{place}", '
+                f'nearest_mode = "{nearest}"> (x, , {scales})'
+                for i, (mode, place, nearest, scales) in enumerate(RESIZED)
+            )
+        } }}""",
+        [{"x": values(n, 2, h, w)} for n, h, w in ((1, 5, 7), (2, 2, 3))],
+    ),
+    "images of other sizes, by sizes": (
+        """f (float[n,2,h,w] x, float[n,2,a,b] other, float[n,2,k] z)
+             => (float[n,2,a,b] y, float[n,2,3,4] small, float[n,2,5] v, float[n,2,m] u) {
+            sizes = Shape (other)  y = Resize <mode = "linear"> (x, , , sizes)
+            held = Constant <value = int64[2] {3, 4}> ()
+            small = Resize <mode = "nearest", axes = [2, 3]> (x, , , held)
+            five = Constant <value = int64[1] {5}> ()
+            v = Resize <mode = "linear", axes = [2]> (z, , , five)
+            thrice = Constant <value = float[3] {1.0, 1.0, 3.0}> ()  u = Resize <mode = "nearest"> (z, , thrice) }""",
+        [
+            {"x": values(n, 2, h, w), "other": values(n, 2, 4, 1), "z": values(n, 2, 4)}
+            for n, h, w in ((1, 5, 7), (2, 1, 4))
+        ],
+    ),
 }
 
 
@@ -124,6 +166,11 @@ REFUSED = {
     "indices of a pool": (
         "f (float[1,1,4,4] x) => (float[1,1,3,3] y, int64[1,1,3,3] i) { y, i = MaxPool <kernel_shape = [2,2]> (x) }",
         "no kernel for MaxPool at .*: its output 'i' is read",
+    ),
+    "a cubic line": (
+        """f (float[1,1,4,4] x) => (float[1,1,8,8] y) {
+            s = Constant <value = float[4] {1.0, 1.0, 2.0, 2.0}> ()  y = Resize <mode = "cubic"> (x, , s) }""",
+        "no kernel for Resize at .*: it resizes FLOAT by the rules 'cubic' and 'half_pixel'",
     ),
     "an output of another type": (
         "f (float[n] x) => (float[n] y, double z) { y = Relu (x)  z = Constant <value = double {1.0}> () }",
@@ -167,6 +214,11 @@ UNFIT = {
     "an image smaller than a window": (
         "f (float[1,1,h,w] a) => (float[1,1,i,j] y) { y = MaxPool <kernel_shape = [5,5]> (a) }",
         {"a": values(1, 1, 2, 2)},
+    ),
+    "an image of nothing that is made larger": (
+        """f (float[1,1,h] a) => (float[1,1,4] y) {
+            s = Constant <value = int64[3] {1, 1, 4}> ()  y = Resize (a, , , s) }""",
+        {"a": values(1, 1, 0)},
     ),
 }
 

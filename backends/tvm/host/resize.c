@@ -1,0 +1,25 @@
+/* Where element j of an axis of m lies on an axis of n. */
+static float resize_place(int64_t j, int64_t n, int64_t m, float scale, int rule) {
+  if (rule == 2) return (float)j / scale;
+  if (rule != 0 && m == 1) return 0.0f;
+  return rule == 3 ? (float)j * (float)(n - 1) / (float)(m - 1) : ((float)j + 0.5f) / scale - 0.5f;
+}
+
+/* An axis of n elements as one of m: values lie on lines between two, or are those of the nearest. */
+static void resize(const float *x, float *y, int64_t outer, int64_t n, int64_t m, int64_t inner, float scale, int rule,
+                   int value) {
+  for (int64_t o = 0; o < outer; o++, x += n * inner)
+    for (int64_t j = 0; j < m; j++, y += inner) {
+      float place = fminf(fmaxf(resize_place(j, n, m, scale, rule), 0.0f), (float)(n - 1));
+      if (value == 1) place = ceilf(place - 0.5f);
+      if (value == 2) place = roundf(place);
+      if (value == 3) place = floorf(place);
+      if (value == 4) place = ceilf(place);
+      const int64_t first = qc_min((int64_t)place, n - 1), second = qc_min(first + 1, n - 1);
+      const float *a = x + first * inner, *b = x + second * inner, rest = place - (float)first;
+      if (value != 0)
+        memcpy(y, a, (size_t)inner * sizeof(float));
+      else
+        for (int64_t i = 0; i < inner; i++) y[i] = a[i] * (1.0f - rest) + b[i] * rest;
+    }
+}

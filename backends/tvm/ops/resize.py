@@ -1,0 +1,77 @@
+"""Images in other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qc.backends.tvm.lower import Lowering, operator
+from qc.backends.tvm.program import Tensor
+from qc.backends.tvm.shapes import Dim, product, scaled
+from qc.passes.canonicalize._graph import constant
+
+__all__ = ["resize"]
+
+_PLACES = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")
+_VALUES = ("linear", "round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
+"""Numbered as in ``host/resize.c``."""
+
+
+@operator("Resize")
+def resize(at: Lowering, node: ir.Node) -> None:
+    """The nearest element, or what a line between two says, one axis after the other.
+
+    Element j of an axis lies at ``(j + 1/2) / scale - 1/2`` of its n elements, or where another rule says, in float32.
+    """
+    x, sizes = at.input(node, 0), at.input(node, 3)
+    assert x is not None
+    mode, place, nearest, policy = (
+        held.as_string() if (held := node.attributes.get(name)) is not None else absent
+        for name, absent in (
+            ("mode", "nearest"),
+            ("coordinate_transformation_mode", "half_pixel"),
+            ("nearest_mode", "round_prefer_floor"),
+            ("keep_aspect_ratio_policy", "stretch"),
+        )
+    )
+    value = nearest if mode == "nearest" else mode
+    if value not in _VALUES or place not in _PLACES or x.dtype != ir.DataType.FLOAT:
+        raise at.refuse(node, f"it resizes {x.dtype.name} by the rules {value!r} and {place!r}")
+    if policy != "stretch" or at.attribute(node, "antialias", 0):
+        raise at.refuse(node, "it keeps the aspect ratio, or filters what it makes smaller")
+    axes: Sequence[int] = at.attribute(node, "axes", range(len(x.shape)))  # type: ignore[assignment]
+    axes = [a % len(x.shape) for a in axes]
+    pairs = _from_scales(at, node, x, axes) if sizes is None else _from_sizes(at, node, x, axes, sizes)
+    moved = [(axis, *pair) for axis, pair in zip(axes, pairs, strict=True) if pair[0] != x.shape[axis]]
+    if not moved:
+        at.set(node.outputs[0], x)
+        return
+    at.program.use("resize")
+    x = at.contiguous(x)
+    for step, (axis, size, scale) in enumerate(moved, 1):
+        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+        y = at.result(node.outputs[0], shape) if step == len(moved) else at.program.tensor(shape)
+        numbers = (product(shape[:axis]), x.shape[axis], size, product(shape[axis + 1 :]))
+        rules = f"{scale}, {_PLACES.index(place)}, {_VALUES.index(value)}"
+        at.program.add(f"resize({x.c}, {y.c}, {', '.join(n.c for n in numbers)}, {rules});", [x], [y])
+        x = y
+
+
+def _from_scales(at: Lowering, node: ir.Node, x: Tensor, axes: Sequence[int]) -> list[tuple[Dim, str]]:
+    """Size and scale of each axis, the scale in C."""
+    scales = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if scales is None or len(scales) != len(axes):
+        raise at.refuse(node, "its scales are computed")
+    return [(scaled(x.shape[a], s), f"{float(s)!r}f") for a, s in zip(axes, scales.astype(np.float32), strict=True)]
+
+
+def _from_sizes(at: Lowering, node: ir.Node, x: Tensor, axes: Sequence[int], sizes: Tensor) -> list[tuple[Dim, str]]:
+    if sizes.values is None or len(sizes.values) != len(axes):
+        raise at.refuse(node, "its sizes depend on values that are computed")
+    pairs = [(x.shape[a], size) for a, size in zip(axes, sizes.values, strict=True)]
+    for n, size in pairs:
+        if n != size:
+            at.program.require_within(1, n)
+    return [(size, f"(float){size.c} / (float){n.c}") for n, size in pairs]

@@ -113,7 +113,8 @@ class BlockData:
 
 def wants_sweep(steps: Sequence[Step]) -> bool:
     """Whether one of these neighbouring steps works better knowing what the changed parts before it yield."""
-    return any(isinstance(s.action, BlockPass) and s.action.sequential for s in steps)
+    actions = (s.action for s in steps)
+    return any(isinstance(a, BlockPass) and a.sequential and not a.whole for a in actions)
 
 
 def sweep(

@@ -193,11 +193,10 @@ def _array(model: Model, port: Port, dims: Mapping[str, int], rng: np.random.Gen
     if port.dtype == ir.DataType.STRING:
         return rng.choice(np.array(["a", "few", "Words"], object), shape)
     dtype = port.dtype.numpy()
-    decoder = model.signature.is_decoder
     match port.role:
         case "mask" | "decoder_mask":
             mask = np.ones(shape, dtype)
-            if not decoder and shape[0] > 1 and shape[-1] > 2:
+            if shape[0] > 1 and shape[-1] > 2 and not model.signature.is_decoder:
                 mask[-1, -2:] = 0
             return mask
         case "positions":

@@ -245,5 +245,6 @@ def _windows(model: Model, path: Path, tokens: Sequence[int], most: int) -> Data
         raise InputError(f"Expected at least 4 tokens of text in {path}, found {len(tokens)}. Give a longer text.")
     count = min(most, len(tokens) // window // 2)
     rows = np.array(tokens[-count * window :], np.int64).reshape(count, 1, window)
-    batches = [text_inputs(model.signature, row) for row in rows]
+    signature = model.signature
+    batches = [text_inputs(signature, row) for row in rows]
     return Data(path.name, tokens[: -count * window], calibration=batches)

@@ -45,3 +45,12 @@ class Window:
                 left = smallest(left + (stride - 1), n + (before - 1))
             found.append(divide(left, stride) + 1)
         return found
+
+    def covered(self, places: Sequence[Dim], more: Sequence[int]) -> list[Dim]:
+        """The size of each axis of an image with so many places, and `more` at the end that no window covers."""
+        found = []
+        for n, extra, size, stride, dilation, before, behind in zip(
+            places, more, *dataclasses.astuple(self), strict=True
+        ):
+            found.append((n - 1) * stride + (dilation * (size - 1) + 1 + extra - before - behind))
+        return found

@@ -202,6 +202,12 @@ def cast(at: Lowering, node: ir.Node) -> None:
         loop(at, expression, [x], at.result(node.outputs[0], x.shape, to))
 
 
+def per_channel(x: Tensor, t: Tensor) -> Tensor:
+    """A vector of the second axis of x, to be broadcast to it."""
+    trailing = len(x.shape) - 2
+    return t.view((t.shape[0], *[1] * trailing), (t.strides[0], *[0] * trailing))
+
+
 @operator("BatchNormalization")
 def batch_normalization(at: Lowering, node: ir.Node) -> None:
     """``(x - mean) / sqrt(var + eps) * scale + bias`` per channel."""
@@ -210,12 +216,8 @@ def batch_normalization(at: Lowering, node: ir.Node) -> None:
     for held in (scale, bias, mean, var):
         at.program.require_equal(held.shape[0], x.shape[1])
 
-    def per_channel(t: Tensor) -> Tensor:
-        trailing = len(x.shape) - 2
-        return t.view((t.shape[0], *[1] * trailing), (t.strides[0], *[0] * trailing))
-
     factor = at.program.tensor(scale.shape)
     loop(at, f"{{a}} / sqrtf({{b}} + {eps!r}f)", [scale, var], factor)
     shift = at.program.tensor(scale.shape)
     loop(at, "{a} - {b} * {c}", [bias, mean, factor], shift)
-    loop(at, "{a} * {b} + {c}", [x, per_channel(factor), per_channel(shift)], at.result(node.outputs[0], x.shape))
+    loop(at, "{a} * {b} + {c}", [x, per_channel(x, factor), per_channel(x, shift)], at.result(node.outputs[0], x.shape))

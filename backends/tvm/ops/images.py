@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from qc.backends.tvm.lower import Lowering, operator
+from qc.backends.tvm.ops.elementwise import per_channel
+from qc.backends.tvm.ops.loops import fill, loop
 from qc.backends.tvm.ops.products import Tail, product_of
 from qc.backends.tvm.pack import pack_columns
 from qc.backends.tvm.program import Tensor, dense
@@ -15,7 +17,7 @@ from qc.backends.tvm.shapes import Dim, dim
 from qc.backends.tvm.windows import AXES, Window
 from qc.ir.quant import Weight, read_weight
 
-__all__ = ["as_image", "average_pool", "convolution", "max_pool", "window_of"]
+__all__ = ["as_image", "average_pool", "convolution", "max_pool", "transposed_convolution", "window_of"]
 
 
 def as_image(x: Tensor) -> Tensor:
@@ -80,8 +82,6 @@ def convolution(at: Lowering, node: ir.Node) -> None:
         return
     at.program.use("patches")
     columns, rows = weight.matrix[1], batch * places[0] * places[1]
-    wide = at.isa.tile[1]
-    unit = wide * at.isa.lanes
     for g in range(groups):
         patches = at.program.tensor((rows, columns))
         at.program.add(
@@ -90,10 +90,13 @@ def convolution(at: Lowering, node: ir.Node) -> None:
             [x],
             [patches],
         )
-        packed = _packed(at, weight, g, out // groups, columns, unit)
+
+        def matrix(held: np.ndarray, g: int = g) -> np.ndarray:
+            return held.reshape(groups, -1, columns)[g]
+
         product = at.program.tensor((batch, places[0] * places[1], out // groups))
         part = None if bias is None else at.contiguous(bias).view((out // groups,), (1,), g * (out // groups))
-        product_of(at, patches, packed, "f32", wide, columns, part, Tail(node.outputs[0], None, "none"), product)
+        _multiply(at, node, patches, weight, g, matrix, columns, part, product)
         at.program.use("turn")
         at.program.add(
             f"turn({product.c}, {y.c}, {batch.c}, {(places[0] * places[1]).c}, {out // groups}, {out}, "
@@ -103,16 +106,24 @@ def convolution(at: Lowering, node: ir.Node) -> None:
         )
 
 
-def _packed(at: Lowering, weight: Weight, group: int, rows: int, columns: int, unit: int) -> Tensor:
+def _multiply(
+    at: Lowering, node: ir.Node, x: Tensor, weight: Weight, group: int, matrix: Callable[[np.ndarray], np.ndarray],
+    columns: int, bias: Tensor | None, y: Tensor,
+) -> None:  # fmt: skip
+    """Rows times the weight of a group, of which `matrix` takes the rows of `columns` numbers."""
+    rows, wide = y.shape[-1].constant, at.isa.tile[1]
+    assert rows is not None
+    unit = wide * at.isa.lanes
     count = -(-rows // unit) * unit * columns
 
     def make() -> np.ndarray:
-        matrix = np.asarray(weight.numpy(), np.float32).reshape(-1, columns)[group * rows : (group + 1) * rows]
-        packed = pack_columns(matrix, unit)
+        packed = pack_columns(matrix(np.asarray(weight.numpy(), np.float32)), unit)
         weight.release()
         return packed
 
-    return at.program.constant((weight.value, "conv", group), make, 4 * count, (count,), ir.DataType.UINT8)
+    key = (weight.value, node.op_type, rows, columns, group)
+    packed = at.program.constant(key, make, 4 * count, (count,), ir.DataType.UINT8)
+    product_of(at, x, packed, "f32", wide, columns, bias, Tail(node.outputs[0], None, "none"), y)
 
 
 def _depthwise(
@@ -132,6 +143,50 @@ def _depthwise(
         [x, *extra],
         [y],
     )
+
+
+@operator("ConvTranspose")
+def transposed_convolution(at: Lowering, node: ir.Node) -> None:
+    """Pixels as rows, times the weight; what comes out is added to the windows of the result.
+
+    ``y[b, o, p * stride + (i, j) * dilation - pad] = sum_{c, p, i, j} x[b, c, p] w[c, o, i, j] + bias[o]``
+    """
+    x, weight, bias = at.input(node, 0), read_weight(node.inputs[1]), at.input(node, 2)
+    assert x is not None
+    rule = node.attributes.get("auto_pad")
+    if "output_shape" in node.attributes or (rule is not None and rule.as_string().startswith("SAME")):
+        raise at.refuse(node, "its padding follows from the size of its result")
+    if weight is None:
+        raise at.refuse(node, "its weight is computed")
+    inner, each, *sizes = weight.shape
+    groups = int(at.attribute(node, "group", 1))  # type: ignore[call-overload]
+    window, rank = window_of(at, node, x, sizes), len(sizes)
+    more: list[int] = at.attribute(node, "output_padding", [0] * rank)  # type: ignore[assignment]
+    x = as_image(at.contiguous(x))
+    batch, channels, *places = x.shape
+    at.program.require_equal(channels, inner)
+    covered = window.covered(places, [*[0] * (AXES - rank), *more])
+    y = as_image(at.result(node.outputs[0], (batch, each * groups, *covered[-rank:])))
+    at.program.use("spread")
+    if bias is None:
+        fill(at, y, "0")
+    else:
+        loop(at, "{a}", [per_channel(y, bias)], y)
+    columns, pixels = inner // groups, places[0] * places[1]
+    for g in range(groups):
+
+        def matrix(held: np.ndarray, g: int = g) -> np.ndarray:
+            return held.reshape(groups, columns, -1)[g].T
+
+        rows = x.view((batch, pixels, columns), (channels * pixels, 1, pixels), pixels * (g * columns))
+        product = at.program.tensor((batch, pixels, each * window.sizes[0] * window.sizes[1]))
+        _multiply(at, node, rows, weight, g, matrix, columns, None, product)
+        numbers = ", ".join(s.c for s in (*y.shape[2:], *places))
+        at.program.add(
+            f"spread({product.c}, {y.c}, {batch.c}, {each * groups}, {g * each}, {each}, {numbers}, {window.c});",
+            [product],
+            [y],
+        )
 
 
 @operator("MaxPool")

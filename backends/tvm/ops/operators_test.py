@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,25 @@ CASES = {
             for n, h, w in ((1, 5, 7), (2, 1, 4))
         ],
     ),
+    "channels of images that are normalized": (
+        """f (float[n,2,h,w] x, float[n,2,k] z, float[2] s, float[2] b) => (float[n,2,h,w] y, float[n,2,k] v) {
+            y = InstanceNormalization <epsilon = 0.01> (x, s, b)  v = InstanceNormalization (z, s, b) }""",
+        [
+            {"x": 3 + values(n, 2, h, w), "z": values(n, 2, 19), "s": values(2), "b": values(2)}
+            for n, h, w in ((1, 3, 5), (2, 4, 8))
+        ],
+    ),
 }
+TRANSPOSED = """
+f (float[n,4,h,w] x, float[n,4,k] z)
+  => (float[n,3,a,b] y, float[n,6,c,d] grouped, float[n,4,e,f] each, float[n,2,m] v) {
+  y = ConvTranspose <strides = [2, 3], pads = [1, 0, 2, 1], dilations = [1, 2], output_padding = [1, 2]> (x, w1, b1)
+  grouped = ConvTranspose <group = 2, strides = [2, 1]> (x, w2, b2)
+  each = ConvTranspose <group = 4, kernel_shape = [2, 2], strides = [2, 2], auto_pad = "VALID"> (x, w3)
+  v = ConvTranspose <strides = [3], pads = [0, 1]> (z, w4)
+}
+"""
+WEIGHTS = {"w1": (4, 3, 3, 2), "b1": (3,), "w2": (4, 3, 1, 3), "b2": (6,), "w3": (4, 1, 2, 2), "w4": (4, 2, 5)}
 
 
 def library(model: Model, directory: Path):
@@ -145,13 +164,22 @@ def library(model: Model, directory: Path):
 @pytest.mark.parametrize("name", CASES)
 def test_an_operator_is_that_of_onnx_runtime(name: str, tmp_path: Path) -> None:
     text, batches = CASES[name]
-    model = parse(text)
-    runner, session = library(model, tmp_path), Session(model)
+    agree(parse(text), batches, tmp_path)
+
+
+def agree(model: Model, batches: Sequence[dict[str, np.ndarray]], directory: Path) -> None:
+    runner, session = library(model, directory), Session(model)
     for batch in batches:
         found = runner.run(batch)
         for output, expected in session.run(batch).items():
             assert found[output].shape == expected.shape
             np.testing.assert_allclose(found[output], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_transposed_convolution_is_that_of_onnx_runtime(tmp_path: Path) -> None:
+    model = parse(TRANSPOSED, weights={n: values(*shape) for n, shape in WEIGHTS.items()})
+    batches = [{"x": values(n, 4, h, w), "z": values(n, 4, k)} for n, h, w, k in ((1, 3, 5, 4), (2, 4, 1, 1))]
+    agree(model, batches, tmp_path)
 
 
 REFUSED = {
@@ -171,6 +199,11 @@ REFUSED = {
         """f (float[1,1,4,4] x) => (float[1,1,8,8] y) {
             s = Constant <value = float[4] {1.0, 1.0, 2.0, 2.0}> ()  y = Resize <mode = "cubic"> (x, , s) }""",
         "no kernel for Resize at .*: it resizes FLOAT by the rules 'cubic' and 'half_pixel'",
+    ),
+    "a transposed convolution whose result has a given size": (
+        """f (float[1,1,4,4] x) => (float[1,1,8,8] y) {
+            w = Constant <value = float[1,1,1,1] {1.0}> ()  y = ConvTranspose <output_shape = [8, 8]> (x, w) }""",
+        "no kernel for ConvTranspose at .*: its padding follows",
     ),
     "an output of another type": (
         "f (float[n] x) => (float[n] y, double z) { y = Relu (x)  z = Constant <value = double {1.0}> () }",
@@ -214,6 +247,10 @@ UNFIT = {
     "an image smaller than a window": (
         "f (float[1,1,h,w] a) => (float[1,1,i,j] y) { y = MaxPool <kernel_shape = [5,5]> (a) }",
         {"a": values(1, 1, 2, 2)},
+    ),
+    "a channel and its gain": (
+        "f (float[1,n,4] x, float[m] s) => (float[1,n,4] y) { y = InstanceNormalization (x, s, s) }",
+        {"x": values(1, 2, 4), "s": values(3)},
     ),
     "an image of nothing that is made larger": (
         """f (float[1,1,h] a) => (float[1,1,4] y) {

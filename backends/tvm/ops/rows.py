@@ -10,9 +10,21 @@ import onnx_ir as ir
 from qc.backends.tvm.c_loops import REDUCTIONS
 from qc.backends.tvm.kernels.rows import normalize, softmax
 from qc.backends.tvm.lower import Lowering, operator
-from qc.backends.tvm.shapes import dim
+from qc.backends.tvm.ops.elementwise import per_channel
+from qc.backends.tvm.ops.loops import loop
+from qc.backends.tvm.program import Tensor
+from qc.backends.tvm.shapes import dim, product
 
-__all__ = ["arg_max", "cum_sum", "global_average_pool", "normalization", "reduce", "softmax_", "top_k"]
+__all__ = [
+    "arg_max",
+    "cum_sum",
+    "global_average_pool",
+    "instance_normalization",
+    "normalization",
+    "reduce",
+    "softmax_",
+    "top_k",
+]
 
 
 @operator("RMSNormalization", "LayerNormalization")
@@ -28,15 +40,35 @@ def normalization(at: Lowering, node: ir.Node) -> None:
     for held in (weight, bias):
         if held is not None and held.shape != (x.shape[-1],):
             raise at.refuse(node, "its gain is no vector of the last axis")
+    _normalize(at, node, x, weight, bias, at.result(node.outputs[0], x.shape))
+
+
+def _normalize(at: Lowering, node: ir.Node, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
     eps = at.program.array(np.array([at.attribute(node, "epsilon", 1e-5)], np.float32))
     x, m, n, ldx = at.rows(x)
-    y = at.result(node.outputs[0], x.shape)
     extra = [at.contiguous(t) for t in (weight, bias) if t is not None]
     kind = "rms" if node.op_type.startswith("RMS") else "layer"
     name = at.program.kernel(
         kind, normalize, kind, weight is not None, bias is not None, pointers=3 + len(extra), integers=3
     )
     at.program.call(name, [x, y, eps, *extra], [n, ldx, n], m, writes=[y])
+
+
+@operator("InstanceNormalization")
+def instance_normalization(at: Lowering, node: ir.Node) -> None:
+    """Normalization of each channel of each image."""
+    x, scale, bias = (at.get(v) for v in node.inputs if v is not None)
+    if x.dtype != ir.DataType.FLOAT:
+        raise at.refuse(node, f"it normalizes {x.dtype.name}")
+    for held in (scale, bias):
+        at.program.require_equal(held.shape[0], x.shape[1])
+    count = product(x.shape[2:])
+    x = at.contiguous(x)
+    normal = at.program.tensor(x.shape)
+    rows = x.view((x.shape[0] * x.shape[1], count), (count, 1))
+    _normalize(at, node, rows, None, None, normal)
+    factors = [per_channel(x, t) for t in (scale, bias)]
+    loop(at, "{a} * {b} + {c}", [normal, *factors], at.result(node.outputs[0], x.shape))
 
 
 @operator("Softmax")

@@ -120,19 +120,27 @@ CASES = {
         } }}""",
         [{"x": values(n, 2, h, w)} for n, h, w in ((1, 5, 7), (2, 2, 3))],
     ),
-    "images of other sizes, by sizes": (
-        """f (float[n,2,h,w] x, float[n,2,a,b] other, float[n,2,k] z)
-             => (float[n,2,a,b] y, float[n,2,3,4] small, float[n,2,5] v, float[n,2,m] u) {
+    "images of other sizes, by sizes and axes": (
+        """f (float[n,2,h,w] x, float[n,2,a,b] other, float[n,2,k] z, float[n,2,3,2] p)
+             => (float[n,2,a,b] y, float[n,2,3,4] small, float[n,2,5] v, float[n,2,m] u, float[n,2,3,4] q) {
             sizes = Shape (other)  y = Resize <mode = "linear"> (x, , , sizes)
             held = Constant <value = int64[2] {3, 4}> ()
             small = Resize <mode = "nearest", axes = [2, 3]> (x, , , held)
             five = Constant <value = int64[1] {5}> ()
             v = Resize <mode = "linear", axes = [2]> (z, , , five)
-            thrice = Constant <value = float[3] {1.0, 1.0, 3.0}> ()  u = Resize <mode = "nearest"> (z, , thrice) }""",
+            thrice = Constant <value = float[3] {1.0, 1.0, 3.0}> ()  u = Resize <mode = "nearest"> (z, , thrice)
+            more = Constant <value = float[4] {1.0, 1.0, 1.3, 2.0}> ()  q = Resize <mode = "linear"> (p, , more) }""",
         [
-            {"x": values(n, 2, h, w), "other": values(n, 2, 4, 1), "z": values(n, 2, 4)}
+            {"x": values(n, 2, h, w), "other": values(n, 2, 4, 1), "z": values(n, 2, 4), "p": values(n, 2, 3, 2)}
             for n, h, w in ((1, 5, 7), (2, 1, 4))
         ],
+    ),
+    "images of other sizes, before opset 10": (
+        """<ir_version: 7, opset_import: ["": 9]>
+        f (float[n,2,h,w] x) => (float[n,2,a,b] y, float[n,2,c,d] z) {
+            s = Constant <value = float[4] {1.0, 1.0, 2.0, 1.5}> ()
+            y = Upsample <mode = "nearest"> (x, s)  z = Upsample <mode = "linear"> (x, s) }""",
+        [{"x": values(n, 2, h, w)} for n, h, w in ((1, 5, 7), (2, 1, 3))],
     ),
     "channels of images that are normalized": (
         """f (float[n,2,h,w] x, float[n,2,k] z, float[2] s, float[2] b) => (float[n,2,h,w] y, float[n,2,k] v) {

@@ -17,22 +17,25 @@ __all__ = ["resize"]
 _PLACES = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")
 _VALUES = ("linear", "round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 """Numbered as in ``host/resize.c``."""
+_SAME = "1.0f"
 
 
-@operator("Resize")
+@operator("Resize", "Upsample")
 def resize(at: Lowering, node: ir.Node) -> None:
     """The nearest element, or what a line between two says, one axis after the other.
 
     Element j of an axis lies at ``(j + 1/2) / scale - 1/2`` of its n elements, or where another rule says, in float32.
+    Before opset 11 there are no rules: it lies at ``j / scale``, the nearest element is the one before if axes grow.
     """
+    old = len(node.inputs) == 2
     x, sizes = at.input(node, 0), at.input(node, 3)
     assert x is not None
     mode, place, nearest, policy = (
         held.as_string() if (held := node.attributes.get(name)) is not None else absent
         for name, absent in (
             ("mode", "nearest"),
-            ("coordinate_transformation_mode", "half_pixel"),
-            ("nearest_mode", "round_prefer_floor"),
+            ("coordinate_transformation_mode", "asymmetric" if old else "half_pixel"),
+            ("nearest_mode", "floor" if old else "round_prefer_floor"),
             ("keep_aspect_ratio_policy", "stretch"),
         )
     )
@@ -43,8 +46,12 @@ def resize(at: Lowering, node: ir.Node) -> None:
         raise at.refuse(node, "it keeps the aspect ratio, or filters what it makes smaller")
     axes: Sequence[int] = at.attribute(node, "axes", range(len(x.shape)))  # type: ignore[assignment]
     axes = [a % len(x.shape) for a in axes]
-    pairs = _from_scales(at, node, x, axes) if sizes is None else _from_sizes(at, node, x, axes, sizes)
-    moved = [(axis, *pair) for axis, pair in zip(axes, pairs, strict=True) if pair[0] != x.shape[axis]]
+    pairs = (
+        _from_scales(at, node, x, axes, smaller=not old or mode != "nearest")
+        if sizes is None
+        else _from_sizes(at, node, x, axes, sizes)
+    )
+    moved = [(axis, size, scale) for axis, (size, scale) in zip(axes, pairs, strict=True) if scale != _SAME]
     if not moved:
         at.set(node.outputs[0], x)
         return
@@ -59,11 +66,13 @@ def resize(at: Lowering, node: ir.Node) -> None:
         x = y
 
 
-def _from_scales(at: Lowering, node: ir.Node, x: Tensor, axes: Sequence[int]) -> list[tuple[Dim, str]]:
-    """Size and scale of each axis, the scale in C."""
-    scales = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    if scales is None or len(scales) != len(axes):
-        raise at.refuse(node, "its scales are computed")
+def _from_scales(
+    at: Lowering, node: ir.Node, x: Tensor, axes: Sequence[int], *, smaller: bool
+) -> list[tuple[Dim, str]]:
+    """Size and scale of each axis, the scale in C; none below 1 unless `smaller` says so."""
+    scales = constant(node.inputs[min(2, len(node.inputs) - 1)])
+    if scales is None or len(scales) != len(axes) or (scales.min() < 1 and not smaller):
+        raise at.refuse(node, "its scales are computed, or make an image smaller by the rules of opset 10")
     return [(scaled(x.shape[a], s), f"{float(s)!r}f") for a, s in zip(axes, scales.astype(np.float32), strict=True)]
 
 
@@ -74,4 +83,4 @@ def _from_sizes(at: Lowering, node: ir.Node, x: Tensor, axes: Sequence[int], siz
     for n, size in pairs:
         if n != size:
             at.program.require_within(1, n)
-    return [(size, f"(float){size.c} / (float){n.c}") for n, size in pairs]
+    return [(size, _SAME if size == n else f"(float){size.c} / (float){n.c}") for n, size in pairs]

@@ -57,7 +57,7 @@ def resize(at: Lowering, node: ir.Node) -> None:
         return
     at.program.use("resize")
     x = at.contiguous(x)
-    for step, (axis, size, scale) in enumerate(moved, 1):
+    for step, (axis, size, scale) in enumerate(reversed(moved), 1):
         shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
         y = at.result(node.outputs[0], shape) if step == len(moved) else at.program.tensor(shape)
         numbers = (product(shape[:axis]), x.shape[axis], size, product(shape[axis + 1 :]))

@@ -71,10 +71,11 @@ def fused(model: Model) -> Model:
 
 
 def _fusing() -> list[Step]:
+    from qc.backends.tvm.expand import ExpandFunctions
     from qc.passes.fuse.attention import MergeHeads
     from qc.passes.fuse.gqa import FuseGroupQueryAttention
 
-    return [Step(p, optional=True) for p in (FuseGroupQueryAttention(), MergeHeads())]
+    return [Step(p, optional=True) for p in (FuseGroupQueryAttention(), MergeHeads(), ExpandFunctions())]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,13 @@ from qc.backends.tvm.kernels.rows import normalize, softmax
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.elementwise import per_channel
 from qc.backends.tvm.ops.loops import loop
-from qc.backends.tvm.program import Tensor
+from qc.backends.tvm.program import Tensor, dense
 from qc.backends.tvm.shapes import dim, product
 
 __all__ = [
     "arg_max",
     "cum_sum",
-    "global_average_pool",
+    "global_pool",
     "instance_normalization",
     "normalization",
     "reduce",
@@ -29,18 +29,20 @@ __all__ = [
 
 @operator("RMSNormalization", "LayerNormalization")
 def normalization(at: Lowering, node: ir.Node) -> None:
-    """Normalization of the last axis."""
+    """Normalization of the last axes."""
     x, weight, bias = at.input(node, 0), at.input(node, 1), at.input(node, 2)
     assert x is not None
-    axis = int(at.attribute(node, "axis", -1))  # type: ignore[call-overload]
-    if axis % len(x.shape) != len(x.shape) - 1:
-        raise at.refuse(node, "it normalizes several axes")
+    axis = int(at.attribute(node, "axis", -1)) % len(x.shape)  # type: ignore[call-overload]
     if x.dtype != ir.DataType.FLOAT:
         raise at.refuse(node, f"it normalizes {x.dtype.name}")
     for held in (weight, bias):
-        if held is not None and held.shape != (x.shape[-1],):
-            raise at.refuse(node, "its gain is no vector of the last axis")
-    _normalize(at, node, x, weight, bias, at.result(node.outputs[0], x.shape))
+        if held is not None and held.shape != x.shape[axis:]:
+            raise at.refuse(node, "its gain does not have the shape of what it normalizes")
+    y = at.result(node.outputs[0], x.shape)
+    if axis < len(x.shape) - 1:
+        shape = (product(x.shape[:axis]), product(x.shape[axis:]))
+        x = at.contiguous(x).view(shape, dense(shape))
+    _normalize(at, node, x, weight, bias, y)
 
 
 def _normalize(at: Lowering, node: ir.Node, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
@@ -111,13 +113,13 @@ def reduce(at: Lowering, node: ir.Node) -> None:
     at.program.reduce(node.op_type, turned, len(keep), y)
 
 
-@operator("GlobalAveragePool")
-def global_average_pool(at: Lowering, node: ir.Node) -> None:
-    """The mean of each channel."""
+@operator("GlobalAveragePool", "GlobalMaxPool")
+def global_pool(at: Lowering, node: ir.Node) -> None:
+    """The mean or the largest element of each channel."""
     x = at.input(node, 0)
     assert x is not None
     y = at.result(node.outputs[0], (*x.shape[:2], *[1] * (len(x.shape) - 2)))
-    at.program.reduce("ReduceMean", at.stored(x), 2, y)
+    at.program.reduce("ReduceMean" if node.op_type == "GlobalAveragePool" else "ReduceMax", at.stored(x), 2, y)
 
 
 @operator("ArgMax")

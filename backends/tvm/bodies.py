@@ -1,0 +1,176 @@
+"""Bodies, in ONNX's own syntax, of operators that it defines by no function, or by one that kernels compute badly.
+
+Its variance is a difference of squares, which loses digits where the mean is large; its ``ReduceLogSumExp`` takes
+numbers of 64 bits.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable
+
+import onnx
+import onnx_ir as ir
+
+__all__ = ["OPSET", "own_body"]
+
+OPSET = 21
+"""The first in which all these operators mean what the bodies compute."""
+
+_REDUCE_LOG_SUM_EXP = """ReduceLogSumExp <keepdims, noop_with_empty_axes> (x, axes) => (y) {
+    low = Constant <value_float = -3.4028235e38> ()  high = Constant <value_float = 3.4028235e38> ()
+    most = ReduceMax <keepdims = 1, noop_with_empty_axes: int = @noop_with_empty_axes> (x, axes)
+    finite = Clip (most, low, high)  less = Sub (x, finite)  powers = Exp (less)
+    sum = ReduceSum <keepdims: int = @keepdims, noop_with_empty_axes: int = @noop_with_empty_axes> (powers, axes)
+    logarithm = Log (sum)
+    back = ReduceMax <keepdims: int = @keepdims, noop_with_empty_axes: int = @noop_with_empty_axes> (x, axes)
+    y = Add (logarithm, back) }"""
+
+
+def own_body(node: ir.Node) -> onnx.FunctionProto | None:
+    """The function that computes a standard operator; None if there is none here."""
+    text = _BODIES[node.op_type](node) if node.op_type in _BODIES else None
+    return None if text is None else onnx.parser.parse_function(f'<domain: "", opset_import: ["": {OPSET}]> {text}')
+
+
+def _operands(node: ir.Node) -> list[str]:
+    return [f"x{i}" for i in range(len(node.inputs))]
+
+
+def _sum(node: ir.Node) -> str:
+    """``x0 + x1 + ...``, one at a time."""
+    first, *others = _operands(node)
+    lines, total = [], first
+    for other in others:
+        lines.append(f"{other}_added = Add ({total}, {other})")
+        total = f"{other}_added"
+    return f"Sum ({', '.join(_operands(node))}) => (y) {{ {' '.join(lines)} y = Identity ({total}) }}"
+
+
+def _mean(node: ir.Node) -> str:
+    operands = ", ".join(_operands(node))
+    return f"""Mean ({operands}) => (y) {{
+        count = Constant <value_float = {len(node.inputs)}.0> ()  total = Sum ({operands})  y = Div (total, count) }}"""
+
+
+def _group_normalization(node: ir.Node) -> str:
+    """Each group of channels is a row; gain and bias are those of channels."""
+    return f"""GroupNormalization <epsilon, num_groups> (x, scale, bias) => (y) {{
+        grouped = Constant <value_ints = [0, {node.attributes["num_groups"].as_int()}, -1]> ()
+        flat = Constant <value_ints = [0, 0, -1]> ()  one = Constant <value_ints = [1]> ()
+        rows = Reshape (x, grouped)  length = Shape <start = 2> (rows)
+        ones = ConstantOfShape <value = float[1] {{1.0}}> (length)
+        normal = LayerNormalization <epsilon: float = @epsilon> (rows, ones)
+        shape = Shape (x)  whole = Reshape (normal, shape)  channels = Reshape (whole, flat)
+        gain = Unsqueeze (scale, one)  scaled = Mul (channels, gain)  shift = Unsqueeze (bias, one)
+        moved = Add (scaled, shift)  y = Reshape (moved, shape) }}"""
+
+
+def _mean_variance_normalization(node: ir.Node) -> str:
+    axes = list(node.attributes["axes"].as_ints()) if "axes" in node.attributes else [0, 2, 3]
+    return f"""MeanVarianceNormalization <axes> (x) => (y) {{
+        axes = Constant <value_ints = {axes}> ()  small = Constant <value_float = 1e-9> ()  mean = ReduceMean (x, axes)
+        apart = Sub (x, mean)  squares = Mul (apart, apart)  variance = ReduceMean (squares, axes)
+        deviation = Sqrt (variance)  divisor = Add (deviation, small)  y = Div (apart, divisor) }}"""
+
+
+def _depth_to_space(node: ir.Node) -> str:
+    """Channels become blocks of ``b * b`` pixels: an axis of each is split off and moved behind height and width."""
+    held = node.attributes
+    b = held["blocksize"].as_int()
+    rows_first = "mode" in held and held["mode"].as_string() == "CRD"
+    apart, order = (f"0, -1, {b}, {b}", [0, 1, 4, 2, 5, 3]) if rows_first else (f"0, {b}, {b}, -1", [0, 3, 4, 1, 5, 2])
+    return f"""DepthToSpace <blocksize, mode> (x) => (y) {{
+        front = Constant <value_ints = [{apart}]> ()  same = Constant <value_ints = [0, -1]> ()
+        b = Constant <value_ints = [{b}]> ()  size = Shape <start = 2> (x)  split = Concat <axis = 0> (front, size)
+        blocks = Reshape (x, split)  turned = Transpose <perm = {order}> (blocks)
+        larger = Mul (size, b)  whole = Concat <axis = 0> (same, larger)  y = Reshape (turned, whole) }}"""
+
+
+def _einsum(node: ir.Node) -> str | None:
+    """A sum of products over letters: of one value, of two as a product of matrices, of more one after the other.
+
+    None where a letter repeats within an operand (a diagonal), or an ellipsis stands for axes.
+    """
+    equation = node.attributes["equation"].as_string().replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    terms = left.split(",")
+    if "." in equation or len(terms) != len(node.inputs) or any(len(set(t)) < len(t) for t in (*terms, result)):
+        return None
+    if not arrow:
+        counts = collections.Counter("".join(terms))
+        result = "".join(sorted(letter for letter, n in counts.items() if n == 1))
+    operands = _operands(node)
+    if len(terms) == 1:
+        lines = [*_reduced("x0", terms[0], result, "kept"), _turned("kept", _only(terms[0], result), result, "y")]
+    elif len(terms) == 2:
+        lines = _product(terms[0], terms[1], result)
+    else:
+        kept = _only(dict.fromkeys(terms[0] + terms[1]), result + "".join(terms[2:]))
+        rest = ",".join([kept, *terms[2:]])
+        lines = [
+            f'first = Einsum <equation = "{terms[0]},{terms[1]}->{kept}"> (x0, x1)',
+            f'y = Einsum <equation = "{rest}->{result}"> ({", ".join(["first", *operands[2:]])})',
+        ]
+    return f"Einsum <equation> ({', '.join(operands)}) => (y) {{ {' '.join(lines)} }}"
+
+
+def _only(letters: Iterable[str], others: str) -> str:
+    return "".join(letter for letter in letters if letter in others)
+
+
+def _reduced(name: str, term: str, others: str, made: str) -> list[str]:
+    """The sum over the letters that nothing else has."""
+    gone = [axis for axis, letter in enumerate(term) if letter not in others]
+    if not gone:
+        return [f"{made} = Identity ({name})"]
+    axes = f"{made}_axes = Constant <value_ints = {gone}> ()"
+    return [axes, f"{made} = ReduceSum <keepdims = 0> ({name}, {made}_axes)"]
+
+
+def _turned(name: str, term: str, order: str, made: str) -> str:
+    perm = [term.index(letter) for letter in order]
+    return f"{made} = Transpose <perm = {perm}> ({name})" if perm else f"{made} = Identity ({name})"
+
+
+def _product(a: str, b: str, result: str) -> list[str]:
+    """``[batch, rows, inner] @ [batch, inner, columns]``: letters of a kind are one axis, but those of a batch."""
+    lines = [*_reduced("x0", a, b + result, "a"), *_reduced("x1", b, a + result, "b")]
+    a, b = _only(a, b + result), _only(b, a + result)
+    shared = _only(a, b)
+    batch, inner = _only(shared, result), "".join(letter for letter in shared if letter not in result)
+    rows, columns = ("".join(letter for letter in term if letter not in shared) for term in (a, b))
+    lines += [_turned("a", a, batch + rows + inner, "left"), _turned("b", b, batch + inner + columns, "right")]
+    lines += ["one = Constant <value_ints = [1]> ()", "none = Constant <value = int64[0] {}> ()"]
+    for name, skipped, letters in (("left", 0, batch + rows + inner), ("right", len(batch + inner), columns)):
+        sizes = enumerate(letters, skipped)
+        lines += [f"size_{x} = Shape <start = {i}, end = {i + 1}> ({name})" for i, x in sizes]
+    for made, letters in (("m", rows), ("k", inner), ("n", columns)):
+        lines.append(f"{made}0 = Identity (one)")
+        lines += [f"{made}{i} = Mul ({made}{i - 1}, size_{x})" for i, x in enumerate(letters, 1)]
+    m, k, n = f"m{len(rows)}", f"k{len(inner)}", f"n{len(columns)}"
+    return [
+        *lines,
+        _shaped("left", batch, [m, k], "matrix"),
+        _shaped("right", batch, [k, n], "other"),
+        "products = MatMul (matrix, other)",
+        _shaped("products", batch + rows + columns, ["none"], "apart"),
+        _turned("apart", batch + rows + columns, result, "y"),
+    ]
+
+
+def _shaped(name: str, letters: str, sizes: list[str], made: str) -> str:
+    """A value with the sizes of letters, and others behind them."""
+    parts = ", ".join([*(f"size_{x}" for x in letters), *sizes])
+    return f"{made}_sizes = Concat <axis = 0> ({parts})  {made} = Reshape ({name}, {made}_sizes)"
+
+
+_BODIES: dict[str, Callable[[ir.Node], str | None]] = {
+    "DepthToSpace": _depth_to_space,
+    "Einsum": _einsum,
+    "GroupNormalization": _group_normalization,
+    "Mean": _mean,
+    "MeanVarianceNormalization": _mean_variance_normalization,
+    "ReduceLogSumExp": lambda _: _REDUCE_LOG_SUM_EXP,
+    "Sum": _sum,
+}

@@ -15,7 +15,18 @@ from qc.backends.tvm.program import C_TYPES, Tensor
 from qc.backends.tvm.shapes import Dim, divide, largest, smallest
 from qc.ir import dialect
 
-__all__ = ["batch_normalization", "binary", "cast", "clip", "gelu", "swish", "unary", "where", "with_slope"]
+__all__ = [
+    "batch_normalization",
+    "binary",
+    "cast",
+    "clip",
+    "gelu",
+    "per_channel",
+    "swish",
+    "unary",
+    "where",
+    "with_slope",
+]
 
 F, I64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 

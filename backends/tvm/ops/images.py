@@ -28,25 +28,41 @@ def as_image(x: Tensor) -> Tensor:
 
 def window_of(at: Lowering, node: ir.Node, x: Tensor, sizes: Sequence[int]) -> Window:
     """The window of a node that moves over the last axes of x."""
+    steps, rank, rule = _steps(at, node, x, sizes), len(sizes), _rule(node)
+    if rule.startswith("SAME"):
+        axes = zip(as_image(x).shape[2:], *steps, strict=True)
+        return _distributed(steps, [_missing(at, node, *axis) for axis in axes], rule)
+    none = [0] * (2 * rank)
+    pads: list[int] = at.attribute(node, "pads", none) if rule == "NOTSET" else none  # type: ignore[assignment]
+    return Window(*steps, _pair(pads[:rank], 0), _pair(pads[rank:], 0))
+
+
+_Steps = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+def _steps(at: Lowering, node: ir.Node, x: Tensor, sizes: Sequence[int]) -> _Steps:
+    """Sizes, strides and dilations of a window."""
     rank = len(sizes)
     if not 1 <= rank <= AXES or len(x.shape) != 2 + rank or x.dtype != ir.DataType.FLOAT:
         raise at.refuse(node, "it is not over one or two axes of float32")
+    strides, dilations = (_pair(at.attribute(node, n, [1] * rank), 1) for n in ("strides", "dilations"))  # type: ignore[arg-type]
+    return _pair(sizes, 1), strides, dilations
 
-    def pair(numbers: Sequence[int], absent: int) -> tuple[int, int]:
-        first, second = (*[absent] * (AXES - rank), *map(int, numbers))
-        return first, second
 
-    strides, dilations = (pair(at.attribute(node, n, [1] * rank), 1) for n in ("strides", "dilations"))  # type: ignore[arg-type]
-    steps = pair(sizes, 1), strides, dilations
+def _pair(numbers: Sequence[int], absent: int) -> tuple[int, int]:
+    first, second = (*[absent] * (AXES - len(numbers)), *map(int, numbers))
+    return first, second
+
+
+def _rule(node: ir.Node) -> str:
     held = node.attributes.get("auto_pad")
-    rule = held.as_string() if held is not None else "NOTSET"
-    if rule.startswith("SAME"):
-        total = [_missing(at, node, *axis) for axis in zip(as_image(x).shape[2:], *steps, strict=True)]
-        less, more = pair([t // 2 for t in total[-rank:]], 0), pair([t - t // 2 for t in total[-rank:]], 0)
-        return Window(*steps, *((less, more) if rule == "SAME_UPPER" else (more, less)))
-    none = [0] * (2 * rank)
-    pads: list[int] = at.attribute(node, "pads", none) if rule == "NOTSET" else none  # type: ignore[assignment]
-    return Window(*steps, pair(pads[:rank], 0), pair(pads[rank:], 0))
+    return held.as_string() if held is not None else "NOTSET"
+
+
+def _distributed(steps: _Steps, total: Sequence[int], rule: str) -> Window:
+    """A window with so much padding along each axis, an odd element in front unless the rule is ``SAME_UPPER``."""
+    less, more = _pair([t // 2 for t in total], 0), _pair([t - t // 2 for t in total], 0)
+    return Window(*steps, *((less, more) if rule == "SAME_UPPER" else (more, less)))
 
 
 def _missing(at: Lowering, node: ir.Node, n: Dim, size: int, stride: int, dilation: int) -> int:
@@ -153,19 +169,25 @@ def transposed_convolution(at: Lowering, node: ir.Node) -> None:
     """
     x, weight, bias = at.input(node, 0), read_weight(node.inputs[1]), at.input(node, 2)
     assert x is not None
-    rule = node.attributes.get("auto_pad")
-    if "output_shape" in node.attributes or (rule is not None and rule.as_string().startswith("SAME")):
-        raise at.refuse(node, "its padding follows from the size of its result")
     if weight is None:
         raise at.refuse(node, "its weight is computed")
     inner, each, *sizes = weight.shape
     groups = int(at.attribute(node, "group", 1))  # type: ignore[call-overload]
-    window, rank = window_of(at, node, x, sizes), len(sizes)
-    more: list[int] = at.attribute(node, "output_padding", [0] * rank)  # type: ignore[assignment]
-    x = as_image(at.contiguous(x))
-    batch, channels, *places = x.shape
+    steps, rank = _steps(at, node, x, sizes), len(sizes)
+    more = _pair(at.attribute(node, "output_padding", [0] * rank), 0)  # type: ignore[arg-type]
+    image = as_image(at.contiguous(x))
+    batch, channels, *places = image.shape
     at.program.require_equal(channels, inner)
-    covered = window.covered(places, [*[0] * (AXES - rank), *more])
+    wanted = _wanted(at, node, steps, places)
+    if wanted is None:
+        window = window_of(at, node, x, sizes)
+    else:
+        whole = Window(*steps, (0, 0), (0, 0)).covered(places, more)
+        total = [(size - least).constant for size, least in zip(whole, wanted, strict=True)]
+        if any(t is None or t < 0 for t in total):
+            raise at.refuse(node, "its padding follows from sizes that are unknown, or that no window reaches")
+        window = _distributed(steps, [t for t in total if t is not None], _rule(node))
+    covered = window.covered(places, more)
     y = as_image(at.result(node.outputs[0], (batch, each * groups, *covered[-rank:])))
     at.program.use("spread")
     if bias is None:
@@ -178,7 +200,7 @@ def transposed_convolution(at: Lowering, node: ir.Node) -> None:
         def matrix(held: np.ndarray, g: int = g) -> np.ndarray:
             return held.reshape(groups, columns, -1)[g].T
 
-        rows = x.view((batch, pixels, columns), (channels * pixels, 1, pixels), pixels * (g * columns))
+        rows = image.view((batch, pixels, columns), (channels * pixels, 1, pixels), pixels * (g * columns))
         product = at.program.tensor((batch, pixels, each * window.sizes[0] * window.sizes[1]))
         _multiply(at, node, rows, weight, g, matrix, columns, None, product)
         numbers = ", ".join(s.c for s in (*y.shape[2:], *places))
@@ -187,6 +209,14 @@ def transposed_convolution(at: Lowering, node: ir.Node) -> None:
             [product],
             [y],
         )
+
+
+def _wanted(at: Lowering, node: ir.Node, steps: _Steps, places: Sequence[Dim]) -> list[Dim] | None:
+    """The size that padding gives the result of a transposed convolution; None if its padding is given instead."""
+    given: list[int] | None = at.attribute(node, "output_shape")  # type: ignore[assignment]
+    if given is not None:
+        return [dim(n) for n in _pair(given, 1)]
+    return [n * stride for n, stride in zip(places, steps[1], strict=True)] if _rule(node).startswith("SAME") else None
 
 
 @operator("MaxPool")

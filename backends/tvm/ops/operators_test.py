@@ -153,11 +153,17 @@ CASES = {
 }
 TRANSPOSED = """
 f (float[n,4,h,w] x, float[n,4,k] z)
-  => (float[n,3,a,b] y, float[n,6,c,d] grouped, float[n,4,e,f] each, float[n,2,m] v) {
+  => (float[n,3,a,b] y, float[n,6,c,d] grouped, float[n,4,e,f] each, float[n,2,m] v, float[n,2,i] upper,
+      float[n,2,j] lower, float[n,3,p,q] sized) {
   y = ConvTranspose <strides = [2, 3], pads = [1, 0, 2, 1], dilations = [1, 2], output_padding = [1, 2]> (x, w1, b1)
   grouped = ConvTranspose <group = 2, strides = [2, 1]> (x, w2, b2)
   each = ConvTranspose <group = 4, kernel_shape = [2, 2], strides = [2, 2], auto_pad = "VALID"> (x, w3)
   v = ConvTranspose <strides = [3], pads = [0, 1]> (z, w4)
+  upper = ConvTranspose <strides = [2], auto_pad = "SAME_UPPER"> (z, w4)
+  lower = ConvTranspose <strides = [2], auto_pad = "SAME_LOWER"> (z, w4)
+  three = Constant <value = int64[2] {3, 3}> ()
+  fixed = Resize <axes = [2, 3]> (x, , , three)
+  sized = ConvTranspose <strides = [2, 3], output_shape = [6, 7]> (fixed, w1)
 }
 """
 WEIGHTS = {"w1": (4, 3, 3, 2), "b1": (3,), "w2": (4, 3, 1, 3), "b2": (6,), "w3": (4, 1, 2, 2), "w4": (4, 2, 5)}
@@ -209,8 +215,8 @@ REFUSED = {
         "no kernel for Resize at .*: it resizes FLOAT by the rules 'cubic' and 'half_pixel'",
     ),
     "a transposed convolution whose result has a given size": (
-        """f (float[1,1,4,4] x) => (float[1,1,8,8] y) {
-            w = Constant <value = float[1,1,1,1] {1.0}> ()  y = ConvTranspose <output_shape = [8, 8]> (x, w) }""",
+        """f (float[1,1,h] z) => (float[1,1,4] y) <float[1,1,2] w = {1.0, 2.0}> {
+            y = ConvTranspose <output_shape = [4]> (z, w) }""",
         "no kernel for ConvTranspose at .*: its padding follows",
     ),
     "an output of another type": (

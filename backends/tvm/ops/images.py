@@ -173,22 +173,13 @@ def transposed_convolution(at: Lowering, node: ir.Node) -> None:
         raise at.refuse(node, "its weight is computed")
     inner, each, *sizes = weight.shape
     groups = int(at.attribute(node, "group", 1))  # type: ignore[call-overload]
-    steps, rank = _steps(at, node, x, sizes), len(sizes)
-    more = _pair(at.attribute(node, "output_padding", [0] * rank), 0)  # type: ignore[arg-type]
+    more = _pair(at.attribute(node, "output_padding", [0] * len(sizes)), 0)  # type: ignore[arg-type]
+    window = _window_of_result(at, node, x, sizes, more)
     image = as_image(at.contiguous(x))
     batch, channels, *places = image.shape
     at.program.require_equal(channels, inner)
-    wanted = _wanted(at, node, steps, places)
-    if wanted is None:
-        window = window_of(at, node, x, sizes)
-    else:
-        whole = Window(*steps, (0, 0), (0, 0)).covered(places, more)
-        total = [(size - least).constant for size, least in zip(whole, wanted, strict=True)]
-        if any(t is None or t < 0 for t in total):
-            raise at.refuse(node, "its padding follows from sizes that are unknown, or that no window reaches")
-        window = _distributed(steps, [t for t in total if t is not None], _rule(node))
     covered = window.covered(places, more)
-    y = as_image(at.result(node.outputs[0], (batch, each * groups, *covered[-rank:])))
+    y = as_image(at.result(node.outputs[0], (batch, each * groups, *covered[-len(sizes) :])))
     at.program.use("spread")
     if bias is None:
         fill(at, y, "0")
@@ -211,12 +202,22 @@ def transposed_convolution(at: Lowering, node: ir.Node) -> None:
         )
 
 
-def _wanted(at: Lowering, node: ir.Node, steps: _Steps, places: Sequence[Dim]) -> list[Dim] | None:
-    """The size that padding gives the result of a transposed convolution; None if its padding is given instead."""
+def _window_of_result(at: Lowering, node: ir.Node, x: Tensor, sizes: Sequence[int], more: tuple[int, int]) -> Window:
+    """The window that moves over the result of a transposed convolution, padded as its size wants if that is given."""
+    steps, rule = _steps(at, node, x, sizes), _rule(node)
+    places = as_image(x).shape[2:]
     given: list[int] | None = at.attribute(node, "output_shape")  # type: ignore[assignment]
     if given is not None:
-        return [dim(n) for n in _pair(given, 1)]
-    return [n * stride for n, stride in zip(places, steps[1], strict=True)] if _rule(node).startswith("SAME") else None
+        wanted = list(map(dim, _pair(given, 1)))
+    elif rule.startswith("SAME"):
+        wanted = [n * stride for n, stride in zip(places, steps[1], strict=True)]
+    else:
+        return window_of(at, node, x, sizes)
+    whole = Window(*steps, (0, 0), (0, 0)).covered(places, more)
+    total = [(size - least).constant for size, least in zip(whole, wanted, strict=True)]
+    if any(t is None or t < 0 for t in total):
+        raise at.refuse(node, "its padding follows from sizes that are unknown, or that no window reaches")
+    return _distributed(steps, [t for t in total if t is not None], rule)
 
 
 @operator("MaxPool")

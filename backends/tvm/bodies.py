@@ -12,10 +12,7 @@ from collections.abc import Callable, Iterable
 import onnx
 import onnx_ir as ir
 
-__all__ = ["OPSET", "own_body"]
-
-OPSET = 21
-"""The first in which all these operators mean what the bodies compute."""
+__all__ = ["own_body"]
 
 _REDUCE_LOG_SUM_EXP = """ReduceLogSumExp <keepdims, noop_with_empty_axes> (x, axes) => (y) {
     low = Constant <value_float = -3.4028235e38> ()  high = Constant <value_float = 3.4028235e38> ()
@@ -27,10 +24,11 @@ _REDUCE_LOG_SUM_EXP = """ReduceLogSumExp <keepdims, noop_with_empty_axes> (x, ax
     y = Add (logarithm, back) }"""
 
 
-def own_body(node: ir.Node) -> onnx.FunctionProto | None:
-    """The function that computes a standard operator; None if there is none here."""
-    text = _BODIES[node.op_type](node) if node.op_type in _BODIES else None
-    return None if text is None else onnx.parser.parse_function(f'<domain: "", opset_import: ["": {OPSET}]> {text}')
+def own_body(node: ir.Node, opset: int) -> onnx.FunctionProto | None:
+    """The function that computes a standard operator of an opset; None if there is none here."""
+    since, write = _BODIES.get(node.op_type, (0, None))
+    text = write(node) if write is not None and opset >= since else None
+    return None if text is None else onnx.parser.parse_function(f'<domain: "", opset_import: ["": {opset}]> {text}')
 
 
 def _operands(node: ir.Node) -> list[str]:
@@ -165,12 +163,13 @@ def _shaped(name: str, letters: str, sizes: list[str], made: str) -> str:
     return f"{made}_sizes = Concat <axis = 0> ({parts})  {made} = Reshape ({name}, {made}_sizes)"
 
 
-_BODIES: dict[str, Callable[[ir.Node], str | None]] = {
-    "DepthToSpace": _depth_to_space,
-    "Einsum": _einsum,
-    "GroupNormalization": _group_normalization,
-    "Mean": _mean,
-    "MeanVarianceNormalization": _mean_variance_normalization,
-    "ReduceLogSumExp": lambda _: _REDUCE_LOG_SUM_EXP,
-    "Sum": _sum,
+_BODIES: dict[str, tuple[int, Callable[[ir.Node], str | None]]] = {
+    "DepthToSpace": (15, _depth_to_space),
+    "Einsum": (15, _einsum),
+    "GroupNormalization": (21, _group_normalization),
+    "Mean": (7, _mean),
+    "MeanVarianceNormalization": (18, _mean_variance_normalization),
+    "ReduceLogSumExp": (18, lambda _: _REDUCE_LOG_SUM_EXP),
+    "Sum": (7, _sum),
 }
+"""What writes a body, and the first opset in which its operators mean that."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx
 import onnx_ir as ir
 
-from qc.backends.tvm.bodies import OPSET, own_body
+from qc.backends.tvm.bodies import own_body
 from qc.backends.tvm.lower import is_constant, supported
 from qc.backends.tvm.program import C_TYPES
 from qc.ir.simplify import infer_shapes
@@ -77,6 +77,7 @@ def _body(node: ir.Node, model: ir.Model, kernels: Collection[tuple[str, str]]) 
             if proto is None:
                 return None
             inner.overload = proto.overload = str(number)
+            del proto.output[len(inner.outputs) :]  # some bodies do not yield optional outputs that are not asked for
             function = ir.from_proto(proto)
             function.opset_imports.update(alone.opset_imports)
             alone.functions[function.identifier()] = function
@@ -90,8 +91,8 @@ def _alone(node: ir.Node, model: ir.Model) -> ir.Model:
         None if v is None else ir.Value(name=f"in_{i}", type=v.type, shape=v.shape) for i, v in enumerate(node.inputs)
     ]
     copy = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs))
-    for new, old in zip(copy.outputs, node.outputs, strict=True):
-        new.name, new.type, new.shape = old.name, old.type, old.shape
+    for i, (new, old) in enumerate(zip(copy.outputs, node.outputs, strict=True)):
+        new.name, new.type, new.shape = f"out_{i}", old.type, old.shape
     given = [v for v in inputs if v is not None]
     graph = ir.Graph(given, copy.outputs, nodes=[copy], opset_imports=dict(model.opset_imports))
     return ir.Model(graph, ir_version=model.ir_version or 10)
@@ -114,7 +115,7 @@ def _named(graph: ir.Graph, node: ir.Node) -> ir.Graph | None:
 def _function(node: ir.Node, opsets: Mapping[str, int]) -> onnx.FunctionProto | None:
     """The function that ONNX defines an operator by; None if it does not, or not for types that are known."""
     opset = opsets.get(node.domain, 0)
-    own = own_body(node) if node.domain == "" and opset >= OPSET else None
+    own = own_body(node, opset) if node.domain == "" else None
     if own is not None:
         return own
     try:

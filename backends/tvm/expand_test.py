@@ -27,13 +27,15 @@ def values(*shape: int) -> np.ndarray:
 ONE = "one = Constant <value = int64[1] {1}> ()"
 CASES = {
     "functions of ONNX": (
-        f"""f (float[n,4] x) => (float[n,4] a, float[n,4] b, float[n,4] c, float[n,4] d, float[n,4] e, float[n,4] f,
-            float[n,4] g, float[1,4] h, float[n] i, float[n,1] j) {{ {ONE}  zero = Constant <value = int64[1] {{0}}> ()
+        f"""f (float[n,4] x, int64[n] t) => (float[n,4] a, float[n,4] b, float[n,4] c, float[n,4] d,
+            float[n,4] e, float[n,4] f, float[n,4] g, float[1,4] h, float[n] i, float[n,1] j, float k) {{
+            {ONE}  zero = Constant <value = int64[1] {{0}}> ()
             a = LogSoftmax (x)  b = Celu <alpha = 0.5> (x)  c = Selu (x)  d = Mish (x)
             e = Shrink <lambd = 0.3, bias = 0.1> (x)  f = ThresholdedRelu (x)  g = LogSoftmax <axis = 0> (x)
             h = ReduceL1 (x, zero)  i = ReduceSumSquare <keepdims = 0> (x, one)
-            squares = Mul (x, x)  j = ReduceLogSum (squares, one) }}""",
-        [{"x": values(3, 4)}],
+            squares = Mul (x, x)  j = ReduceLogSum (squares, one)
+            k = SoftmaxCrossEntropyLoss (x, t) }}""",
+        [{"x": values(3, 4), "t": np.array([3, 0, 2])}],
     ),
     "images": (
         """f (float[n,8,h,w] x) => (float[n,2,i,j] a, float[n,2,i,j] b, float[n,8,1,1] c) {

@@ -14,6 +14,11 @@ import onnx_ir as ir
 
 __all__ = ["own_body"]
 
+_ARG_MIN = """ArgMin <axis, keepdims, select_last_index> (x) => (y) {
+    negative = Neg (x)
+    y = ArgMax <axis: int = @axis, keepdims: int = @keepdims, select_last_index: int = @select_last_index> (negative)
+    }"""
+
 _REDUCE_LOG_SUM_EXP = """ReduceLogSumExp <keepdims, noop_with_empty_axes> (x, axes) => (y) {
     low = Constant <value_float = -3.4028235e38> ()  high = Constant <value_float = 3.4028235e38> ()
     most = ReduceMax <keepdims = 1, noop_with_empty_axes: int = @noop_with_empty_axes> (x, axes)
@@ -25,7 +30,12 @@ _REDUCE_LOG_SUM_EXP = """ReduceLogSumExp <keepdims, noop_with_empty_axes> (x, ax
 
 
 def own_body(node: ir.Node, opset: int) -> onnx.FunctionProto | None:
-    """The function that computes a standard operator of an opset; None if there is none here."""
+    """The function that computes a standard operator of an opset; None if there is none here.
+
+    Args:
+        node: All its attributes are there, those with a default too.
+        opset: Of its model.
+    """
     since, write = _BODIES.get(node.op_type, (0, None))
     text = write(node) if write is not None and opset >= since else None
     return None if text is None else onnx.parser.parse_function(f'<domain: "", opset_import: ["": {opset}]> {text}')
@@ -65,19 +75,50 @@ def _group_normalization(node: ir.Node) -> str:
 
 
 def _mean_variance_normalization(node: ir.Node) -> str:
-    axes = list(node.attributes["axes"].as_ints()) if "axes" in node.attributes else [0, 2, 3]
+    axes = list(node.attributes["axes"].as_ints())
     return f"""MeanVarianceNormalization <axes> (x) => (y) {{
         axes = Constant <value_ints = {axes}> ()  small = Constant <value_float = 1e-9> ()  mean = ReduceMean (x, axes)
         apart = Sub (x, mean)  squares = Mul (apart, apart)  variance = ReduceMean (squares, axes)
         deviation = Sqrt (variance)  divisor = Add (deviation, small)  y = Div (apart, divisor) }}"""
 
 
+def _arg_min(node: ir.Node) -> str | None:
+    """Of floats: the lowest integer has no negative."""
+    return _ARG_MIN if node.inputs[0].dtype == ir.DataType.FLOAT else None
+
+
+def _gemm(node: ir.Node) -> str:
+    """``alpha * a' @ b' + beta * c``, where nothing of it is a stored weight."""
+    a, b = ("Transpose" if node.attributes[name].as_int() else "Identity" for name in ("transA", "transB"))
+    alpha, beta = (node.attributes[name].as_float() for name in ("alpha", "beta"))
+    last = (
+        "added = Mul (x2, beta)  y = Add (scaled, added)"
+        if any(v is not None for v in node.inputs[2:])
+        else "y = Identity (scaled)"
+    )
+    return f"""Gemm <alpha, beta, transA, transB> ({", ".join(_operands(node))}) => (y) {{
+        a = {a} (x0)  b = {b} (x1)  product = MatMul (a, b)  alpha = Constant <value_float = {alpha!r}> ()
+        beta = Constant <value_float = {beta!r}> ()  scaled = Mul (product, alpha)  {last} }}"""
+
+
+def _trilu(node: ir.Node) -> str:
+    """Zero where ``column - row`` is less than k, or more."""
+    kept = "GreaterOrEqual" if node.attributes["upper"].as_int() else "LessOrEqual"
+    border = "x1" if len(node.inputs) > 1 and node.inputs[1] is not None else "zero"
+    return f"""Trilu <upper> ({", ".join(_operands(node))}) => (y) {{
+        zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  last = Constant <value_ints = [1]> ()
+        h = Shape <start = -2, end = -1> (x0)  height = Squeeze (h)  w = Shape <start = -1> (x0)  width = Squeeze (w)
+        rows = Range (zero, height, one)  columns = Range (zero, width, one)  down = Unsqueeze (rows, last)
+        apart = Sub (columns, down)  kept = {kept} (apart, {border})  nothing = CastLike (zero, x0)
+        y = Where (kept, x0, nothing) }}"""
+
+
 def _depth_to_space(node: ir.Node) -> str:
     """Channels become blocks of ``b * b`` pixels: an axis of each is split off and moved behind height and width."""
     held = node.attributes
     b = held["blocksize"].as_int()
-    rows_first = "mode" in held and held["mode"].as_string() == "CRD"
-    apart, order = (f"0, -1, {b}, {b}", [0, 1, 4, 2, 5, 3]) if rows_first else (f"0, {b}, {b}, -1", [0, 3, 4, 1, 5, 2])
+    outer = held["mode"].as_string() == "CRD"
+    apart, order = (f"0, -1, {b}, {b}", [0, 1, 4, 2, 5, 3]) if outer else (f"0, {b}, {b}, -1", [0, 3, 4, 1, 5, 2])
     return f"""DepthToSpace <blocksize, mode> (x) => (y) {{
         front = Constant <value_ints = [{apart}]> ()  same = Constant <value_ints = [0, -1]> ()
         b = Constant <value_ints = [{b}]> ()  size = Shape <start = 2> (x)  split = Concat <axis = 0> (front, size)
@@ -164,12 +205,15 @@ def _shaped(name: str, letters: str, sizes: list[str], made: str) -> str:
 
 
 _BODIES: dict[str, tuple[int, Callable[[ir.Node], str | None]]] = {
+    "ArgMin": (13, _arg_min),
     "DepthToSpace": (15, _depth_to_space),
     "Einsum": (15, _einsum),
+    "Gemm": (7, _gemm),
     "GroupNormalization": (21, _group_normalization),
     "Mean": (7, _mean),
     "MeanVarianceNormalization": (18, _mean_variance_normalization),
     "ReduceLogSumExp": (18, lambda _: _REDUCE_LOG_SUM_EXP),
     "Sum": (7, _sum),
+    "Trilu": (16, _trilu),
 }
 """What writes a body, and the first opset in which its operators mean that."""

@@ -43,6 +43,17 @@ CASES = {
             c = GlobalMaxPool (x) }""",
         [{"x": values(2, 8, 3, 5)}],
     ),
+    "triangles, also of sizes known in a run only": (
+        """f (float[2,n,5] x, int64[n,m] i) => (float[2,n,5] a, float[2,n,5] b, int64[n,m] c) {
+            two = Constant <value_int = 2> ()  a = Trilu (x)  b = Trilu <upper = 0> (x, two)  c = Trilu (i, two) }""",
+        [{"x": values(2, 4, 5), "i": np.arange(12).reshape(4, 3)}],
+    ),
+    "products of what is computed": (
+        """f (float[k,n] a, float[4,k] b, float[4] c) => (float[n,4] y, float[n,k] z, int64[n] i) {
+            y = Gemm <transA = 1, transB = 1, alpha = 0.5, beta = 2.0> (a, b, c)  z = Gemm (y, b)
+            i = ArgMin <axis = 1, keepdims = 0> (z) }""",
+        [{"a": values(3, 2), "b": values(4, 3), "c": values(4)}],
+    ),
     "several operands": (
         """f (float[n,4] x, float[4] y, float[n,1] z) => (float[n,4] a, float[n,4] b, float[n,4] c) {
             a = Sum (x, y, z)  b = Mean (x, y, z)  c = Sum (x) }""",

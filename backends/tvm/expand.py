@@ -106,7 +106,7 @@ def _named(graph: ir.Graph, node: ir.Node) -> ir.Graph | None:
     for inner in graph:
         if any(v.dtype is not None and v.dtype not in C_TYPES for v in inner.outputs):
             return None
-        inner.name = f"{node.name}/{inner.op_type}" if node.name else inner.op_type
+        inner.name = f"{node.name or node.op_type}/{inner.op_type}"
         for value in inner.outputs:
             value.shape = None
     return graph

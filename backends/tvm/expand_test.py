@@ -152,3 +152,9 @@ def test_what_no_operators_with_kernels_compute_stays(name: str) -> None:
     assert to_text(model) == before
     with pytest.raises(UnsupportedError, match=rf"no kernel for {op} \(at "):
         TvmCpu().check(model)
+
+
+def test_what_a_kernel_refuses_is_named_after_the_operator_that_it_comes_from() -> None:
+    model = parse("f (float[n,m] x, int64[1] axis) => (float[a,b] y) { y = ReduceL1 (x, axis) }")
+    with pytest.raises(UnsupportedError, match=r"no kernel for ReduceSum at ReduceL1/ReduceSum: its axes are computed"):
+        TvmCpu().check(model)

@@ -54,16 +54,13 @@ class Product:
         with T.serial(0, groups) as group:
             record, within = (group, T.int32(0)) if per == 1 else (T.bind(group // per), T.bind(group % per))
             starts = [T.bind(u + c.head_bytes(L) + record * c.record_bytes(L)) for u in units]
+            if rows == 1:
+                share = c.record_bytes(L) // per
+                v.stream(self.kernel.buffers["w"], T.bind(starts[0] + within * share), share)
             tables = [T.bind(s + c.table_at(L)) for s in starts] if c.by_group else units
             self._group(starts, tables, within, group, row, rows, columns, total)
         totals = {(i, r): v.load(total, (i * columns + r) * L) for i in range(rows) for r in range(columns)}
         self.epilogue.store(T.bind(unit * L), row, totals, columns)
-
-    def _stream(self, start: Any, within: Any, part: Any, parts: int) -> None:
-        """Asks for a part of what is read a page later; asked for all at once, a group would hold others up."""
-        share = self.codes.record_bytes(self.v.L) // self.codes.per_record
-        size = -(-share // parts)
-        self.v.stream(self.kernel.buffers["w"], self.v.T.bind(start + within * share + part * size), size)
 
     def _group(
         self, starts: list[Any], tables: list[Any], within: Any, group: Any, row: Any, rows: int, columns: int,
@@ -81,8 +78,6 @@ class Product:
             zeros = [T.bind(T.cast(z, v.i32())) for z in loaded]
         sums: dict[tuple[int, int], Any] = {}
         for block in range(c.blocks):
-            if rows == 1:
-                self._stream(starts[0], within, block, c.blocks)
             at = T.bind(group * c.blocks + block) if c.blocks > 1 else group
             codes = [s + (within * c.blocks + block) * c.code_bytes(L) for s in starts]
             for (i, r), integer in self._block(codes, tables, at, row, rows, columns, zeros).items():
@@ -152,10 +147,7 @@ class ExactProduct(Product):
         for i in range(rows * columns):
             v.store(sums, i * L, v.spread(0.0))
         unit = min(c.block, UNROLLED)
-        parts = c.block // unit
-        with T.serial(0, c.blocks) as block, T.serial(0, parts) as part:
-            if rows == 1:
-                self._stream(starts[0], within, block * parts + part, c.blocks * parts)
+        with T.serial(0, c.blocks) as block, T.serial(0, c.block // unit) as part:
             first = T.bind((group * c.blocks + block) * c.block + part * unit)
             codes = T.bind((within * c.blocks + block) * c.code_bytes(L))
             readers = [Slots(v, c, b["w"], s + codes, part) for s in starts]

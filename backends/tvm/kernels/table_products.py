@@ -66,8 +66,6 @@ class ExactTableProduct(TableProduct):
         total: Any,
     ) -> None:  # fmt: skip
         v, T, c, L, b = self.v, self.v.T, self.codes, self.v.L, self.kernel.buffers
-        if rows == 1:
-            self._stream(starts[0], within, 0, 1)
         tile = [(i, r) for i in range(rows) for r in range(columns)]
         turned = {place: self.kernel.registers(4 * L) for place in tile}
         unit = min(c.block, UNROLLED)

@@ -9,13 +9,13 @@ from typing import Any
 from qc.backends.tvm.gpu.expressions import activate
 from qc.backends.tvm.gpu.threads import BLOCK, Threads
 from qc.backends.tvm.gpu.weights import Words
+from qc.backends.tvm.kernels.vectors import LOWEST
 from qc.backends.tvm.windows import Window
 
 __all__ = ["convolve", "pool"]
 
 _SIZES = ("batch", "height", "width", "down", "right")
 _CHANNELS, _STEP = 16, 32
-_LOWEST = -3.4028234e38
 
 
 def convolve(
@@ -85,7 +85,7 @@ def pool(name: str, kind: str, window: Window) -> Any:
             image, *place = k.split(e, [s["batch"], s["down"], s["right"]])
             starts = _starts(window, place)
             total, count = k.own(1), k.own(1, "int32")
-            k.set(total, 0, T.float32(_LOWEST if kind == "largest" else 0))
+            k.set(total, 0, T.float32(LOWEST if kind == "largest" else 0))
             k.set(count, 0, T.int32(0))
             sizes = window.sizes
             with T.serial(0, sizes[0]) as i, T.serial(0, sizes[1]) as j, _inside(k, window, starts, (i, j)) as pixel:

@@ -11,7 +11,7 @@ __all__ = ["decode_rows", "gather", "gather_elements", "gather_nd"]
 
 
 def gather(name: str, kind: str) -> Any:
-    """``y[o, j, i] = x[o, index[j], i]``; an index counts from the end if it is negative."""
+    """``y[o, j, i] = x[o, index[j], i]``."""
     pointers = {"x": kind, "index": "int32", "y": kind, "status": "int32"}
     with Threads(name, pointers, ("outer", "n", "count", "inner")) as k:
         T, s = k.T, k.sizes

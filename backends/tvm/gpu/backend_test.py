@@ -16,12 +16,14 @@ from qc.backends.target import backend_for, target_names
 from qc.backends.tvm.gpu import products
 from qc.backends.tvm.gpu.build import build_kernels
 from qc.backends.tvm.gpu.caches import append
+from qc.backends.tvm.gpu.images import pool
 from qc.backends.tvm.gpu.kernels import attend, map_elements, normalize
 from qc.backends.tvm.gpu.languages import LANGUAGES
 from qc.backends.tvm.gpu.nvidia import ARCHITECTURES, COMPILER
 from qc.backends.tvm.gpu.weights import Words
 from qc.backends.tvm.kernels.attention import Heads
 from qc.backends.tvm.kernels.caches import CELLS
+from qc.backends.tvm.windows import Window
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model
 from qc.ir.runtime import Session
@@ -155,6 +157,16 @@ def test_sources_hold_numbers_with_all_digits(language: str) -> None:
     assert np.float32(number) in [np.float32(text) for text in re.findall(r"\d\.\d+e[+-]\d+", source)]
     rounding = {"cuda": "nearbyintf", "opencl": "rint", "metal": "rint", "webgpu": "round"}[language]
     assert re.search(rf"\b{rounding}\(", source)
+
+
+@pytest.mark.parametrize("language", sorted(LANGUAGES))
+def test_no_number_of_a_source_is_beyond_the_largest_float(language: str) -> None:
+    """WGSL refuses a decimal number that is larger, even if it rounds to the largest."""
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
+    kernels = {"largest": (pool, ("largest", window)), "attend": (attend, (Heads(32, 32, 2, True, 0, False, 0.2),))}
+    for name, built in build_kernels(kernels, LANGUAGES[language]).items():
+        numbers = [float(text) for text in re.findall(r"\d\.\d+e[+-]\d+", built.source)]
+        assert float(np.finfo(np.float32).max) >= max(numbers) > 1e37, name
 
 
 def test_other_languages_run_as_opencl_where_their_device_is_missing(

@@ -109,12 +109,15 @@ def _build(function: Any, name: str, language: Language) -> Built:
 
 
 def _exact(source: str, device: Any) -> str:
-    """The source with nine digits of each number, which tell all floats apart; TVM prints seven."""
+    """The source with ten digits of each number; TVM prints seven.
+
+    Nine tell all floats apart, but round the largest of them up, to a number that WGSL refuses as too large.
+    """
     import tvm
 
     nodes = json.loads(tvm.ir.save_json(device))["nodes"]
     numbers = [abs(node["data"]["value"]) for node in nodes if node["type"] == "ir.FloatImm"]
-    digits = {f"{number:.6e}": f"{number:.8e}" for number in numbers}
+    digits = {f"{number:.6e}": f"{number:.9e}" for number in numbers}
     return re.sub(r"\d\.\d{6}e[+-]\d+", lambda found: digits.get(found[0], found[0]), source)
 
 

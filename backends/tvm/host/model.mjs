@@ -33,7 +33,10 @@ export class Model {
     const model = new Model(table, device, options);
     const modules = Object.entries(table.kernels).map(async ([name, kernel]) => {
       const code = await (await file(kernel.file)).text();
-      const compute = { module: device.createShaderModule({ code }), entryPoint: kernel.entry };
+      const module = device.createShaderModule({ code });
+      const wrong = (await module.getCompilationInfo()).messages.find(({ type }) => type === 'error');
+      if (wrong) throw new Error(`${kernel.file}:${wrong.lineNum}: ${wrong.message}`);
+      const compute = { module, entryPoint: kernel.entry };
       model.pipelines[name] = await device.createComputePipelineAsync({ layout: 'auto', compute });
     });
     await Promise.all(modules);

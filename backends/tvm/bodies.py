@@ -101,16 +101,66 @@ def _gemm(node: ir.Node) -> str:
         beta = Constant <value_float = {beta!r}> ()  scaled = Mul (product, alpha)  {last} }}"""
 
 
+_APART = """
+    zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  last = Constant <value_ints = [1]> ()
+    h = Shape <start = -2, end = -1> (x0)  height = Squeeze (h)  w = Shape <start = -1> (x0)  width = Squeeze (w)
+    rows = Range (zero, height, one)  columns = Range (zero, width, one)  down = Unsqueeze (rows, last)
+    apart = Sub (columns, down)"""
+"""How far a column lies behind a row."""
+
+
 def _trilu(node: ir.Node) -> str:
     """Zero where ``column - row`` is less than k, or more."""
     kept = "GreaterOrEqual" if node.attributes["upper"].as_int() else "LessOrEqual"
     border = "x1" if len(node.inputs) > 1 and node.inputs[1] is not None else "zero"
     return f"""Trilu <upper> ({", ".join(_operands(node))}) => (y) {{
-        zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  last = Constant <value_ints = [1]> ()
-        h = Shape <start = -2, end = -1> (x0)  height = Squeeze (h)  w = Shape <start = -1> (x0)  width = Squeeze (w)
-        rows = Range (zero, height, one)  columns = Range (zero, width, one)  down = Unsqueeze (rows, last)
-        apart = Sub (columns, down)  kept = {kept} (apart, {border})  nothing = CastLike (zero, x0)
-        y = Where (kept, x0, nothing) }}"""
+        {_APART}  kept = {kept} (apart, {border})  nothing = CastLike (zero, x0)  y = Where (kept, x0, nothing) }}"""
+
+
+def _eye_like(node: ir.Node) -> str | None:
+    """One where ``column - row`` is k, else zero."""
+    dtype = node.attributes["dtype"].as_int() if "dtype" in node.attributes else node.inputs[0].dtype
+    if dtype is None:
+        return None
+    return f"""EyeLike <dtype, k> (x0) => (y) {{
+        {_APART}  k = Constant <value_int = {node.attributes["k"].as_int()}> ()  kept = Equal (apart, k)
+        y = Cast <to = {int(dtype)}> (kept) }}"""
+
+
+def _one_hot(node: ir.Node) -> str | None:
+    """One value where a running number is the index, which counts from the end if it is negative; else another."""
+    axis, shape = node.attributes["axis"].as_int(), node.inputs[0].shape
+    if axis >= 0 and shape is None:
+        return None
+    behind = -1 - axis if axis < 0 else len(shape) - axis
+    return f"""OneHot <axis> (indices, depth, values) => (y) {{
+        zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()
+        none = Constant <value = int64[0] {{}}> ()
+        axis = Constant <value_ints = [{axis}]> ()  sizes = Constant <value_ints = {[-1] + [1] * behind}> ()
+        wide = Cast <to = 7> (indices)  whole = Cast <to = 7> (depth)  count = Reshape (whole, none)
+        first = Range (zero, count, one)  numbers = Reshape (first, sizes)
+        negative = Less (wide, zero)  from_end = Add (wide, count)  at = Where (negative, from_end, wide)
+        spread = Unsqueeze (at, axis)  hit = Equal (spread, numbers)
+        off = Gather (values, zero)  on = Gather (values, one)  y = Where (hit, on, off) }}"""
+
+
+def _hardmax(node: ir.Node) -> str:
+    """One for the first of the largest elements of an axis, zero for others."""
+    axis = node.attributes["axis"].as_int()
+    end = f", end = {axis + 1}" if axis != -1 else ""
+    return f"""Hardmax <axis> (x) => (y) {{
+        place = ArgMax <axis = {axis}, keepdims = 0> (x)  depth = Shape <start = {axis}{end}> (x)
+        numbers = Constant <value = int64[2] {{0, 1}}> ()  values = CastLike (numbers, x)
+        y = OneHot <axis = {axis}> (place, depth, values) }}"""
+
+
+def _lp_normalization(node: ir.Node) -> str:
+    """``x / |x|`` along an axis; zero stays."""
+    axis, p = node.attributes["axis"].as_int(), node.attributes["p"].as_int()
+    return f"""LpNormalization <axis, p> (x) => (y) {{
+        axes = Constant <value_ints = [{axis}]> ()  zero = Constant <value_float = 0.0> ()
+        one = Constant <value_float = 1.0> ()  norm = ReduceL{p} (x, axes)
+        nothing = Equal (norm, zero)  divisor = Where (nothing, one, norm)  y = Div (x, divisor) }}"""
 
 
 def _depth_to_space(node: ir.Node) -> str:
@@ -208,10 +258,14 @@ _BODIES: dict[str, tuple[int, Callable[[ir.Node], str | None]]] = {
     "ArgMin": (13, _arg_min),
     "DepthToSpace": (15, _depth_to_space),
     "Einsum": (15, _einsum),
+    "EyeLike": (15, _eye_like),
     "Gemm": (7, _gemm),
     "GroupNormalization": (21, _group_normalization),
+    "Hardmax": (18, _hardmax),
+    "LpNormalization": (18, _lp_normalization),
     "Mean": (7, _mean),
     "MeanVarianceNormalization": (18, _mean_variance_normalization),
+    "OneHot": (15, _one_hot),
     "ReduceLogSumExp": (18, lambda _: _REDUCE_LOG_SUM_EXP),
     "Sum": (7, _sum),
     "Trilu": (16, _trilu),

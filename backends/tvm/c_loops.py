@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
-__all__ = ["REDUCTIONS", "copy_function", "loop_function", "reduce_function"]
+from qc.backends.tvm.host import template
+
+__all__ = ["REDUCTIONS", "UPDATES", "copy_function", "indexed_function", "loop_function", "reduce_function"]
 
 REDUCTIONS = {
     "ReduceSum": ("0", "t += {x}", "t"),
@@ -17,6 +19,15 @@ REDUCTIONS = {
     "ReduceSumSquare": ("0", "t += {x} * {x}", "t"),
 }
 """How a total starts, takes an element in, and becomes the result."""
+
+UPDATES = {
+    "none": "{b}",
+    "add": "{a} + {b}",
+    "mul": "{a} * {b}",
+    "min": "{b} < {a} ? {b} : {a}",
+    "max": "{b} > {a} ? {b} : {a}",
+}
+"""What becomes of an element a, and of b which comes to its place."""
 
 _ENDS = {
     "float": ("-INFINITY", "INFINITY"), "int64_t": ("INT64_MIN", "INT64_MAX"), "int32_t": ("INT32_MIN", "INT32_MAX"),
@@ -79,3 +90,14 @@ def reduce_function(kind: str, ctype: str, kept: int, rank: int) -> tuple[str, s
     inner = " + ".join(f"i{a} * s[{a}]" for a in range(kept, rank)) or "0"
     lines += [f"      {{ {step.format(x=f'r[{inner}]')}; }}", f"    (void)count; *y++ = {end}; }}", "}"]
     return name, "\n".join(lines)
+
+
+def indexed_function(walk: str, step: str, kind: str) -> tuple[str, str]:
+    """Name and text of a function that goes through indices, of ``elements`` or ``slices``.
+
+    Each step takes an element from its place ("gather"), or brings one there, as one of `UPDATES` says.
+    """
+    done = "y[i] = x[at]" if step == "gather" else f"y[at] = {UPDATES[step].format(a='y[at]', b='x[i]')}"
+    name = f"{walk}_{step}_{kind}"
+    text = template(f"{walk}.c").replace("@NAME@", name).replace("@KIND@", kind).replace("@STEP@", done)
+    return name, text.rstrip()

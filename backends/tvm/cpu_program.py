@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.tvm.c_loops import copy_function, loop_function, reduce_function
+from qc.backends.tvm.c_loops import copy_function, indexed_function, loop_function, reduce_function
 from qc.backends.tvm.host import template
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.attention import Heads, attend_few, attend_many, rotate
@@ -95,19 +95,36 @@ class CpuProgram(Program):
 
     def gather_nd(self, x: Tensor, indices: Tensor, y: Tensor, sizes: Sequence[Dim], width: Dim) -> None:
         """Slices of `width` elements, by tuples of indices into axes of these sizes."""
-        self.use("gather_nd")
-        count, size = product(indices.shape[:-1]), f"{width.c} * {self.bytes_of(x.dtype)}"
-        places = f"{count.c}, {len(sizes)}, DIMS({_listed(sizes)}), {size}"
-        self.add(f"TRY(gather_nd({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
+        self._slices("gather", x, indices, y, sizes, width)
+
+    def scatter_nd(
+        self, step: str, x: Tensor, indices: Tensor, y: Tensor, sizes: Sequence[Dim], width: Dim
+    ) -> None:  # fmt: skip
+        """Brings slices of `width` elements to where tuples of indices say, in order."""
+        self._slices(step, x, indices, y, sizes, width)
+
+    def _slices(
+        self, step: str, x: Tensor, indices: Tensor, y: Tensor, sizes: Sequence[Dim], width: Dim
+    ) -> None:  # fmt: skip
+        name, text = indexed_function("slices", step, C_TYPES[x.dtype][0])
+        self.functions[name] = text
+        places = f"{product(indices.shape[:-1]).c}, {len(sizes)}, DIMS({_listed(sizes)}), {width.c}"
+        self.add(f"TRY({name}({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
 
     def gather_elements(self, x: Tensor, indices: Tensor, y: Tensor, axis: int) -> None:
         """One element along an axis for each index."""
-        kind = C_TYPES[x.dtype][0]
-        self.use("gather_elements", kind)
-        places = (
-            f"{len(x.shape)}, {axis}, {x.shape[axis].c}, DIMS({_listed(indices.shape)}), DIMS({_listed(x.strides)})"
-        )
-        self.add(f"TRY(gather_elements_{kind}({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
+        self._elements("gather", x, indices, y, axis, x)
+
+    def scatter_elements(self, step: str, x: Tensor, indices: Tensor, y: Tensor, axis: int) -> None:
+        """Brings one element along an axis for each index, in order."""
+        self._elements(step, x, indices, y, axis, y)
+
+    def _elements(self, step: str, x: Tensor, indices: Tensor, y: Tensor, axis: int, indexed: Tensor) -> None:
+        name, text = indexed_function("elements", step, C_TYPES[x.dtype][0])
+        self.functions[name] = text
+        sizes = f"{indexed.shape[axis].c}, DIMS({_listed(indices.shape)}), DIMS({_listed(indexed.strides)})"
+        places = f"{len(indexed.shape)}, {axis}, {sizes}"
+        self.add(f"TRY({name}({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
 
     def top_k(self, x: Tensor, y: Tensor, places: Tensor, count: Dim, *, largest: bool) -> None:
         """The first `count` of each row in order, with their places, the first of equals first."""

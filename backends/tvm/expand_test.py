@@ -54,6 +54,29 @@ CASES = {
             i = ArgMin <axis = 1, keepdims = 0> (z) }""",
         [{"a": values(3, 2), "b": values(4, 3), "c": values(4)}],
     ),
+    "places in words of zeros and ones": (
+        """f (int64[m,2] i, int64[m] j, float[n,4] x, float[k,m] z) => (float[m,2,5] a, int64[5,m] b, float[m,d] c,
+            float[n,4] d, float[k,m] e, int64[n,4] f) {
+            five = Constant <value = int64 {5}> ()  values = Constant <value = float[2] {-1.0, 2.0}> ()
+            numbers = Constant <value = int64[2] {0, 1}> ()  count = Shape <start = 0, end = 1> (x)
+            a = OneHot (i, five, values)  b = OneHot <axis = 0> (j, five, numbers)
+            c = OneHot <axis = 1> (j, count, values)
+            d = Hardmax (x)  e = Hardmax <axis = 0> (z)  f = EyeLike <dtype = 7, k = -1> (x) }""",
+        [
+            {
+                "i": np.array([[4, -5], [5, -6], [0, 1]])[:m],
+                "j": np.arange(m),
+                "x": values(3, 4),
+                "z": np.ones((2, m), np.float32),
+            }
+            for m in (3, 0)
+        ],
+    ),
+    "lengths": (
+        """f (float[n,k] x, float[2,2,m] z) => (float[n,k] a, float[n,k] b, float[2,2,m] c) {
+            a = LpNormalization (x)  b = LpNormalization <axis = 0, p = 1> (x)  c = LpNormalization <axis = 1> (z) }""",
+        [{"x": x, "z": values(2, 2, m)} for x, m in ((np.array([[1, -2], [0, 0]], np.float32), 3), (values(0, 2), 0))],
+    ),
     "several operands": (
         """f (float[n,4] x, float[4] y, float[n,1] z) => (float[n,4] a, float[n,4] b, float[n,4] c) {
             a = Sum (x, y, z)  b = Mean (x, y, z)  c = Sum (x) }""",

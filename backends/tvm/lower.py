@@ -33,7 +33,7 @@ def is_constant(node: ir.Node) -> bool:
 Handler = Callable[["Lowering", ir.Node], None]
 
 _HANDLERS: dict[tuple[str, str], Handler] = {}
-_MODULES = ("products", "attention", "rows", "elementwise", "movement", "images", "resize", "rounding")
+_MODULES = ("products", "attention", "rows", "elementwise", "movement", "indexed", "images", "resize", "rounding")
 _FEW = 64
 """Integers that are followed as numbers: shapes, axes and positions have no more."""
 

@@ -33,7 +33,8 @@ class FoldConstants(Pass):
     """Folds small constant expressions, and drops no-ops, common subexpressions and what nothing reads.
 
     Weights stay as they are: no parameter (a float initializer of more than one element) is read or folded, no decode
-    node (Cast, Transpose, DequantizeLinear) is folded into one, and equal parameters are never merged. What goes:
+    node (Cast, Transpose, DequantizeLinear) is folded into one, and equal parameters are never merged. Those that
+    ``Constant`` nodes hold become initializers. What goes:
 
     * ``f(constants)`` of small results, shapes included where they are known;
     * ``Cast`` to the same type, ``Expand`` and ``Reshape`` to the same shape, ``Slice`` of everything, ``Transpose`` in
@@ -53,7 +54,7 @@ class FoldConstants(Pass):
         before = sum(1 for _ in model.graph)
         if any(v.type is None or v.shape is None for n in model.graph for v in n.outputs):
             infer_shapes(model)
-        modified = common.LiftConstantsToInitializersPass()(model).modified
+        modified = common.LiftConstantsToInitializersPass(size_limit=2)(model).modified
         for _ in range(_ROUNDS):
             changed = _drop_no_ops(model)
             changed |= drop_identities(model)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qc.ir.quant import read_weight
 from qc.passes.canonicalize.fold import FoldConstants
 
 _RNG = np.random.default_rng(0)
@@ -33,6 +34,14 @@ def test_transpose_and_cast_of_a_weight_stay(build, keeps):
     keeps(FoldConstants(), model, x=_X)
     assert _ops(model) == ["Cast", "Transpose", "MatMul"]
     assert "w" in model.graph.initializers
+
+
+def test_a_small_weight_that_a_node_holds_becomes_one_that_the_graph_holds(build, keeps):
+    model = build(
+        "g (float[1,1,h,4] x) => (float y) { w = Constant <value = float[1,1,1,2] {1.0, -2.0}> () y = Conv (x, w) }"
+    )
+    keeps(FoldConstants(), model, x=_X[None, :1])
+    assert [read_weight(n.inputs[1]).shape for n in model.graph] == [(1, 1, 1, 2)]
 
 
 def test_equal_parameters_are_not_merged(build, keeps):

@@ -184,11 +184,25 @@ class GpuProgram(Program):
         integers = [*sizes, product(indices.shape[:-1]), width]
         self.launch("gather_nd", lookups.gather_nd, (_kind(x), len(sizes)), [x, indices, y, self.status], integers, [y])
 
+    def scatter_nd(
+        self, step: str, x: Tensor, indices: Tensor, y: Tensor, sizes: Sequence[Dim], width: Dim
+    ) -> None:  # fmt: skip
+        """Brings slices of `width` elements to where tuples of indices say, in order."""
+        arguments, tensors = (_kind(x), step, len(sizes)), [x, indices, y, self.status]
+        integers = [*sizes, product(indices.shape[:-1]), width]
+        self.launch("scatter_nd", lookups.scatter_nd, arguments, tensors, integers, [y])
+
     def gather_elements(self, x: Tensor, indices: Tensor, y: Tensor, axis: int) -> None:
         """One element along an axis for each index."""
-        integers = [x.shape[axis], *indices.shape, *x.strides]
         arguments, tensors = (_kind(x), len(x.shape), axis), [x, indices, y, self.status]
+        integers = [x.shape[axis], *indices.shape, *x.strides]
         self.launch("gather_elements", lookups.gather_elements, arguments, tensors, integers, [y])
+
+    def scatter_elements(self, step: str, x: Tensor, indices: Tensor, y: Tensor, axis: int) -> None:
+        """Brings one element along an axis for each index, in order."""
+        arguments, tensors = (_kind(x), step, len(x.shape), axis), [x, indices, y, self.status]
+        integers = [y.shape[axis], *indices.shape, *y.strides]
+        self.launch("scatter_elements", lookups.scatter_elements, arguments, tensors, integers, [y])
 
     def top_k(self, x: Tensor, y: Tensor, places: Tensor, count: Dim, *, largest: bool) -> None:
         """The first `count` of each row in order, with their places, the first of equals first."""

@@ -17,8 +17,6 @@ __all__ = [
     "constant_of_shape",
     "expand",
     "flatten",
-    "gather_elements",
-    "gather_nd",
     "identity",
     "pad",
     "range_",
@@ -375,35 +373,3 @@ def pad(at: Lowering, node: ir.Node) -> None:
     for i, stride in enumerate(y.strides):
         start = start + stride * before.get(i, 0)
     copy(at, x, y.view(x.shape, y.strides, start))
-
-
-@operator("GatherND")
-def gather_nd(at: Lowering, node: ir.Node) -> None:
-    """Slices by tuples of indices."""
-    x, indices = at.input(node, 0), at.input(node, 1)
-    assert x is not None
-    assert indices is not None
-    depth = indices.shape[-1].constant
-    if depth is None or at.attribute(node, "batch_dims", 0) or indices.dtype != ir.DataType.INT64:
-        raise at.refuse(node, "it has batch axes, or an unknown number of indices")
-    x, indices = at.contiguous(x), at.contiguous(indices)
-    y = at.result(node.outputs[0], (*indices.shape[:-1], *x.shape[depth:]), x.dtype)
-    at.program.gather_nd(x, indices, y, x.shape[:depth], product(x.shape[depth:]))
-
-
-@operator("GatherElements")
-def gather_elements(at: Lowering, node: ir.Node) -> None:
-    """One element along an axis for each index."""
-    x, indices = at.input(node, 0), at.input(node, 1)
-    assert x is not None
-    assert indices is not None
-    rank = len(x.shape)
-    axis = int(at.attribute(node, "axis", 0)) % rank  # type: ignore[call-overload]
-    if indices.dtype != ir.DataType.INT64:
-        raise at.refuse(node, "its indices are not int64")
-    for i in range(rank):
-        if i != axis:
-            at.program.require_within(indices.shape[i], x.shape[i])
-    x, indices = at.stored(x), at.contiguous(indices)
-    y = at.result(node.outputs[0], indices.shape, x.dtype)
-    at.program.gather_elements(x, indices, y, axis)

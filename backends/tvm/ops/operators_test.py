@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qc.backends.tvm.backend import TvmCpu
+from qc.backends.tvm.c_loops import UPDATES
 from qc.backends.tvm.isa import best_for_host
 from qc.backends.tvm.kernels.caches import CELLS
 from qc.backends.tvm.local import LocalLibrary
@@ -150,6 +151,45 @@ CASES = {
             for n, h, w in ((1, 3, 5), (2, 4, 8))
         ],
     ),
+    "elements that others replace or change, by indices": (
+        f"""f (float[n,k] x, int64[m,2] i, float[m,2] u, int32[n,2] j, int64[p] w, int64[q] l, int64[q] v)
+            => ({", ".join(f"float[n,k] y{s}" for s in UPDATES)}, float[n,k] last, int64[p] count, float[n,2] back) {{
+            {" ".join(f'y{s} = ScatterElements <reduction = "{s}"> (x, i, u)' for s in UPDATES)}
+            back = GatherElements <axis = 1> (x, j)  last = ScatterElements <axis = -1> (x, j, back)
+            count = ScatterElements <reduction = "add"> (w, l, v) }}""",
+        [
+            {
+                "x": values(n, k),
+                "i": np.array([[1, -1], [-2, 0]])[:m],
+                "u": values(m, 2),
+                "w": np.arange(p),
+                "j": np.resize(np.array([2, -3], np.int32), (n, 2)),
+                "l": np.resize([1, -1, 0], q),
+                "v": np.arange(q),
+            }
+            for n, k, m, p, q in ((2, 3, 2, 3, 7), (3, 4, 0, 0, 0))
+        ],
+    ),
+    "slices that others replace or change, by tuples of indices": (
+        f"""f (float[n,k,4] x, int64[m,1] i, float[m,k,4] u, int64[m,2,2] j, float[m,2,4] v, int32[p,3] l, float[p] w)
+            => ({", ".join(f"float[n,k,4] y{s}" for s in UPDATES)}, float[n,k,4] pairs, float[n,k,4] single,
+                float[p] back) {{
+            {" ".join(f'y{s} = ScatterND <reduction = "{s}"> (x, i, u)' for s in UPDATES)}
+            pairs = ScatterND (x, j, v)  wide = Cast <to = 7> (l)
+            single = ScatterND <reduction = "add"> (x, wide, w)  back = GatherND (single, wide) }}""",
+        [
+            {
+                "x": values(3, 2, 4),
+                "i": np.array([[-1], [1]])[:m],
+                "u": values(m, 2, 4),
+                "v": values(m, 2, 4),
+                "j": np.array([[[0, 1], [-1, -1]], [[1, 0], [1, 1]]])[:m],
+                "w": values(p),
+                "l": np.resize(np.array([1, -1, 2, 0, 1, -3], np.int32), (p, 3)),
+            }
+            for m, p in ((2, 5), (0, 0))
+        ],
+    ),
 }
 TRANSPOSED = """
 f (float[n,4,h,w] x, float[n,4,k] z)
@@ -218,6 +258,11 @@ REFUSED = {
         """f (float[1,1,h] z) => (float[1,1,4] y) <float[1,1,2] w = {1.0, 2.0}> {
             y = ConvTranspose <output_shape = [4]> (z, w) }""",
         "no kernel for ConvTranspose at .*: its padding follows",
+    ),
+    "truth values that are added": (
+        """f (bool[3] x, int64[1] i, bool[1] u) => (bool[3] y) {
+            y = ScatterElements <reduction = "add"> (x, i, u) }""",
+        "no kernel for ScatterElements at .*: it reduces BOOL by 'add'",
     ),
     "an output of another type": (
         "f (float[n] x) => (float[n] y, double z) { y = Relu (x)  z = Constant <value = double {1.0}> () }",
@@ -300,6 +345,16 @@ def test_sizes_do_not_grow_from_layer_to_layer() -> None:
         p = Slice (table, zero, n, zero) {layers} y = Relu (h30) }}""")
     program, _ = lower_to_program(model, best_for_host(), exact=False, cells=CELLS["float32"])
     assert sum(map(len, program.conditions)) < 1000
+
+
+@pytest.mark.parametrize("index", [3, -4])
+def test_an_index_outside_of_an_axis_is_refused_in_a_run(index: int, tmp_path: Path) -> None:
+    model = parse("""f (float[n] x, int64[1] i, int64[1,1] j, float[1] u) => (float[n] y, float[n] z) {
+        y = ScatterElements (x, i, u)  z = ScatterND <reduction = "add"> (x, j, u) }""")
+    runner, x = library(model, tmp_path), {"x": values(3), "u": values(1)}
+    for i, j in ((index, 0), (0, index)):
+        with pytest.raises(InputError, match="outside of its table"):
+            runner.run({**x, "i": np.array([i]), "j": np.array([[j]])})
 
 
 def test_integers_are_divided_by_zero_without_harm(tmp_path: Path) -> None:

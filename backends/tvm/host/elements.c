@@ -1,5 +1,6 @@
-static int gather_elements_@(const @ *x, const int64_t *index, @ *y, int rank, int axis, int64_t size,
-    const int64_t *n, const int64_t *s) {
+/* A step for each index: it says where an element lies along one axis; along the others, it lies where the index does. */
+static int @NAME@(const @KIND@ *x, const int64_t *index, @KIND@ *y, int rank, int axis, int64_t size, const int64_t *n,
+                  const int64_t *s) {
   int64_t count = 1;
   for (int d = 0; d < rank; d++) count *= n[d];
   for (int64_t i = 0; i < count; i++) {
@@ -13,7 +14,7 @@ static int gather_elements_@(const @ *x, const int64_t *index, @ *y, int rank, i
       }
       at += j * s[d];
     }
-    y[i] = x[at];
+    @STEP@;
   }
   return 0;
 }

@@ -7,7 +7,8 @@ numbers of 64 bits.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable
+import string
+from collections.abc import Callable, Iterable, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -179,33 +180,81 @@ def _depth_to_space(node: ir.Node) -> str:
 def _einsum(node: ir.Node) -> str | None:
     """A sum of products over letters: of one value, of two as a product of matrices, of more one after the other.
 
-    None where a letter repeats within an operand (a diagonal), or an ellipsis stands for axes.
+    None where an ellipsis stands for axes whose number is unknown, or that are summed.
     """
-    equation = node.attributes["equation"].as_string().replace(" ", "")
-    left, arrow, result = equation.partition("->")
-    terms = left.split(",")
-    if "." in equation or len(terms) != len(node.inputs) or any(len(set(t)) < len(t) for t in (*terms, result)):
+    terms, result = _letters(node)
+    if result is None:
         return None
-    if not arrow:
-        counts = collections.Counter("".join(terms))
-        result = "".join(sorted(letter for letter, n in counts.items() if n == 1))
-    operands = _operands(node)
-    if len(terms) == 1:
-        lines = [*_reduced("x0", terms[0], result, "kept"), _turned("kept", _only(terms[0], result), result, "y")]
-    elif len(terms) == 2:
-        lines = _product(terms[0], terms[1], result)
+    operands, lines = _operands(node), []
+    if len(terms) <= 2:
+        named = [_diagonals(*operand, lines) for operand in zip(operands, terms, strict=True)]
+        lines += _product(named, result) if len(named) > 1 else _moved(*named[0], result)
     else:
         kept = _only(dict.fromkeys(terms[0] + terms[1]), result + "".join(terms[2:]))
         rest = ",".join([kept, *terms[2:]])
-        lines = [
+        lines += [
             f'first = Einsum <equation = "{terms[0]},{terms[1]}->{kept}"> (x0, x1)',
             f'y = Einsum <equation = "{rest}->{result}"> ({", ".join(["first", *operands[2:]])})',
         ]
     return f"Einsum <equation> ({', '.join(operands)}) => (y) {{ {' '.join(lines)} }}"
 
 
+def _letters(node: ir.Node) -> tuple[list[str], str | None]:
+    """Letters of the operands and of the result, with one for each axis of an ellipsis, which is as long in all."""
+    left, arrow, result = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != len(node.inputs):
+        return terms, None
+    lengths = {
+        None if value is None or value.shape is None else len(value.shape) - len(term.replace("...", ""))
+        for value, term in zip(node.inputs, terms, strict=True)
+        if "..." in term
+    } or {0}
+    length = lengths.pop()
+    if length is None or lengths or (arrow and "..." in left and "..." not in result):
+        return terms, None
+    if not arrow:
+        counts = collections.Counter(left)
+        result = "..." + "".join(sorted(letter for letter, n in counts.items() if n == 1 and letter.isalpha()))
+    more = _except(string.ascii_letters, left)[:length]
+    return [term.replace("...", more) for term in terms], result.replace("...", more)
+
+
+def _diagonals(name: str, term: str, lines: list[str]) -> tuple[str, str]:
+    """An operand in which no letter comes twice: what is off a diagonal becomes zero, and one of its axes is summed."""
+    for letter in dict.fromkeys(term):
+        while term.count(letter) > 1:
+            axes = [i for i, other in enumerate(term) if other == letter][:2]
+            rest = [i for i in range(len(term)) if i not in axes]
+            turned, made = f"{name}t", f"{name}d"
+            lines.append(f"""
+                {turned} = Transpose <perm = {[*rest, *axes]}> ({name})  {made}_size = Shape <start = -1> ({turned})
+                {made}_one = Constant <value_int = 1> ()  {made}_zero = Constant <value_int = 0> ()
+                {made}_last = Constant <value_ints = [-1]> ()  {made}_n = Squeeze ({made}_size)
+                {made}_columns = Range ({made}_zero, {made}_n, {made}_one)
+                {made}_rows = Unsqueeze ({made}_columns, {made}_last)  {made}_on = Equal ({made}_rows, {made}_columns)
+                {made}_off = CastLike ({made}_zero, {name})  {made}_kept = Where ({made}_on, {turned}, {made}_off)
+                {made} = ReduceSum <keepdims = 0> ({made}_kept, {made}_last)""")
+            name, term = made, "".join(term[i] for i in rest) + letter
+    return name, term
+
+
+def _moved(name: str, term: str, result: str) -> list[str]:
+    """The sum over the letters that the result lacks, in its order."""
+    return [*_reduced(name, term, result, "kept"), _turned("kept", _only(term, result), result, "y")]
+
+
 def _only(letters: Iterable[str], others: str) -> str:
     return "".join(letter for letter in letters if letter in others)
+
+
+def _except(letters: str, others: str) -> str:
+    return "".join(letter for letter in letters if letter not in others)
+
+
+def _constant(name: str, numbers: Sequence[int]) -> str:
+    """A list of integers, which may be empty."""
+    return f"{name} = Constant <value = int64[{len(numbers)}] {{{', '.join(map(str, numbers))}}}> ()"
 
 
 def _reduced(name: str, term: str, others: str, made: str) -> list[str]:
@@ -222,16 +271,28 @@ def _turned(name: str, term: str, order: str, made: str) -> str:
     return f"{made} = Transpose <perm = {perm}> ({name})" if perm else f"{made} = Identity ({name})"
 
 
-def _product(a: str, b: str, result: str) -> list[str]:
-    """``[batch, rows, inner] @ [batch, inner, columns]``: letters of a kind are one axis, but those of a batch."""
-    lines = [*_reduced("x0", a, b + result, "a"), *_reduced("x1", b, a + result, "b")]
+def _product(operands: Sequence[tuple[str, str]], result: str) -> list[str]:
+    """``[batch, rows, inner] @ [batch, inner, columns]``: letters of a kind are one axis, but those of a batch.
+
+    Without inner letters, axes are only put beside each other and multiplied.
+    """
+    (x, a), (y, b) = operands
+    lines = [*_reduced(x, a, b + result, "a"), *_reduced(y, b, a + result, "b")]
     a, b = _only(a, b + result), _only(b, a + result)
     shared = _only(a, b)
-    batch, inner = _only(shared, result), "".join(letter for letter in shared if letter not in result)
-    rows, columns = ("".join(letter for letter in term if letter not in shared) for term in (a, b))
+    batch, inner, rows, columns = _only(shared, result), _except(shared, result), _except(a, shared), _except(b, shared)
+    whole = batch + rows + columns
+    if not inner:
+        for made, term, gone in (("a", a, columns), ("b", b, rows)):
+            lines += [
+                _turned(made, term, _except(whole, gone), f"{made}_turned"),
+                _constant(f"{made}_gone", [whole.index(letter) for letter in gone]),
+                f"{made}_wide = Unsqueeze ({made}_turned, {made}_gone)",
+            ]
+        return [*lines, "apart = Mul (a_wide, b_wide)", _turned("apart", whole, result, "y")]
     lines += [_turned("a", a, batch + rows + inner, "left"), _turned("b", b, batch + inner + columns, "right")]
-    lines += ["one = Constant <value_ints = [1]> ()", "none = Constant <value = int64[0] {}> ()"]
-    for name, skipped, letters in (("left", 0, batch + rows + inner), ("right", len(batch + inner), columns)):
+    lines += ["one = Constant <value_ints = [1]> ()", _constant("same", [0] * len(batch))]
+    for name, skipped, letters in (("left", len(batch), rows + inner), ("right", len(batch + inner), columns)):
         sizes = enumerate(letters, skipped)
         lines += [f"size_{x} = Shape <start = {i}, end = {i + 1}> ({name})" for i, x in sizes]
     for made, letters in (("m", rows), ("k", inner), ("n", columns)):
@@ -240,18 +301,17 @@ def _product(a: str, b: str, result: str) -> list[str]:
     m, k, n = f"m{len(rows)}", f"k{len(inner)}", f"n{len(columns)}"
     return [
         *lines,
-        _shaped("left", batch, [m, k], "matrix"),
-        _shaped("right", batch, [k, n], "other"),
+        _shaped("left", [m, k], "matrix"),
+        _shaped("right", [k, n], "other"),
         "products = MatMul (matrix, other)",
-        _shaped("products", batch + rows + columns, ["none"], "apart"),
-        _turned("apart", batch + rows + columns, result, "y"),
+        _shaped("products", [f"size_{x}" for x in rows + columns], "apart"),
+        _turned("apart", whole, result, "y"),
     ]
 
 
-def _shaped(name: str, letters: str, sizes: list[str], made: str) -> str:
-    """A value with the sizes of letters, and others behind them."""
-    parts = ", ".join([*(f"size_{x}" for x in letters), *sizes])
-    return f"{made}_sizes = Concat <axis = 0> ({parts})  {made} = Reshape ({name}, {made}_sizes)"
+def _shaped(name: str, sizes: list[str], made: str) -> str:
+    """A value with other sizes behind those of a batch, which stay: operands may differ where one of them is 1."""
+    return f"{made}_sizes = Concat <axis = 0> ({', '.join(['same', *sizes])})  {made} = Reshape ({name}, {made}_sizes)"
 
 
 _BODIES: dict[str, tuple[int, Callable[[ir.Node], str | None]]] = {

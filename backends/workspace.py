@@ -112,12 +112,13 @@ def sweep(out: Path, *, resume: bool = False) -> None:
 
     Args:
         out: Where an artifact will stand.
-        resume: Whether to leave work directories alone.
+        resume: Whether to leave work directories alone that have a journal.
     """
     parent = next(p for p in out.absolute().parents if p.is_dir())
-    for prefix in (f".{out.name}.tmp-",) if resume else (_work(out), f".{out.name}.tmp-"):
+    for prefix in (_work(out), f".{out.name}.tmp-"):
         for path in parent.glob(f"{glob.escape(prefix)}*"):
-            if _abandoned(path):
+            wanted = resume and prefix == _work(out) and (path / _JOURNAL).is_dir()
+            if not wanted and _abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
     for path in sorted(parent.glob(f"{glob.escape(f'.{out.name}.old-')}*")):
         if not os.path.lexists(out) and any(path.iterdir()):

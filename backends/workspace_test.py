@@ -44,6 +44,14 @@ def test_what_nobody_holds_is_removed_and_what_somebody_holds_is_not(tmp_path):
     alive.remove()
 
 
+def test_what_cannot_be_resumed_is_removed_and_what_can_is_not(tmp_path):
+    for name in ("begun", "journal"):
+        (tmp_path / f".out.work-{name}" / name).mkdir(parents=True)
+        os.utime(tmp_path / f".out.work-{name}", (0, 0))
+    sweep(tmp_path / "out", resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == [".out.work-journal"]
+
+
 def test_a_work_directory_with_a_journal_is_taken_over(tmp_path):
     def run(name: str, resume: bool) -> tuple[bool, Path]:
         with work_directory(tmp_path / name, resume=resume) as work:

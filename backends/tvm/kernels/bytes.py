@@ -14,6 +14,8 @@ its scale, its zero point v and its sum(u). Columns are padded to `PADDING` with
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 from qc.backends.tvm.isa import Isa
@@ -26,8 +28,11 @@ __all__ = ["FACTS", "PADDING", "byte_product", "quantize_grid", "row_ranges", "v
 PADDING = 64
 """Columns are padded to a multiple."""
 
-_AHEAD = 8
-"""Lines of the next unit that are asked for in a step of tiles: 128 rows ask for all of it."""
+_AHEAD = {2: 8, 1: 32}
+"""Lines of the next unit that a step asks for, by tiles of rows in it: 128 rows ask for all of it, or 16."""
+
+_CHAINS = 4
+"""Ends of a row that are found side by side: each waits for the one before."""
 
 FACTS = 12
 """Bytes behind the codes of a channel: scale, zero point and sum."""
@@ -46,26 +51,38 @@ def row_ranges(isa: Isa, name: str) -> Any:
         ld, k, x = kernel.sizes["ld"], kernel.sizes["k"], kernel.buffers["x"]
         with kernel.units() as row:
             first = T.bind(x[row * ld])
-            ends = {"low": (kernel.registers(L), v.minimum, T.min), "high": (kernel.registers(L), v.maximum, T.max)}
-            for slot, _, _ in ends.values():
+            ends = {"low": (v.minimum, T.min), "high": (v.maximum, T.max)}
+            slots = {end: [kernel.registers(L) for _ in range(_CHAINS)] for end in ends}
+            for slot in itertools.chain(*slots.values()):
                 v.store(slot, 0, T.broadcast(first, L))
-            with T.serial(0, k // L) as i:
+            whole = T.bind(k // L)
+
+            def take(i: Any, chain: int) -> None:
                 part = v.load(x, row * ld + i * L)
-                for slot, pick, _ in ends.values():
+                for end, (pick, _) in ends.items():
+                    slot = slots[end][chain]
                     v.store(slot, 0, pick(v.load(slot, 0), part))
-            for (end, (slot, _, pick)), reduce in zip(ends.items(), ("fmin", "fmax"), strict=True):
-                found = v.intrinsic(f"llvm.vector.reduce.{reduce}", "float32", v.load(slot, 0))
+
+            with T.serial(0, whole // _CHAINS) as i:
+                for chain in range(_CHAINS):
+                    take(i * _CHAINS + chain, chain)
+            with T.serial(whole // _CHAINS * _CHAINS, whole) as i:
+                take(i, 0)
+            for end, (pick, pick_one) in ends.items():
+                found = functools.reduce(pick, (v.load(slot, 0) for slot in slots[end]))
+                found = v.fold_lanes(pick_one, found)
                 T.buffer_store(kernel.buffers[end], found, [row])
-                with T.serial(k // L * L, k) as i:
+                with T.serial(whole * L, k) as i:
                     held = kernel.buffers[end]
-                    T.buffer_store(held, pick(held[row], x[row * ld + i]), [row])
+                    T.buffer_store(held, pick_one(held[row], x[row * ld + i]), [row])
     return kernel.function()
 
 
 def quantize_grid(isa: Isa, name: str, low: int, high: int) -> Any:
     """``q = clamp(rint(x / s) + z, low, high)``, and ``t = sum(q) - k * z`` of each row; units are rows.
 
-    Columns beyond k up to `kp` are zeros.
+    Columns beyond k up to `kp` are zeros. It is x that is clamped, between the numbers of the outermost codes: these
+    are rounded to their codes.
     """
     v = Vectors(isa)
     T, L = v.T, v.L
@@ -74,16 +91,15 @@ def quantize_grid(isa: Isa, name: str, low: int, high: int) -> Any:
         ld, k, kp = (kernel.sizes[n] for n in ("ld", "k", "kp"))
         x, s, z, q, t = (kernel.buffers[n] for n in pointers)
         with kernel.units() as row:
-            scale = T.bind(T.broadcast(s[row], L))
-            zero = T.bind(T.cast(z[row], "float32"))
             total, rest = kernel.registers(L, "int32"), kernel.registers(L)
             v.store(total, 0, T.broadcast(T.int32(0), L))
+            scale, inverse = (v.spread(T.bind(a)) for a in (s[row], T.float32(1) / s[row]))
+            zero = T.bind(T.broadcast(z[row], L))
+            least, most = (v.spread(T.bind(T.cast(end - z[row], "float32") * s[row])) for end in (low, high))
 
             def codes(part: Any) -> Any:
-                rounded = v.intrinsic("llvm.rint", v.f32(), part / scale)
-                moved = T.bind(rounded + T.broadcast(zero, L))
-                held = v.minimum(v.maximum(moved, v.spread(float(low))), v.spread(float(high)))
-                return T.bind(T.cast(held, v.i32()))
+                inside = v.minimum(v.maximum(part, least), most)
+                return T.bind(T.cast(v.nearest(v.divide(inside, scale, inverse)), v.i32()) + zero)
 
             whole = T.bind(k // L)
             with T.serial(0, whole) as i:
@@ -179,7 +195,19 @@ class _ByteProduct:
         }
 
     def in_tiles(self, unit: Any, tiles: Tiles) -> Any:
-        """Products of as many whole blocks of rows as there are, where a unit lies inside of y; returns their rows.
+        """Products of as many whole tiles of rows as there are, where a unit lies inside of y; returns their rows."""
+        T, size, columns = self.v.T, self.kernel.sizes, self.columns * self.v.L
+        inside = T.bind(T.if_then_else((unit + 1) * columns <= size["n"], tiles.allowed, 0))
+        done: Any = T.int32(0)
+        for sides in _AHEAD:
+            count = T.bind(inside * ((size["m"] - done) // (sides * SIDE)))
+            with T.serial(0, count) as block:
+                self._block(unit, tiles, block, T.bind(done + block * (sides * SIDE)), sides)
+            done = T.bind(done + count * (sides * SIDE))
+        return done
+
+    def _block(self, unit: Any, tiles: Tiles, block: Any, row: Any, sides: int) -> None:
+        """Products of the rows of one or two tiles.
 
         Sums are put into y as integers, and finished there while they are near.
         """
@@ -187,31 +215,26 @@ class _ByteProduct:
         k, ldy, step = size["k"], size["ldy"], columns * 4 * L
         start = T.bind(unit * ((k + FACTS) * columns * L))
         facts = self._facts(start)
-        inside = T.bind(T.if_then_else((unit + 1) * (columns * L) <= size["n"], tiles.allowed, 0))
-        blocks = T.bind(inside * (size["m"] // (2 * SIDE)))
         lines = T.bind((k + FACTS) * (columns * L) // 64)
-        with T.serial(0, blocks) as block:
-            row = T.bind(block * (2 * SIDE))
-            sums = [[tiles.zero(i * columns + r) for r in range(columns)] for i in range(2)]
-            with T.serial(0, k // 64) as part:
-                for i in range(_AHEAD):
-                    ahead = T.min((block * (k // 64) + part) * _AHEAD + i, lines)
-                    v.prefetch(b["w"], T.bind(start + (k + FACTS) * (columns * L) + ahead * 64))
-                x = [tiles.load(4 + i, b["q"], (row + i * SIDE) * k + part * 64, k) for i in range(2)]
-                w = [tiles.load(6 + r, b["w"], start + part * (16 * step) + r * 4 * L, step) for r in range(columns)]
-                for i in range(2):
-                    for r in range(columns):
-                        tiles.dot(sums[i][r], x[i], w[r])
-            at = T.bind(row * ldy + unit * (columns * L))
-            for i in range(2):
+        sums = [[tiles.zero(i * columns + r) for r in range(columns)] for i in range(sides)]
+        with T.serial(0, k // 64) as part:
+            for i in range(_AHEAD[sides]):
+                ahead = T.min((block * (k // 64) + part) * _AHEAD[sides] + i, lines)
+                v.prefetch(b["w"], T.bind(start + (k + FACTS) * (columns * L) + ahead * 64))
+            x = [tiles.load(4 + i, b["q"], (row + i * SIDE) * k + part * 64, k) for i in range(sides)]
+            w = [tiles.load(6 + r, b["w"], start + part * (16 * step) + r * 4 * L, step) for r in range(columns)]
+            for i in range(sides):
                 for r in range(columns):
-                    tiles.store(sums[i][r], b["y"], at + i * SIDE * ldy + r * L, ldy * 4)
-            with T.serial(0, 2 * SIDE) as i:
-                for r in range(columns):
-                    place = T.bind(at + i * ldy + r * L)
-                    total = T.bind(T.reinterpret(v.i32(), v.load(b["y"], place)))
-                    v.store(b["y"], place, self._finished(facts, row + i, r, total))
-        return T.bind(blocks * (2 * SIDE))
+                    tiles.dot(sums[i][r], x[i], w[r])
+        at = T.bind(row * ldy + unit * (columns * L))
+        for i in range(sides):
+            for r in range(columns):
+                tiles.store(sums[i][r], b["y"], at + i * SIDE * ldy + r * L, ldy * 4)
+        with T.serial(0, sides * SIDE) as i:
+            for r in range(columns):
+                place = T.bind(at + i * ldy + r * L)
+                total = T.bind(T.reinterpret(v.i32(), v.load(b["y"], place)))
+                v.store(b["y"], place, self._finished(facts, row + i, r, total))
 
     def _facts(self, start: Any) -> list[Any]:
         k, wide = self.kernel.sizes["k"], self.columns * self.v.L

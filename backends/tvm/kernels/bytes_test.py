@@ -35,7 +35,7 @@ def test_a_product_of_bytes_equals_its_definition_bit_for_bit(isa, call, rng, te
 @pytest.mark.skipif(not (best_for_host().tiles and allowed()), reason="needs a processor with AMX")
 @pytest.mark.parametrize(("text", "zeros"), [("int8", True), ("uint8", False)])
 def test_a_product_in_tiles_has_the_same_bits(call, rng, text, zeros):
-    check_product(best_for_host(), call, rng, text, zeros, 45, [1])
+    check_product(best_for_host(), call, rng, text, zeros, 51, [1])
 
 
 def check_product(isa, call, rng, text, zeros, m, tiles):
@@ -69,6 +69,10 @@ def test_rows_are_put_on_their_grids(isa, call, rng, low, high):
     assert np.array_equal(highs, x.max(1))
     s = ((highs - lows) / (high - low) * 0.7).astype(np.float32)
     z = np.rint(low - lows / s).astype(np.int32)
+    half = (rng.integers(low, high, (m, k // 3)) - z[:, None] + 0.5).astype(np.float32) * s[:, None]
+    for part, towards in enumerate((-np.inf, half, np.inf)):  # what is nearly, or just, between two codes
+        x[:, part * (k // 3) : (part + 1) * (k // 3)] = np.nextafter(half, np.float32(towards))
+    x[0, :4] = np.inf, -np.inf, 1e30, -0.0
     q, t = np.ones((m, padded), np.int8), np.zeros(m, np.int32)
     call(isa, quantize_grid, (low, high), [x, s, z, q, t], (k, k, padded), m)
     expected = np.clip(np.rint(x / s[:, None]) + z[:, None], low, high).astype(np.int64)

@@ -13,6 +13,7 @@ The level without fused products rounds each product too; its integers are the s
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from qc.backends.tvm.isa import Isa
@@ -32,7 +33,6 @@ def quantize_rows(isa: Isa, name: str, block: int) -> Any:
     """
     v = Vectors(isa)
     T, L = v.T, v.L
-    step = min(L, block)
     pointers = {"x": "float32", "q": "int8", "s": "float32", "z": "int32"}
     with Kernel(name, v, pointers, ("ld", "k", "kp")) as kernel:
         ld, k, kp = kernel.sizes["ld"], kernel.sizes["k"], kernel.sizes["kp"]
@@ -43,28 +43,22 @@ def quantize_rows(isa: Isa, name: str, block: int) -> Any:
                 here = T.alloc_buffer((block,), "float32", scope="global")
                 with T.If((b + 1) * block <= k):
                     with T.Then():
-                        for i in range(0, block, step):
-                            v.store(here, i, v.load(x, row * ld + b * block + i, step), step)
+                        for i in range(0, block, L):
+                            v.store(here, i, v.load(x, row * ld + b * block + i))
                     with T.Else(), T.serial(0, block) as i:
                         T.buffer_store(
                             here,
                             T.if_then_else(b * block + i < k, x[row * ld + b * block + i], T.float32(0)),
                             [i],
                         )
-                parts = [v.load(here, i, step) for i in range(0, block, step)]
-                top = v.intrinsic("llvm.fabs", f"float32x{step}", parts[0])
-                for part in parts[1:]:
-                    a = v.intrinsic("llvm.fabs", f"float32x{step}", part)
-                    top = v.intrinsic("llvm.maxnum", f"float32x{step}", top, a)
-                m = v.intrinsic("llvm.vector.reduce.fmax", "float32", top)
-                inverse = T.bind(T.Select(m > T.float32(0), T.float32(127) / m, T.float32(0)))
-                total = None
-                for i, part in enumerate(parts):
-                    rounded = v.intrinsic("llvm.rint", f"float32x{step}", part * T.broadcast(inverse, step))
-                    codes = T.bind(T.cast(rounded, f"int32x{step}"))
-                    v.store(q, row * kp + b * block + i * step, T.cast(codes, f"int8x{step}"), step)
-                    total = codes if total is None else T.bind(total + codes)
+                parts = [v.load(here, i) for i in range(0, block, L)]
+                m = v.largest_lane(functools.reduce(v.maximum, [v.absolute(part) for part in parts]))
+                inverse = v.spread(T.bind(T.Select(m > T.float32(0), T.float32(127) / m, T.float32(0))))
+                codes = [T.bind(T.cast(v.nearest(part * inverse), v.i32())) for part in parts]
+                for i, found in enumerate(codes):
+                    v.store(q, row * kp + b * block + i * L, T.cast(found, f"int8x{L}"))
                 T.buffer_store(s, m * T.float32(1 / 127), [row * blocks + b])
+                total = functools.reduce(lambda a, b: T.bind(a + b), codes)
                 T.buffer_store(z, v.intrinsic("llvm.vector.reduce.add", "int32", total), [row * blocks + b])
     return kernel.function()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import re
@@ -18,6 +19,7 @@ import pytest
 import qc
 from qc.backends.inputs import text_inputs
 from qc.backends.ort.backend import OrtCpu
+from qc.backends.reference import ModelRunner
 from qc.backends.sampling import Sampling
 from qc.backends.target import backend_for
 from qc.backends.tvm import toolchain
@@ -146,27 +148,79 @@ def test_several_threads_and_parts_of_a_prompt_change_nothing(emitted: dict[str,
     assert list(one.generate(prompt, 4)) == list(two.generate(prompt, 4))
 
 
-def test_logits_that_more_than_a_product_yields_are_computed_for_all_tokens(
+def behind(model: Model, body: str) -> Model:
+    """A decoder whose logits pass through a body, which is written in terms of `x` and yields `y`, on their way out."""
+    model = model.clone()
+    (number,) = (i for i, v in enumerate(model.graph.outputs) if v.name == "logits")
+    head = model.graph.outputs[number]
+    more = parse(f"f (float[b,s,{head.shape[-1]}] x) => (float[b,s,{head.shape[-1]}] y) {{ {body} }}").graph
+    logits, given = more.outputs.pop(), more.inputs[0]
+    logits.shape = head.shape
+    logits.metadata_props.update(head.metadata_props)
+    head.metadata_props.clear()
+    head.name, logits.name = "of_the_head", "logits"
+    given.replace_all_uses_with(head)
+    nodes = list(more)
+    more.remove(nodes)
+    model.graph.extend(nodes)
+    model.graph.outputs[number] = logits
+    return Model.of(model)
+
+
+CAPPED = """
+    cap = Constant <value_float = 30.0> ()
+    bias = Constant <value = float[1, 1] {0.25}> ()
+    some = Div (x, cap)
+    flat = Tanh (some)
+    wide = Mul (cap, flat)
+    same = Identity (wide)
+    y = Add (same, bias)
+"""
+
+
+@pytest.mark.parametrize(("body", "whole"), [(CAPPED, False), ("y = Softmax (x)", True)])
+def test_of_logits_that_pass_through_more_than_a_product_the_last_row_is_kept(
+    quantized: Model, emitted: dict[str, Path], tmp_path: Path, body: str, whole: bool
+) -> None:
+    """Of a bias, a scale or a soft cap; else a prompt of a hundred tokens needs room for a hundred rows."""
+    emit(behind(quantized, body), TvmCpu(exact=True), tmp_path)
+    prompt = PROMPT * 15
+    ours, theirs = (open_runner(d, threads=1) for d in (tmp_path, emitted["tvm"]))
+    assert list(ours.generate(prompt, 8)) == list(theirs.generate(prompt, 8))
+    reference = ModelRunner(behind(quantized, body))
+    given = text_inputs(reference.signature, np.array([PROMPT, PROMPT[::-1]]))
+    np.testing.assert_allclose(ours.run(given)["logits"], reference.run(given)["logits"], rtol=1e-4, atol=1e-4)
+    a_prompt = 4 * 512 * 4096
+    assert (memory_of(tmp_path) - memory_of(emitted["tvm"]) > a_prompt // 2) == whole
+
+
+def test_a_decoder_that_yields_more_than_logits_leaves_the_loop_to_the_caller(
     quantized: Model, emitted: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As with a soft cap, or a scale: a prompt of a hundred tokens needs room for a hundred rows."""
-    model = quantized.clone()
-    (number,) = (i for i, v in enumerate(model.graph.outputs) if v.name == "logits")
-    logits = model.graph.outputs[number]
-    half = ir.Value(name="half", const_value=ir.tensor(np.float32(0.5), name="half"), shape=ir.Shape([]))
-    half.dtype = ir.DataType.FLOAT
-    model.graph.register_initializer(half)
-    scaled = ir.node("Mul", [logits, half])
-    scaled.outputs[0].type, scaled.outputs[0].shape = logits.type, logits.shape
-    scaled.outputs[0].metadata_props.update(logits.metadata_props)
-    logits.metadata_props.clear()
-    logits.name, scaled.outputs[0].name = "unscaled", "logits"
-    model.graph.outputs[number] = scaled.outputs[0]
-    model.graph.append(scaled)
+    """`qc_feed` would have no array for the rest, and leave out rows of logits that it is computed of."""
+    model = behind(quantized, "y = Identity (x)")
+    logits = next(v for v in model.graph.outputs if v.name == "logits")
+    more = ir.node("Relu", [logits])
+    more.outputs[0].name, more.outputs[0].type, more.outputs[0].shape = "more", logits.type, logits.shape
+    model.graph.append(more)
+    model.graph.outputs.append(more.outputs[0])
     emit(Model.of(model), TvmCpu(exact=True), tmp_path)
-    prompt = PROMPT * 15
-    expected = list(open_runner(emitted["tvm"], threads=1).generate(prompt, 8))
-    assert list(open_runner(tmp_path, threads=1).generate(prompt, 8)) == expected
+    assert "qc_feed" not in (tmp_path / "model.h").read_text()
+    expected = list(open_runner(emitted["tvm"], threads=1).generate(PROMPT, 8))
+    assert list(open_runner(tmp_path, threads=1).generate(PROMPT, 8)) == expected
+
+
+def memory_of(directory: Path) -> int:
+    """Bytes of an instance at default limits."""
+    c = ctypes.CDLL(str(directory / "libmodel.so"))
+    model, instance = ctypes.c_void_p(), ctypes.c_void_p()
+    assert c.qc_open(str(directory / "model.weights").encode(), ctypes.byref(model)) == 0
+    assert c.qc_create(model, None, None, ctypes.byref(instance)) == 0
+    c.qc_memory.restype = ctypes.c_size_t
+    found = c.qc_memory(instance)
+    c.qc_destroy(instance)
+    c.qc_close(model)
+    return found
 
 
 def test_ten_instances_in_ten_threads_agree(emitted: dict[str, Path]) -> None:

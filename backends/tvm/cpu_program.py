@@ -29,6 +29,8 @@ class CpuProgram(Program):
         isa: The level that kernels are made for.
     """
 
+    overwrites = True
+
     def __init__(self, isa: Isa) -> None:
         super().__init__()
         self.isa = isa

@@ -66,7 +66,10 @@ def written(writer: Writer, model_id: int | None = None) -> Sources:
 
 
 def feeds_text(model: Model, lowering: Lowering) -> bool:
-    """Whether the library generates text itself: it keeps every cache, and knows how to make every other input."""
+    """Whether the library generates text itself.
+
+    It does where it keeps every cache, knows how to make every other input, and has nothing but logits to yield.
+    """
     known = {"tokens", "mask", "positions", "past_key", "past_value"}
     ports = model.signature.inputs
     logits = model.signature.output("logits")
@@ -75,6 +78,7 @@ def feeds_text(model: Model, lowering: Lowering) -> bool:
         and all(p.role in known for p in ports)
         and all(p.dtype == ir.DataType.INT64 and len(p.shape) == 2 for p in ports if not p.role.startswith("past_"))
         and all(v in lowering.cached for v in model.graph.inputs if _role(v).startswith("past_"))
+        and all(in_cache(t) or _role(v) == "logits" for v, t in zip(model.graph.outputs, lowering.outputs, strict=True))
         and logits is not None
         and len(logits.shape) == 3
         and isinstance(logits.shape[-1], int)
@@ -113,7 +117,7 @@ class Writer:
         for word, held in (("input", self.model.signature.inputs), ("output", self.model.signature.outputs)):
             ports += [f"/* {word} {i}: {_spell(p)} */" for i, p in enumerate(held)]
         text = template("model.h").replace("@DIMENSIONS@", "\n".join(lines)).replace("@PORTS@", "\n".join(ports))
-        decoder = ""
+        text, decoder = text.replace("@CACHES@", template("caches.h") if self.lowering.cached else ""), ""
         if self.decoder:
             logits = self.model.signature.output("logits")
             assert logits is not None
@@ -139,7 +143,7 @@ class Writer:
     def _whole_logits(self) -> int:
         """The number of the dimension of new tokens, from 1, if logits are computed for all of them; else 0.
 
-        They are where more than a product yields them, as a soft cap.
+        They are where bytes are multiplied, or where more is computed of them than `behind_head` knows.
         """
         number = next(i for i, p in enumerate(self.model.signature.outputs) if p.role == "logits")
         writers = [s for s in self.program.statements if ("output", number) in {(b.kind, b.index) for b in s.writes}]
@@ -162,7 +166,8 @@ class Writer:
         for name in ("weights", "instances", "run"):
             text = text.replace(f"@{name.upper()}@", template(f"{name}.c"))
         text = text.replace("@GENERATED@", "\n\n".join(self.generated()))
-        return text.replace("@DECODER@", template("decoder.c") + template(caches) if self.decoder else "")
+        text = text.replace("@CACHES@", template(caches) if self.lowering.cached else "")
+        return text.replace("@DECODER@", template("decoder.c") if self.decoder else "")
 
     def _cpu(self) -> str:
         """The check that the processor has the instructions of the level."""
@@ -258,15 +263,16 @@ class Writer:
 
     def _caches(self) -> str:
         cached = self.lowering.cached
-        heads = ", ".join(t.shape[1].c for t in cached.values()) or "0"
-        rows = [t.shape[3] * self.program.bytes_of(t.dtype) for t in cached.values()]
-        lines = []
-        if self.decoder:
-            lines += [f"static const int64_t cache_heads[] = {{{heads}}};"]
-            lines += [f"static const int64_t cache_row[] = {{{', '.join(r.c for r in rows) or '0'}}}; /* bytes */"]
-        lines.append("static int cache_sizes(qc_instance *q, const int64_t *dims, int64_t *size) {")
+        lines = ["static int cache_sizes(qc_instance *q, const int64_t *dims, int64_t *size) {"]
         if not cached:
             return "\n".join([*lines, "  (void)q; (void)dims; (void)size;\n  return QC_OK;\n}", self._check_dims()])
+        heads = ", ".join(t.shape[1].c for t in cached.values())
+        rows = [t.shape[3] * self.program.bytes_of(t.dtype) for t in cached.values()]
+        lines = [
+            f"static const int64_t cache_heads[] = {{{heads}}};",
+            f"static const int64_t cache_row[] = {{{', '.join(r.c for r in rows)}}}; /* bytes */",
+            *lines,
+        ]
         batch, room = self._cache_limits()
         body = "\n".join(
             f"  size[{i}] = qc_batch * qc_room * {(t.shape[1] * row).c};"
@@ -325,7 +331,8 @@ class Writer:
             "/* For tools: the shape of an output; returns its rank. */\n"
             "int qc_output_shape(int index, const int64_t *dims, int64_t *shape);\n"
             "int qc_output_shape(int index, const int64_t *dims, int64_t *shape) {\n"
-            f"{self._locals(body)}\n  (void)shape;\n  switch (index) {{\n{body}\n    default: return -1;\n  }}\n}}"
+            f"{self._locals(body)}\n{_ALL_LOGITS}\n  (void)shape;\n"
+            f"  switch (index) {{\n{body}\n    default: return -1;\n  }}\n}}"
         )
 
     def _defaults(self) -> str:

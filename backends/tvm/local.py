@@ -144,6 +144,7 @@ def _declare(library: ctypes.CDLL) -> None:
         getattr(library, name).argtypes = [ctypes.c_void_p]
     if hasattr(library, "qc_feed"):
         library.qc_feed.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    if hasattr(library, "qc_cache"):
         library.qc_cache.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
         library.qc_cache_changed.argtypes = [ctypes.c_void_p, ctypes.c_int32]
         library.qc_cache.restype = ctypes.c_void_p

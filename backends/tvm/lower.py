@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qc.backends.tvm.cpu_program import CpuProgram
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.caches import CELLS, Cells
+from qc.backends.tvm.logits import behind_head
 from qc.backends.tvm.program import C_TYPES, Buffer, Program, Tensor, dense
 from qc.backends.tvm.shapes import Dim, Size, c_name, dim, product, spelled
 from qc.ir.errors import UnsupportedError
@@ -85,6 +86,7 @@ class Lowering:
         shared: What several nodes use and one of them made, by what it is.
         cached: The caches that attention appends to, by the input of the model that each stands for.
         outputs: Where the outputs of the model lie, in order.
+        logits: The values from the product of a head to the logits, if each is computed of the one before it alone.
     """
 
     def __init__(self, model: Model, program: Program, exact: bool, cells: Cells = CELLS["float32"]) -> None:
@@ -97,6 +99,8 @@ class Lowering:
         self.shared: dict[object, Tensor] = {}
         self.quantized: dict[object, tuple[Tensor, Tensor, Tensor]] = {}
         self._outputs = {v: i for i, v in enumerate(model.graph.outputs)}
+        self.logits = behind_head(model.graph)
+        self._arrays = self._outputs | {v: self._outputs[self.logits[-1]] for v in self.logits if program.overwrites}
         self._inputs()
 
     @property
@@ -261,11 +265,11 @@ class Lowering:
         return tuple(found)
 
     def result(self, value: ir.Value, shape: Sequence[Size], dtype: ir.DataType = ir.DataType.FLOAT) -> Tensor:
-        """A tensor for the output of a node: the caller's array if it is an output of the model."""
+        """A tensor for the output of a node: the caller's array if it is, or becomes, an output of the model."""
         sizes = self._sizes(value, tuple(map(dim, shape)))
         self.program.require_sizes(sizes)
-        if value in self._outputs and dtype in C_TYPES:
-            buffer = Buffer("output", self._outputs[value], product(sizes) * self.program.bytes_of(dtype))
+        if value in self._arrays and dtype in C_TYPES:
+            buffer = Buffer("output", self._arrays[value], product(sizes) * self.program.bytes_of(dtype))
             tensor = Tensor(buffer, dtype, sizes, dense(sizes))
         else:
             tensor = self.program.tensor(sizes, dtype)

@@ -160,7 +160,10 @@ class Program:
         streamed: Constants that kernels read whole.
         dims: Names in C of the symbolic dimensions, by their names in the model.
         conditions: What must hold of the dimensions of a run, in C.
+        overwrites: Whether a statement may write what it reads, element by element.
     """
+
+    overwrites = False
 
     def __init__(self) -> None:
         self.statements: list[Statement] = []

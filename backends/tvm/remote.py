@@ -33,10 +33,11 @@ class RemoteLibrary:
             )
         self._dimensions = dimensions
         self._work = Path(tempfile.mkdtemp())
-        decoder = ["-DDECODER"] if "qc_feed" in (directory / "model.h").read_text("utf-8") else []
+        header = (directory / "model.h").read_text("utf-8")
+        has = [f"-D{part}" for part, name in (("CACHES", "qc_cache("), ("DECODER", "qc_feed(")) if name in header]
         (self._work / "driver.c").write_text(template("driver.c"), "utf-8")
         program = self._work / "driver"
-        command = [cc, "-O1", "-static", *decoder, "-I", str(directory.resolve()), "driver.c", str(library.resolve())]
+        command = [cc, "-O1", "-static", *has, "-I", str(directory.resolve()), "driver.c", str(library.resolve())]
         run_tool([*command, "-lm", "-lpthread", "-o", str(program)], self._work, package)
         self._process = subprocess.Popen(  # noqa: S603
             [*emulator, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

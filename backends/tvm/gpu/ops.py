@@ -65,7 +65,8 @@ def _linear(at: GpuLowering, node: ir.Node) -> None:
     assert x is not None
     shape = (*x.shape[:-1], dim(weight.shape[0]))
     tail = tail_of(at, node, shape)
-    x, y = last_rows(at, tail, x, at.result(tail.value, shape))
+    x, shape = last_rows(at, tail, x, shape)
+    y = at.result(tail.value, shape)
     rows, columns = weight.shape
     m = product(x.shape[:-1])
     x = _start(at, x).view((m, columns), (columns, 1))

@@ -93,7 +93,7 @@ int main(void) {
         fflush(stdout);
         break;
       }
-#ifdef DECODER
+#ifdef CACHES
       case 'k':
       case 'w': {
         const int32_t index = (int32_t)number();
@@ -109,6 +109,8 @@ int main(void) {
         fflush(stdout);
         break;
       }
+#endif
+#ifdef DECODER
       case 'f': {
         const int64_t count = number();
         int64_t *tokens = malloc(8 * (size_t)count + 8);

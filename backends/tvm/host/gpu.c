@@ -245,4 +245,4 @@ static int checked_run(qc_instance *q, const int64_t *dims, const void *const *i
   return QC_OK;
 }
 
-@RUN@@DECODER@
+@RUN@@CACHES@@DECODER@

@@ -65,7 +65,7 @@ size_t qc_memory(const qc_instance *instance);
    cache that the instance keeps are ignored, and may be NULL. */
 int qc_run(qc_instance *instance, const int64_t *dims, const void *const *inputs, void *const *outputs);
 
-@DECODER@
+@CACHES@@DECODER@
 #ifdef __cplusplus
 }
 #endif

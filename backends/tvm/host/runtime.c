@@ -247,4 +247,4 @@ static int checked_run(qc_instance *q, const int64_t *dims, const void *const *i
   return run(q, dims, inputs, outputs, skip);
 }
 
-@RUN@@DECODER@
+@RUN@@CACHES@@DECODER@

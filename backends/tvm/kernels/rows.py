@@ -101,9 +101,9 @@ def softmax(isa: Isa, name: str) -> Any:
 
 
 def activation(isa: Isa, name: str, kind: str) -> Any:
-    """An activation function on rows."""
+    """An activation function on rows, which may be written where they are read."""
     v = Vectors(isa)
-    with Kernel(name, v, {"x": "float32", "y": "float32"}, ("n", "ldx", "ldy")) as kernel:
+    with Kernel(name, v, {"x": "float32", "y": "float32"}, ("n", "ldx", "ldy"), overwrites=True) as kernel:
         n, ldx, ldy = (kernel.sizes[s] for s in ("n", "ldx", "ldy"))
         x, y = kernel.buffers["x"], kernel.buffers["y"]
         with kernel.units() as row:

@@ -344,10 +344,14 @@ class Kernel:
         with k.units() as i:
             ...
     ```
+
+    Pointers differ, but with `overwrites`, where an element is computed of those that lie at its own place.
     """
 
-    def __init__(self, name: str, v: Vectors, pointers: dict[str, str], integers: Sequence[str] = ()) -> None:
-        self.name, self.v = name, v
+    def __init__(
+        self, name: str, v: Vectors, pointers: dict[str, str], integers: Sequence[str] = (), *, overwrites: bool = False
+    ) -> None:
+        self.name, self.v, self._overwrites = name, v, overwrites
         self._pointers, self._integers = pointers, integers
         self._stack = contextlib.ExitStack()
 
@@ -358,7 +362,7 @@ class Kernel:
         self._builder = self._stack.enter_context(IRBuilder())
         self._stack.enter_context(T.prim_func(s_tir=True))
         T.func_name(self.name)
-        T.func_attr({"tirx.noalias": True, "global_symbol": self.name})
+        T.func_attr({"tirx.noalias": not self._overwrites, "global_symbol": self.name})
         handles = {n: (T.arg(n, T.handle(d)), d) for n, d in self._pointers.items()}
         self.sizes = {n: T.arg(n, T.int32()) for n in self._integers}
         self.begin, self.end = T.arg("begin", T.int32()), T.arg("end", T.int32())

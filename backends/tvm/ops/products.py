@@ -94,11 +94,11 @@ def linear(at: Lowering, node: ir.Node) -> None:
     at.program.require_equal(x.shape[-1], columns)
     shape = (*x.shape[:-1], dim(rows))
     tail = tail_of(at, node, shape)
-    y = at.result(tail.value, shape)
     if as_bytes and source is not None:
-        _bytes(at, source, weight, bias, tail, y)
+        _bytes(at, source, weight, bias, tail, at.result(tail.value, shape))
         return
-    x, y = last_rows(at, tail, x, y)
+    x, shape = last_rows(at, tail, x, shape)
+    y = at.result(tail.value, shape)
     if weight.format is None or why_decoded(weight.format):
         _float(at, x, weight, bias, tail, y)
     else:
@@ -106,14 +106,13 @@ def linear(at: Lowering, node: ir.Node) -> None:
         _quantized(at, x, weight, bias, tail, y, exact=exact)
 
 
-def last_rows(at: Lowering, tail: Tail, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def last_rows(at: Lowering, tail: Tail, x: Tensor, shape: tuple[Dim, ...]) -> tuple[Tensor, tuple[Dim, ...]]:
     """Leaves out the logits that a caller does not ask for: ``qc_skip`` tokens of the one text that is fed."""
-    role = tail.value.metadata_props.get("qc.role", "")
-    if role != "logits" or tail.residual is not None or len(x.shape) != 3 or not at.cached:
-        return x, y
+    if tail.value not in at.logits or tail.residual is not None or len(shape) != 3 or not at.cached:
+        return x, shape
+    skip, (batch, tokens, rows) = dim("qc_skip"), shape
     x, m, n, ld = at.rows(x)
-    left = m - dim("qc_skip")
-    return x.view((left, n), (ld, dim(1)), ld * dim("qc_skip")), y.view((left, y.shape[-1]), (y.shape[-1], dim(1)))
+    return x.view((m - skip, n), (ld, dim(1)), ld * skip), (batch, tokens - skip, rows)
 
 
 def _epilogue(at: Lowering, bias: Tensor | None, tail: Tail) -> tuple[list[Tensor], Dim]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from qc.backends.tvm.host import template
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.attention import Heads, attend_few, attend_many, rotate
 from qc.backends.tvm.kernels.caches import Cells, append
-from qc.backends.tvm.program import C_TYPES, Program, Tensor, buffers_of
+from qc.backends.tvm.program import C_TYPES, Program, Statement, Tensor, buffers_of
 from qc.backends.tvm.shapes import Dim, Size, dim, product
 from qc.backends.tvm.windows import Window
 
@@ -58,6 +59,17 @@ class CpuProgram(Program):
         held = [p for p in pointers if isinstance(p, Tensor)]
         self.streamed += [b for b in buffers_of(held) if b.kind == "weight"]
         self.add(text, held, writes)
+
+    @contextlib.contextmanager
+    def repeated(self, loop: str) -> Iterator[None]:
+        """What is added in here runs in a C loop: one statement, so all that it needs lives until the last turn."""
+        outer, self.statements = self.statements, []
+        yield
+        inner, self.statements = self.statements, outer
+        lines = "\n    ".join([f"{loop} {{", *(s.text for s in inner)])
+        reads = dict.fromkeys(b for s in inner for b in s.reads)
+        writes = dict.fromkeys(b for s in inner for b in s.writes)
+        self.statements.append(Statement(f"{lines}\n  }}", tuple(reads), tuple(writes), self.label))
 
     def map(
         self,

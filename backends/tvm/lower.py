@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +21,7 @@ from qc.backends.tvm.shapes import Dim, Size, c_name, dim, product, spelled
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import Model
 from qc.ir.quant import read_weight
+from qc.ir.recurrent import is_stack
 from qc.passes.base import site_name
 from qc.passes.canonicalize._graph import attribute, stored
 
@@ -28,13 +30,17 @@ __all__ = ["Handler", "Lowering", "is_constant", "lower_to_program", "operator",
 
 def is_constant(node: ir.Node) -> bool:
     """Whether a node only says what a constant is; its value is made when it is asked for."""
-    return (node.domain == "" and node.op_type == "Constant") or all(read_weight(v) is not None for v in node.outputs)
+    if (node.domain == "" and node.op_type == "Constant") or is_stack(node):
+        return True
+    return all(read_weight(v) is not None for v in node.outputs)
 
 
 Handler = Callable[["Lowering", ir.Node], None]
 
 _HANDLERS: dict[tuple[str, str], Handler] = {}
-_MODULES = ("products", "attention", "rows", "elementwise", "movement", "indexed", "images", "resize", "rounding")
+_MODULES = (
+    "products", "attention", "rows", "elementwise", "movement", "indexed", "images", "resize", "rounding", "recurrent",
+)  # fmt: skip
 _FEW = 64
 """Integers that are followed as numbers: shapes, axes and positions have no more."""
 
@@ -87,6 +93,7 @@ class Lowering:
         cached: The caches that attention appends to, by the input of the model that each stands for.
         outputs: Where the outputs of the model lie, in order.
         logits: The values from the product of a head to the logits, if each is computed of the one before it alone.
+        repeating: Whether what is lowered now runs in a loop.
     """
 
     def __init__(self, model: Model, program: Program, exact: bool, cells: Cells = CELLS["float32"]) -> None:
@@ -98,6 +105,7 @@ class Lowering:
         self.cached: dict[ir.Value, Tensor] = {}
         self.shared: dict[object, Tensor] = {}
         self.quantized: dict[object, tuple[Tensor, Tensor, Tensor]] = {}
+        self.repeating = False
         self._outputs = {v: i for i, v in enumerate(model.graph.outputs)}
         self.logits = behind_head(model.graph)
         self._arrays = self._outputs | {v: self._outputs[self.logits[-1]] for v in self.logits if program.overwrites}
@@ -275,6 +283,15 @@ class Lowering:
             tensor = self.program.tensor(sizes, dtype)
         self.set(value, tensor)
         return tensor
+
+    @contextlib.contextmanager
+    def repeated(self, loop: str) -> Iterator[None]:
+        """What is lowered in here runs in a C loop; what is quantized in it has other numbers in each turn."""
+        assert isinstance(self.program, CpuProgram)
+        before, self.repeating = dict(self.quantized), True
+        with self.program.repeated(loop):
+            yield
+        self.quantized, self.repeating = before, False
 
     def rows(self, tensor: Tensor) -> tuple[Tensor, Dim, Dim, Dim]:
         """A tensor as rows whose elements are neighbours: with the number of rows, their length and their distance."""

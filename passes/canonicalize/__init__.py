@@ -15,6 +15,7 @@ def canonicalize_passes() -> list[Pass]:
     from qc.passes.canonicalize.fold import FoldConstants
     from qc.passes.canonicalize.linear import RecogniseLinear
     from qc.passes.canonicalize.norms import RecogniseNorms
+    from qc.passes.canonicalize.recurrent import RecogniseRecurrent
     from qc.passes.canonicalize.rotary import RecogniseRotary
     from qc.passes.canonicalize.unstack import UnstackWeights
 
@@ -22,6 +23,7 @@ def canonicalize_passes() -> list[Pass]:
         FoldConstants(),
         UnstackWeights(),
         FoldBatchNormalization(),
+        RecogniseRecurrent(),
         RecogniseLinear(),
         RecogniseNorms(),
         RecogniseActivations(),

@@ -16,13 +16,15 @@ _UNROLL = 4
 STORED = {"f32": ("float32", 1), "bf16": ("uint16", 1), "f16": ("float16", 1)}
 
 
-def float_product(isa: Isa, name: str, stored: str, columns: int, bias: bool, residual: bool, activation: str) -> Any:
+def float_product(
+    isa: Isa, name: str, stored: str, columns: int, bias: bool, residual: bool, activation: str, near: bool = False
+) -> Any:
     """``y[m, n] = activation(sum_k x[m, k] w[n, k] + bias[n] + r[m, n])``, the weight packed and read once per tile.
 
     The weight lies as ``[units, k, columns * lanes]``: a unit is `columns` vectors of output channels.
-    Units are units of the weight.
+    Units are units of the weight. One that is `near` is in a cache.
     """
-    v = Vectors(isa)
+    v = Vectors(isa, near=near)
     T, L = v.T, v.L
     pointers = {"x": "float32", "w": STORED[stored][0], **Epilogue.pointers(bias, residual)}
     with Kernel(name, v, pointers, ("m", "n", "k", "ldx", "ldy", "ldr")) as kernel:

@@ -63,12 +63,14 @@ def quantize_rows(isa: Isa, name: str, block: int) -> Any:
     return kernel.function()
 
 
-def integer_product(isa: Isa, name: str, codes: Codes, bias: bool, residual: bool, activation: str) -> Any:
+def integer_product(
+    isa: Isa, name: str, codes: Codes, bias: bool, residual: bool, activation: str, near: bool = False
+) -> Any:
     """``y[m, n] = activation(sum_k x[m, k] w[n, k] + bias[n] + r[m, n])`` on quantized activations.
 
-    Units are vectors of rows of the weight, ``lanes`` output channels each.
+    Units are vectors of rows of the weight, ``lanes`` output channels each. A weight that is `near` is in a cache.
     """
-    v = Vectors(isa)
+    v = Vectors(isa, near=near)
     pointers = {"q": "int8", "s": "float32", "z": "int32", "w": "uint8", **Epilogue.pointers(bias, residual)}
     integers = ("m", "n", "groups", "ldy", "ldr")
     with Kernel(name, v, pointers, integers) as kernel:
@@ -77,13 +79,15 @@ def integer_product(isa: Isa, name: str, codes: Codes, bias: bool, residual: boo
     return kernel.function()
 
 
-def exact_product(isa: Isa, name: str, codes: Codes, bias: bool, residual: bool, activation: str) -> Any:
+def exact_product(
+    isa: Isa, name: str, codes: Codes, bias: bool, residual: bool, activation: str, near: bool = False
+) -> Any:
     """``y[m, n] = activation(sum_k x[m, k] (u - z)[n, k] s[n, k] + bias[n] + r[m, n])`` on float activations.
 
     Where codes are looked up, ``u - z`` is an entry. Units are vectors of rows of the weight. Rows of x hold whole
-    groups: `ldx` columns, zeros behind the last.
+    groups: `ldx` columns, zeros behind the last. A weight that is `near` is in a cache.
     """
-    v = Vectors(isa)
+    v = Vectors(isa, near=near)
     pointers = {"x": "float32", "w": "uint8", **Epilogue.pointers(bias, residual)}
     integers = ("m", "n", "groups", "ldx", "ldy", "ldr")
     with Kernel(name, v, pointers, integers) as kernel:

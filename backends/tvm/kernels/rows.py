@@ -8,7 +8,7 @@ from typing import Any
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.vectors import LOWEST, Kernel, Vectors
 
-__all__ = ["activation", "gated", "normalize", "softmax"]
+__all__ = ["across", "activation", "gated", "normalize", "softmax"]
 
 
 def normalize(isa: Isa, name: str, kind: str, weight: bool, bias: bool) -> Any:
@@ -107,7 +107,7 @@ def activation(isa: Isa, name: str, kind: str) -> Any:
         n, ldx, ldy = (kernel.sizes[s] for s in ("n", "ldx", "ldy"))
         x, y = kernel.buffers["x"], kernel.buffers["y"]
         with kernel.units() as row:
-            _map_padded(kernel, n, y, row * ldy, [(x, row * ldx)], lambda a: v.activate(kind, a))
+            across(kernel, n, lambda get, put: put(y, row * ldy, v.activate(kind, get(x, row * ldx))))
     return kernel.function()
 
 
@@ -118,8 +118,12 @@ def gated(isa: Isa, name: str, kind: str) -> Any:
         n, ldx, ldg, ldy = (kernel.sizes[s] for s in ("n", "ldx", "ldg", "ldy"))
         b = kernel.buffers
         with kernel.units() as row:
-            sources = [(b["x"], row * ldx), (b["g"], row * ldg)]
-            _map_padded(kernel, n, b["y"], row * ldy, sources, lambda a, g: v.T.bind(v.activate(kind, a) * g))
+
+            def multiply(get: Callable[..., Any], put: Callable[..., None]) -> None:
+                value = v.activate(kind, get(b["x"], row * ldx))
+                put(b["y"], row * ldy, v.T.bind(value * get(b["g"], row * ldg)))
+
+            across(kernel, n, multiply)
     return kernel.function()
 
 
@@ -154,23 +158,32 @@ def _map(kernel: Kernel, whole: Any, n: Any, y: Any, base: Any, get: Callable[[A
         T.buffer_store(y, get(i, 1), [base + i])
 
 
-def _map_padded(
-    kernel: Kernel, n: Any, y: Any, base: Any, sources: list[tuple[Any, Any]], function: Callable[..., Any]
-) -> None:
-    """Maps vectors; what is left over is padded to a vector, for functions that exist for vectors only."""
+def across(kernel: Kernel, n: Any, body: Callable[[Callable[..., Any], Callable[..., None]], None]) -> None:
+    """Calls ``body(get, put)`` for each vector of rows of n numbers; what is left over is padded to one.
+
+    ``get(buffer, start)`` reads the vector of the row that begins there, ``put(buffer, start, value)`` writes it.
+    """
     v = kernel.v
     T, L = v.T, v.L
     whole = T.bind(n // L)
     with T.serial(0, whole) as i:
-        v.store(y, base + i * L, function(*(v.load(x, at + i * L) for x, at in sources)))
+        body(
+            lambda buffer, start: v.load(buffer, start + i * L),
+            lambda buffer, start, value: v.store(buffer, start + i * L, value),
+        )
     with T.If(whole * L < n), T.Then():
-        pads = []
-        for x, at in sources:
+
+        def get(buffer: Any, start: Any) -> Any:
             pad = kernel.registers(L)
             v.store(pad, 0, v.spread(0.0))
             with T.serial(0, n - whole * L) as j:
-                T.buffer_store(pad, x[at + whole * L + j], [j])
-            pads.append(pad)
-        v.store(pads[0], 0, function(*(v.load(pad, 0) for pad in pads)))
-        with T.serial(0, n - whole * L) as j:
-            T.buffer_store(y, pads[0][j], [base + whole * L + j])
+                T.buffer_store(pad, buffer[start + whole * L + j], [j])
+            return v.load(pad, 0)
+
+        def put(buffer: Any, start: Any, value: Any) -> None:
+            pad = kernel.registers(L)
+            v.store(pad, 0, value)
+            with T.serial(0, n - whole * L) as j:
+                T.buffer_store(buffer, pad[j], [start + whole * L + j])
+
+        body(get, put)

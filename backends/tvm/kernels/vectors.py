@@ -50,12 +50,15 @@ _BYTES = {"float32": 4, "float16": 2, "uint16": 2, "uint8": 1}
 
 
 class Vectors:
-    """Vector expressions at one instruction set."""
+    """Vector expressions at one instruction set.
 
-    def __init__(self, isa: Isa) -> None:
+    Weights that are `near` are in a cache, as those that a loop reads in each turn: nothing is asked for ahead of them.
+    """
+
+    def __init__(self, isa: Isa, *, near: bool = False) -> None:
         from tvm.script.ir_builder import tirx
 
-        self.isa, self.T, self.L = isa, tirx, isa.lanes
+        self.isa, self.T, self.L, self.near = isa, tirx, isa.lanes, near
 
     def intrinsic(self, name: str, dtype: str, *arguments: Expr) -> Expr:
         """A call of an LLVM intrinsic, bound."""
@@ -101,6 +104,8 @@ class Vectors:
 
         Processors do that by themselves, but stop at the ends of pages: it makes decoding 1.35 times as fast.
         """
+        if self.near:
+            return
         size = _BYTES[str(buffer.dtype)]
         for line in range(0, elements * size, _LINE):
             self.prefetch(buffer, self.T.bind(start + (_PAGE + line) // size))
@@ -379,7 +384,9 @@ class Kernel:
         with self.v.T.serial(self.begin, self.end) as i:
             yield i
 
-    def ahead(self, buffer: Any, unit: Expr, size: Expr, tiles: Expr, steps: Expr) -> Callable[[Expr, Expr], None]:
+    def ahead(
+        self, buffer: Any, unit: Expr, size: Expr, tiles: Expr, steps: Expr
+    ) -> Callable[[Expr, Expr], None] | None:
         """Asks for the next unit of a weight while one is multiplied: it comes from far away.
 
         A line is asked for in so many steps that all tiles together ask for all of it, and not faster.
@@ -392,8 +399,10 @@ class Kernel:
             steps: Steps of a tile.
 
         Returns:
-            What a tile calls in each step, with its number and that of the step.
+            What a tile calls in each step, with its number and that of the step; None if weights are near.
         """
+        if self.v.near:
+            return None
         T = self.v.T
         line = _LINE // _BYTES[str(buffer.dtype)]
         lines, start = T.bind(size // line), T.bind((unit + 1) * size)

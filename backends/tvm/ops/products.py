@@ -39,6 +39,7 @@ __all__ = [
     "last_rows",
     "linear",
     "matmul",
+    "multiply",
     "product_of",
     "quantized_weight",
     "tail_of",
@@ -98,11 +99,17 @@ def linear(at: Lowering, node: ir.Node) -> None:
         _bytes(at, source, weight, bias, tail, at.result(tail.value, shape))
         return
     x, shape = last_rows(at, tail, x, shape)
-    y = at.result(tail.value, shape)
+    exact = at.exact or (source is None and rounded_source(node.inputs[0]) is not None)  # rounded as wanted already
+    multiply(at, x, weight, bias, tail, at.result(tail.value, shape), exact=exact)
+
+
+def multiply(
+    at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, tail: Tail, y: Tensor, *, exact: bool
+) -> None:
+    """``y = x @ weight.T + bias``; `exact` keeps x in float also where the weight is quantized."""
     if weight.format is None or why_decoded(weight.format):
         _float(at, x, weight, bias, tail, y)
     else:
-        exact = at.exact or (source is None and rounded_source(node.inputs[0]) is not None)  # rounded as wanted already
         _quantized(at, x, weight, bias, tail, y, exact=exact)
 
 
@@ -161,7 +168,7 @@ def product_of(
     """Calls the float product."""
     x, m, _, ldx = at.rows(x)
     extra, ldr = _epilogue(at, bias, tail)
-    options = (stored, wide, bias is not None, tail.residual is not None, tail.activation)
+    options = (stored, wide, bias is not None, tail.residual is not None, tail.activation, at.repeating)
     name = at.program.kernel("float", float_product, *options, pointers=3 + len(extra), integers=6)
     n = y.shape[-1]
     units = divide(n + (wide * at.isa.lanes - 1), wide * at.isa.lanes)
@@ -179,7 +186,7 @@ def _quantized(
     packed = quantized_weight(at, weight, codes)
     x, m, _, ldx = at.rows(x)
     extra, ldr = _epilogue(at, bias, tail)
-    options = (codes, bias is not None, tail.residual is not None, tail.activation)
+    options = (codes, bias is not None, tail.residual is not None, tail.activation, at.repeating)
     n = y.shape[-1]
     units = -(-rows // at.isa.lanes)
     grain = at.isa.int_tile[1]
@@ -264,7 +271,7 @@ def matmul(at: Lowering, node: ir.Node) -> None:
     wide, unit = at.isa.tile[1], at.isa.tile[1] * at.isa.lanes
     units = divide(n + (unit - 1), unit)
     packed = at.program.tensor((units * k * unit,))
-    name = at.program.kernel("float", float_product, "f32", wide, False, False, "none", pointers=3, integers=6)
+    name = at.program.kernel("float", float_product, "f32", wide, False, False, "none", False, pointers=3, integers=6)
     steps = [_batch_step(t, lead) for t in (a, b)]
     at.program.use("pack_b")
     at.program.add(

@@ -1,0 +1,114 @@
+"""Recurrent layers with every attribute against ONNX Runtime, on rows of any number and length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qc.backends.tvm.backend import TvmCpu
+from qc.ir.errors import UnsupportedError
+from qc.ir.model import Model
+from qc.ir.recurrent import GATES
+from qc.ir.runtime import Session
+from qc.ir.text import parse
+from qc.passes.canonicalize.recurrent import RecogniseRecurrent
+
+pytest.importorskip("tvm", reason="kernels are compiled by TVM")
+
+RNG = np.random.default_rng(0)
+HIDDEN, INPUTS = 19, 7
+BOTH = 'direction = "bidirectional", '
+
+
+def values(*shape: int) -> np.ndarray:
+    return (0.5 * RNG.standard_normal(shape)).astype(np.float32)
+
+
+def layer(op: str, attributes: str, rest: str, outputs: str, number: int = 0) -> tuple[str, dict[str, np.ndarray]]:
+    """A node, and its weights, whose names `rest` gives behind those of matrices."""
+    count = 2 if "bidirectional" in attributes else 1
+    gates = GATES[op] * HIDDEN
+    shapes = {"W": (gates, INPUTS), "R": (gates, HIDDEN), "B": (2 * gates,), "P": (3 * HIDDEN,)}
+    held = {f"{name}{number}": values(count, *shape) for name, shape in shapes.items() if name in f"WR{rest}"}
+    rest = rest.replace("B", f"B{number}").replace("P", f"P{number}")
+    return f"{outputs} = {op} <hidden_size = {HIDDEN}, {attributes}> (x, W{number}, R{number}, {rest})", held
+
+
+def canonical(text: str, weights: dict[str, np.ndarray]) -> Model:
+    model = parse(text, weights=weights)
+    RecogniseRecurrent()(model)
+    return Model.of(model)
+
+
+LAYERS = [
+    ("LSTM", BOTH, "B, n, h2, c2, P", "a0, a1, a2"),
+    (
+        "LSTM",
+        """direction = "reverse", clip = 0.4, input_forget = 1, activations = ["HardSigmoid", "Softsign", "ScaledTanh"],
+        activation_alpha = [0.3, 0.7], activation_beta = [0.4, 0.6]""",
+        "B,, h1, c1, P",
+        "unread, m1, m2",
+    ),
+    ("GRU", f"{BOTH} clip = 0.4", "B, n, h2", "d0, d1"),
+    ("GRU", 'linear_before_reset = 1, activations = ["Sigmoid", "Elu"], activation_alpha = [0.3]', "B, n", "e0"),
+    ("RNN", f'{BOTH} activations = ["Relu", "LeakyRelu"]', "B,, h2", "g0, g1"),
+]
+
+
+def test_layers_are_those_of_onnx_runtime(tmp_path: Path) -> None:
+    lines, weights = [], {}
+    for number, (op, attributes, rest, outputs) in enumerate(LAYERS):
+        line, held = layer(op, attributes.rstrip(", "), rest, outputs, number)
+        lines.append(line)
+        weights |= held
+    names = [name for *_, outputs in LAYERS for name in outputs.replace(" ", "").split(",") if name[-1:].isdigit()]
+    ranks = {name: "t,d,b,k" if name.endswith("0") else "d,b,k" for name in names}
+    outputs = ", ".join(f"float[{r.replace('d', f'd{n}')}] {n}" for n, r in ranks.items())
+    states = ", ".join(f"float[{d},b,{HIDDEN}] {n}{d}" for d in (1, 2) for n in "hc")
+    text = f"f (float[t,b,{INPUTS}] x, int32[b] n, {states}) => ({outputs}) {{ {'  '.join(lines)} }}"
+    session, model = Session(parse(text, weights=weights)), canonical(text, weights)
+    backend = TvmCpu()
+    backend.emit(model, tmp_path)
+    runner = backend.open(tmp_path, threads=1)
+    for time, batch in ((1, 1), (5, 3)):
+        feed = {"x": values(time, batch, INPUTS), "n": np.arange(batch, dtype=np.int32) * 2 + 1}
+        feed |= {f"{n}{d}": values(d, batch, HIDDEN) for d in (1, 2) for n in "hc"}
+        found = runner.run(feed)
+        for name, expected in session.run(feed).items():
+            np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_batch_that_comes_first_is_the_same_turned(tmp_path: Path) -> None:
+    """ONNX Runtime has no kernel for ``layout = 1``."""
+    rest, names = ", n, h, c", "y, last, cell"
+    line, weights = layer("LSTM", BOTH + "layout = 1", rest, names)
+    turned, _ = layer("LSTM", BOTH.rstrip(", "), rest, names)
+
+    def graph(x: str, every: str, state: str, node: str) -> str:
+        inputs = f"float[{x},{INPUTS}] x, int32[b] n, float[{state},{HIDDEN}] h, float[{state},{HIDDEN}] c"
+        return f"f ({inputs}) => (float[{every},k] y, float[{state},k] last, float[{state},k] cell) {{ {node} }}"
+
+    backend, other = TvmCpu(), Session(parse(graph("t,b", "t,2,b", "2,b", turned), weights=weights))
+    backend.emit(canonical(graph("b,t", "b,t,2", "b,2", line), weights), tmp_path)
+    feed = {"x": values(3, 5, INPUTS), "n": np.array([5, 1, 4], np.int32)}
+    feed |= {name: values(3, 2, HIDDEN) for name in "hc"}
+    found = backend.open(tmp_path, threads=1).run(feed)
+    expected = other.run({n: a if n == "n" else np.ascontiguousarray(a.swapaxes(0, 1)) for n, a in feed.items()})
+    np.testing.assert_allclose(found["y"], expected["y"].transpose(2, 0, 1, 3), rtol=1e-5, atol=1e-6)
+    for name in ("last", "cell"):
+        np.testing.assert_allclose(found[name], expected[name].swapaxes(0, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ('activations = ["Softplus"]', "its activation is Softplus"),
+        ('activations = ["Affine"]', "its activation Affine has no parameters"),
+    ],
+)
+def test_an_activation_without_a_kernel_is_refused(attributes: str, reason: str, tmp_path: Path) -> None:
+    line, weights = layer("RNN", attributes, "", "y")
+    with pytest.raises(UnsupportedError, match=f"no kernel for RNN at .*: {reason}"):
+        TvmCpu().emit(canonical(f"f (float[t,b,{INPUTS}] x) => (float[t,1,b,k] y) {{ {line} }}", weights), tmp_path)

@@ -44,6 +44,7 @@ def loop_function(expression: str, kinds: Sequence[str], out: str, rank: int) ->
     last = rank - 1
     parameters = "".join(f"const {k} *{n}, " for k, n in zip(kinds, names, strict=True))
     lines = [f"static void {name}({parameters}{out} *y, const int64_t *n, const int64_t *s) {{"]
+    lines += [] if kinds else ["  (void)s;"]
     lines += [f"{'  ' * (a + 1)}for (int64_t i{a} = 0; i{a} < n[{a}]; i{a}++)" for a in range(last)]
     pad = "  " * rank
     lines.append(pad + "{")

@@ -14,7 +14,7 @@ from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.attention import Heads, attend_few, attend_many, rotate
 from qc.backends.tvm.kernels.caches import Cells, append
 from qc.backends.tvm.program import C_TYPES, Program, Statement, Tensor, buffers_of
-from qc.backends.tvm.shapes import Dim, Size, dim, product
+from qc.backends.tvm.shapes import Dim, Size, dim, listed, product
 from qc.backends.tvm.windows import Window
 
 __all__ = ["CpuProgram"]
@@ -83,21 +83,21 @@ class CpuProgram(Program):
         name, text = loop_function(expression, [C_TYPES[x.dtype][0] for x in inputs], C_TYPES[y.dtype][0], len(shape))
         self.functions[name] = text
         pointers = ", ".join([*(x.c for x in inputs), y.c])
-        jumps = ", ".join(s.c for held in strides for s in held) or "0"
-        self.add(f"{name}({pointers}, DIMS({_listed(shape)}), DIMS({jumps}));", inputs, [y])
+        jumps = listed([s for held in strides for s in held])
+        self.add(f"{name}({pointers}, {listed(shape)}, {jumps});", inputs, [y])
 
     def scatter(self, x: Tensor, strides: Sequence[Dim], y: Tensor) -> None:
         """Copies x, with these strides, to y, which has gaps."""
         name, text = copy_function(C_TYPES[x.dtype][0], len(y.shape))
         self.functions[name] = text
-        places = f"DIMS({_listed(y.shape)}), DIMS({_listed(strides)}), DIMS({_listed(y.strides)})"
+        places = f"{listed(y.shape)}, {listed(strides)}, {listed(y.strides)}"
         self.add(f"{name}({x.c}, {y.c}, {places});", [x], [y])
 
     def reduce(self, kind: str, x: Tensor, kept: int, y: Tensor) -> None:
         """One number of the axes behind the first `kept`."""
         name, text = reduce_function(kind, C_TYPES[x.dtype][0], kept, len(x.shape))
         self.functions[name] = text
-        self.add(f"{name}({x.c}, {y.c}, DIMS({_listed(x.shape)}), DIMS({_listed(x.strides)}));", [x], [y])
+        self.add(f"{name}({x.c}, {y.c}, {listed(x.shape)}, {listed(x.strides)});", [x], [y])
 
     def gather(self, table: Tensor, indices: Tensor, y: Tensor, outer: Dim, n: Dim, inner: Dim) -> None:
         """``y[o, j, i] = table[o, indices[j], i]``."""
@@ -122,7 +122,7 @@ class CpuProgram(Program):
     ) -> None:  # fmt: skip
         name, text = indexed_function("slices", step, C_TYPES[x.dtype][0])
         self.functions[name] = text
-        places = f"{product(indices.shape[:-1]).c}, {len(sizes)}, DIMS({_listed(sizes)}), {width.c}"
+        places = f"{product(indices.shape[:-1]).c}, {len(sizes)}, {listed(sizes)}, {width.c}"
         self.add(f"TRY({name}({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
 
     def gather_elements(self, x: Tensor, indices: Tensor, y: Tensor, axis: int) -> None:
@@ -136,7 +136,7 @@ class CpuProgram(Program):
     def _elements(self, step: str, x: Tensor, indices: Tensor, y: Tensor, axis: int, indexed: Tensor) -> None:
         name, text = indexed_function("elements", step, C_TYPES[x.dtype][0])
         self.functions[name] = text
-        sizes = f"{indexed.shape[axis].c}, DIMS({_listed(indices.shape)}), DIMS({_listed(indexed.strides)})"
+        sizes = f"{indexed.shape[axis].c}, {listed(indices.shape)}, {listed(indexed.strides)}"
         places = f"{len(indexed.shape)}, {axis}, {sizes}"
         self.add(f"TRY({name}({x.c}, {indices.c}, {y.c}, {places}));", [x, indices], [y])
 
@@ -156,11 +156,11 @@ class CpuProgram(Program):
 
     def pool(self, kind: str, window: Window, x: Tensor, y: Tensor) -> None:
         """One number of each window: the ``largest``, or the mean of what is ``inside`` or ``padded`` with zeros."""
+        self.use("reach")
         self.use("pool")
-        sizes = ", ".join(s.c for s in (x.shape[0] * x.shape[1], *x.shape[2:], *y.shape[2:]))
         number = ("inside", "largest", "padded").index(kind)
-        behind = ", ".join(map(str, window.behind))
-        self.add(f"pool({number}, {x.c}, {y.c}, {sizes}, {window.c}, {behind});", [x], [y])
+        sizes = f"{product(x.shape[:2]).c}, {listed(x.shape[2:])}, {listed(y.shape[2:])}"
+        self.add(f"pool({number}, {x.c}, {y.c}, {sizes}, {window.c});", [x], [y])
 
     def count(self, y: Tensor, first: Dim, every: Dim) -> None:
         """``y[i] = first + i * every``."""
@@ -220,7 +220,3 @@ class CpuProgram(Program):
         lines = [f"CALL({n}, {pointers}, {integers}, PTRS({addresses}), INTS({numbers}), {units.c}, 1);" for n in names]
         text = lines[0] if len(lines) == 1 else f"if ({s.c} <= {_FEW}) {{ {lines[0]} }} else {{ {lines[1]} }}"
         self.add(text, [q, k, v, past, work, *extra], [y, work])
-
-
-def _listed(sizes: Sequence[Dim]) -> str:
-    return ", ".join(s.c for s in sizes) or "1"

@@ -342,7 +342,7 @@ class Writer:
             role, shape = _role(value), self.lowering.get(value).shape
             for axis, size in enumerate(shape):
                 if len(size.terms) == 1 and size.constant is None:
-                    limits[size.c] = _default(role, axis, context, bool(self.lowering.cached))
+                    limits[size.c] = _default(role, axis, len(shape), context, bool(self.lowering.cached))
         numbers = ", ".join(str(limits[n]) for n in self.names) or "0"
         return f"const int64_t qc_default_limits[QC_DIMENSIONS > 0 ? QC_DIMENSIONS : 1] = {{{numbers}}};"
 
@@ -409,8 +409,8 @@ def in_cache(tensor: Tensor) -> bool:
     return tensor.buffer is not None and tensor.buffer.kind == "cache"
 
 
-def _default(role: str, axis: int, context: int, cached: bool) -> int:
-    """The default limit of an axis of an input."""
+def _default(role: str, axis: int, rank: int, context: int, cached: bool) -> int:
+    """The default limit of an axis of an input. An image of three axes has as many elements as one of two."""
     if axis == 0:
         return 1 if cached else _DEFAULT_SIZE
     if role == "mask" and cached:
@@ -419,7 +419,7 @@ def _default(role: str, axis: int, context: int, cached: bool) -> int:
         return context
     if role in ("tokens", "positions", "mask", "token_types", "decoder_tokens", "decoder_mask"):
         return min(context, DEFAULT_PROMPT)
-    return 256
+    return 40 if rank > 4 else 256
 
 
 def _spell(port: Port) -> str:

@@ -104,7 +104,11 @@ class TvmRunner:
         if facts["model"] != identity(directory / WEIGHTS):
             raise InputError(f"{directory / FACTS} is of another model than {WEIGHTS}. Copy the artifact again.")
         self._limits: list[int] = []
-        self._create(library.default_limits())
+        try:
+            self._create(library.default_limits())
+        except InputError:
+            if not self._dims:  # else the first run says what it needs
+                raise
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs once. Inputs that the model does not have are ignored.

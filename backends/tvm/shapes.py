@@ -8,7 +8,7 @@ import functools
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ __all__ = [
     "dim",
     "divide",
     "largest",
+    "listed",
     "product",
     "scaled",
     "smallest",
@@ -102,6 +103,11 @@ def dim(value: Size | str) -> Dim:
     if isinstance(value, Dim):
         return value
     return Dim.of({(value,): 1}) if isinstance(value, str) else Dim.of({(): int(value)})
+
+
+def listed(sizes: Sequence[Size]) -> str:
+    """An array of sizes in C."""
+    return f"DIMS({', '.join(dim(s).c for s in sizes) or '1'})"
 
 
 def product(sizes: Iterable[Size]) -> Dim:

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 
 from qc.backends.tvm.shapes import Dim, divide, smallest
 
-__all__ = ["AXES", "Window"]
+__all__ = ["AXES", "Numbers", "Window"]
 
-AXES = 2
-"""Of an image."""
+AXES = 3
+"""Of an image: depth, height and width. One that has fewer is one deep, or one high."""
+
+Numbers = tuple[int, int, int]
+"""One for each axis."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """How a window moves over an image: numbers of its two axes.
+    """How a window moves over an image.
 
     Attributes:
         sizes: Elements of the window.
@@ -25,16 +28,17 @@ class Window:
         behind: Padding at the end.
     """
 
-    sizes: tuple[int, int]
-    strides: tuple[int, int]
-    dilations: tuple[int, int]
-    before: tuple[int, int]
-    behind: tuple[int, int]
+    sizes: Numbers
+    strides: Numbers
+    dilations: Numbers
+    before: Numbers
+    behind: Numbers
 
     @property
     def c(self) -> str:
-        """Its numbers as arguments in C, without the padding at the end."""
-        return ", ".join(map(str, (*self.sizes, *self.strides, *self.dilations, *self.before)))
+        """All its numbers as an array in C."""
+        numbers = (*self.sizes, *self.strides, *self.dilations, *self.before, *self.behind)
+        return f"(const int[]){{{', '.join(map(str, numbers))}}}"
 
     def places(self, image: Sequence[Dim], *, ceil: bool = False) -> list[Dim]:
         """How many there are along each axis of an image; with `ceil` the last may reach beyond the padding."""
@@ -54,3 +58,15 @@ class Window:
         ):
             found.append((n - 1) * stride + (dilation * (size - 1) + 1 + extra - before - behind))
         return found
+
+    def turned(self) -> Window:
+        """The window that moves over the places of this one, apart by its strides, and finds what each element is in.
+
+        Element k of place p lies at ``p * stride + k * dilation - before``; so the element at q lies in the places
+        ``p * stride = q + before - k * dilation``, of which the last k comes first.
+        """
+        front = [
+            dilation * (size - 1) - before
+            for size, dilation, before in zip(self.sizes, self.dilations, self.before, strict=True)
+        ]
+        return dataclasses.replace(self, strides=(1, 1, 1), before=(front[0], front[1], front[2]), behind=(0, 0, 0))

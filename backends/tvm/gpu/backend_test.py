@@ -162,7 +162,7 @@ def test_sources_hold_numbers_with_all_digits(language: str) -> None:
 @pytest.mark.parametrize("language", sorted(LANGUAGES))
 def test_no_number_of_a_source_is_beyond_the_largest_float(language: str) -> None:
     """WGSL refuses a decimal number that is larger, even if it rounds to the largest."""
-    window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
+    window = Window((1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (0, 1, 1))
     kernels = {"largest": (pool, ("largest", window)), "attend": (attend, (Heads(32, 32, 2, True, 0, False, 0.2),))}
     for name, built in build_kernels(kernels, LANGUAGES[language]).items():
         numbers = [float(text) for text in re.findall(r"\d\.\d+e[+-]\d+", built.source)]

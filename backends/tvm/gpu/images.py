@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qc.backends.tvm.gpu.expressions import activate
 from qc.backends.tvm.gpu.threads import BLOCK, Threads
 from qc.backends.tvm.gpu.weights import Words
 from qc.backends.tvm.kernels.vectors import LOWEST
-from qc.backends.tvm.windows import Window
+from qc.backends.tvm.windows import Numbers, Window
 
 __all__ = ["convolve", "pool"]
 
-_SIZES = ("batch", "height", "width", "down", "right")
+_IMAGE, _PLACES = ("n0", "n1", "n2"), ("m0", "m1", "m2")
+_SIZES = ("batch", *_IMAGE, *_PLACES)
 _CHANNELS, _STEP = 16, 32
 
 
 def convolve(
-    name: str, window: Window, groups: int, words: Words | None, rows: int, columns: int, bias: bool, residual: bool,
-    kind: str,
+    name: str, window: Window, apart: Numbers, groups: int, words: Words | None, rows: int, columns: int, bias: bool,
+    residual: bool, kind: str,
 ) -> Any:  # fmt: skip
     """``y[b, o, p] = activation(sum_c x[b, c at p] w[o, c] + bias[o] + r[b, o, p])``, c an element of the window.
 
     A thread computes `_CHANNELS` output channels of a group at one place, and reads what lies under its window once for
-    them. The threads of a block, at neighbouring places, share the weight, `_STEP` columns of it at a time.
+    them. The threads of a block, at neighbouring places, share the weight, `_STEP` columns of it at a time. The window
+    moves over images whose elements lie `apart`, with nothing in between: so a convolution is transposed.
     """
-    out, (high, wide) = rows // groups, window.sizes
-    each, count = columns // (high * wide), min(out, _CHANNELS)
+    out, size = rows // groups, math.prod(window.sizes)
+    each, count = columns // size, min(out, _CHANNELS)
     parts = -(-out // count)
     pointers = {"x": "float32", **({"w": "float32"} if words is None else words.pointers), "y": "float32"}
     pointers |= {n: "float32" for n, used in (("bias", bias), ("r", residual)) if used}
     with Threads(name, pointers, _SIZES) as k:
         T, s = k.T, k.sizes
-        places = T.bind(s["down"] * s["right"])
+        places = T.bind(s["m0"] * s["m1"] * s["m2"])
         tiles = T.truncdiv(places + (BLOCK - 1), BLOCK)
 
         def weight(row: Any, column: Any) -> Any:
@@ -44,7 +47,7 @@ def convolve(
         with k.blocks(s["batch"] * (groups * parts) * tiles) as (block, thread):
             batch, group, part, tile = k.split(block, [s["batch"], T.int32(groups), T.int32(parts), tiles])
             place = T.bind(tile * BLOCK + thread)
-            starts = _starts(window, k.split(place, [s["down"], s["right"]]))
+            starts = _starts(window, k.split(place, [s[m] for m in _PLACES]))
             first, image = T.bind(part * count), T.bind((batch * groups + group) * each)
             weights, sums, x = k.common(count * _STEP), k.own(count), k.own(1)
             for o in range(count):
@@ -60,10 +63,10 @@ def convolve(
                 k.wait()
                 with T.serial(0, T.min(columns - start, _STEP)) as c:
                     column = T.bind(start + c)
-                    i, j = (T.truncmod(T.truncdiv(column, wide), high), T.truncmod(column, wide))
+                    channel, *element = k.split(column, [T.int32(each), *map(T.int32, window.sizes)])
                     k.set(x, 0, T.float32(0))
-                    with _inside(k, window, starts, (i, j)) as pixel:
-                        k.set(x, 0, _read(k, image + T.truncdiv(column, high * wide), pixel))
+                    with _inside(k, window, starts, element, apart) as pixel:
+                        k.set(x, 0, _read(k, image + channel, pixel))
                     for o in range(count):
                         k.set(sums, o, sums[o] + x[0] * weights[c + o * _STEP])
             for o in range(count):
@@ -81,14 +84,14 @@ def pool(name: str, kind: str, window: Window) -> Any:
     """One number of each window: the ``largest``, or the mean of what is ``inside`` or ``padded`` with zeros."""
     with Threads(name, {"x": "float32", "y": "float32"}, _SIZES) as k:
         T, s = k.T, k.sizes
-        with k.elements(s["batch"] * s["down"] * s["right"]) as e:
-            image, *place = k.split(e, [s["batch"], s["down"], s["right"]])
+        places = [s[m] for m in _PLACES]
+        with k.elements(s["batch"] * places[0] * places[1] * places[2]) as e:
+            image, *place = k.split(e, [s["batch"], *places])
             starts = _starts(window, place)
             total, count = k.own(1), k.own(1, "int32")
             k.set(total, 0, T.float32(LOWEST if kind == "largest" else 0))
             k.set(count, 0, T.int32(0))
-            sizes = window.sizes
-            with T.serial(0, sizes[0]) as i, T.serial(0, sizes[1]) as j, _inside(k, window, starts, (i, j)) as pixel:
+            with T.grid(*window.sizes) as element, _inside(k, window, starts, element) as pixel:
                 x = _read(k, image, pixel)
                 k.set(total, 0, T.max(total[0], x) if kind == "largest" else total[0] + x)
                 k.set(count, 0, count[0] + 1)
@@ -98,28 +101,36 @@ def pool(name: str, kind: str, window: Window) -> Any:
     return k.function()
 
 
-def _starts(window: Window, place: Any) -> list[Any]:
-    """Row and column of the first element of a window."""
+def _starts(window: Window, place: Sequence[Any]) -> list[Any]:
+    """Where the first element of a window lies."""
     return [p * stride - before for p, stride, before in zip(place, window.strides, window.before, strict=True)]
 
 
 @contextlib.contextmanager
-def _inside(k: Threads, window: Window, starts: list[Any], element: Any) -> Iterator[tuple[Any, Any]]:
-    """What is done if an element of a window lies on its image: yields the row and column."""
-    T, s = k.T, k.sizes
-    row, column = (T.bind(start + n * step) for start, n, step in zip(starts, element, window.dilations, strict=True))
-    with T.If(k.x.all(row >= 0, row < s["height"], column >= 0, column < s["width"])), T.Then():
-        yield row, column
+def _inside(
+    k: Threads, window: Window, starts: Sequence[Any], element: Sequence[Any], apart: Numbers = (1, 1, 1)
+) -> Iterator[list[Any]]:
+    """What is done if an element of a window lies on an element of its image: yields where."""
+    T, found, holds = k.T, [], []
+    for start, i, dilation, step, n in zip(starts, element, window.dilations, apart, _IMAGE, strict=True):
+        at = T.bind(start + i * dilation)
+        found.append(at if step == 1 else T.bind(T.truncdiv(at, step)))
+        holds += [at >= 0, found[-1] < k.sizes[n], *([k.x.EQ(T.truncmod(at, step), 0)] if step > 1 else [])]
+    with T.If(k.x.all(*holds)), T.Then():
+        yield found
 
 
-def _read(k: Threads, image: Any, pixel: tuple[Any, Any]) -> Any:
-    return k.get("x", (image * k.sizes["height"] + pixel[0]) * k.sizes["width"] + pixel[1])
+def _read(k: Threads, image: Any, pixel: Sequence[Any]) -> Any:
+    at = image
+    for n, index in zip(_IMAGE, pixel, strict=True):
+        at = at * k.sizes[n] + index
+    return k.get("x", at)
 
 
-def _counted(k: Threads, window: Window, starts: list[Any]) -> Any:
+def _counted(k: Threads, window: Window, starts: Sequence[Any]) -> Any:
     """The elements of a window that lie on an image or its padding."""
     found: Any = 1
-    for axis, size in enumerate(("height", "width")):
-        left, step = k.sizes[size] + window.behind[axis] - starts[axis], window.dilations[axis]
+    for axis, n in enumerate(_IMAGE):
+        left, step = k.sizes[n] + window.behind[axis] - starts[axis], window.dilations[axis]
         found = found * k.T.min(k.T.truncdiv(left + (step - 1), step), window.sizes[axis])
     return found

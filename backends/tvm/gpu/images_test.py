@@ -48,6 +48,21 @@ f (float[batch,4,9,8] x, float[batch,6,len] z)
   e = Conv <pads = [2, 0], dilations = [2]> (z, w)
 }
 """
+VOLUMES = """
+f (float[batch,4,deep,high,wide] x)
+  => (float[batch,6,d1,h1,w1] a, float[batch,4,d2,h2,w2] b, float[batch,6,d3,h3,w3] c, float[batch,4,d4,h4,w4] d,
+      float[batch,4,d5,h5,w5] e, float[batch,4,d6,h6,w6] g, float[batch,4,1,1,1] h) {
+  a = Conv <strides = [2, 1, 1], pads = [1, 0, 1, 0, 1, 2], dilations = [1, 2, 1]> (x, w1, b1)
+  b = Conv <group = 4, auto_pad = "SAME_UPPER"> (x, w2)
+  c = ConvTranspose <group = 2, strides = [2, 1, 3], pads = [0, 1, 0, 1, 0, 1], output_padding = [1, 0, 2],
+    dilations = [1, 2, 1]> (x, w3, b3)
+  d = MaxPool <kernel_shape = [2, 3, 2], strides = [1, 2, 2], pads = [1, 1, 0, 0, 1, 1], ceil_mode = 1> (x)
+  e = AveragePool <kernel_shape = [3, 2, 2], strides = [2, 1, 2], pads = [1, 1, 0, 1, 0, 1]> (x)
+  g = AveragePool <kernel_shape = [2, 2, 2], pads = [0, 1, 1, 1, 0, 1], count_include_pad = 1> (x)
+  h = GlobalAveragePool (x)
+}
+"""
+VOLUME_SHAPES = {"w1": (6, 4, 2, 2, 3), "b1": (6,), "w2": (4, 1, 2, 3, 1), "w3": (4, 3, 2, 2, 2), "b3": (6,)}
 
 
 def constants(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -81,3 +96,18 @@ def test_pooling_and_signals_of_one_axis(on_device: Run, tmp_path: Path) -> None
     for name, value in Session(model).run(inputs).items():
         for found in runs:
             np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5)
+
+
+def test_windows_move_over_three_axes(on_device: Run, tmp_path: Path) -> None:
+    model, here = parse(VOLUMES, weights=constants(VOLUME_SHAPES)), tmp_path / "here"
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.standard_normal(shape, np.float32)} for shape in ((2, 4, 5, 4, 6), (1, 4, 3, 3, 2))]
+    here.mkdir()
+    TvmCpu(level="x86-64").emit(model, here)
+    on_device(model, tmp_path, batches[0])
+    for batch in batches:
+        for runner in (TvmCpu(level="x86-64").open(here), backend_for("tvm-opencl").open(tmp_path)):
+            found = runner.run(batch)
+            for name, value in Session(model).run(batch).items():
+                assert found[name].shape == value.shape
+                np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-5, err_msg=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,12 +14,13 @@ from qc.backends.tvm.gpu.program import GpuProgram
 from qc.backends.tvm.gpu.weights import Words, why_decoded, words_of
 from qc.backends.tvm.kernels.caches import Cells
 from qc.backends.tvm.lower import Handler, Lowering, supported
-from qc.backends.tvm.ops.images import as_image, window_of
+from qc.backends.tvm.ops.images import Convolution, as_image, transposed_window, window_of
 from qc.backends.tvm.ops.loops import broadcast, copy
 from qc.backends.tvm.ops.products import Tail, gather_values, last_rows, tail_of
 from qc.backends.tvm.ops.rounding import round_in_float
 from qc.backends.tvm.program import Tensor
 from qc.backends.tvm.shapes import Dim, dim, product
+from qc.backends.tvm.windows import Numbers, Window
 from qc.ir import dialect
 from qc.ir.model import Model
 from qc.ir.quant import Weight, read_weight
@@ -115,23 +117,45 @@ def _weight(at: GpuLowering, weight: Weight) -> list[Tensor]:
 
 def _convolution(at: GpuLowering, node: ir.Node) -> None:
     """A convolution, with what follows it."""
-    x, weight, bias = at.input(node, 0), read_weight(node.inputs[1]), at.input(node, 2)
-    assert x is not None
-    if weight is None:
-        raise at.refuse(node, "its weight is computed")
-    groups, (rows, columns) = int(at.attribute(node, "group", 1)), weight.matrix  # type: ignore[call-overload]
-    window = window_of(at, node, x, weight.shape[2:])
-    image = as_image(at.contiguous(x))
-    batch, _, height, width = image.shape
-    down, right = window.places((height, width))
-    shape = (batch, rows, *(down, right)[-len(weight.shape[2:]) :])
+    held = Convolution.of(at, node)
+    window, weight = window_of(at, node, held.x, held.sizes), held.weight
+    at.program.require_equal(held.x.shape[1], weight.shape[1] * held.groups)
+    places = window.places(as_image(held.x).shape[2:])
+    _convolve(at, node, held, window, (1, 1, 1), _words(weight), _weight(at, weight), weight.matrix, places)
+
+
+def _transposed_convolution(at: GpuLowering, node: ir.Node) -> None:
+    """A convolution of images whose pixels lie apart, by a window turned round, with what follows it."""
+    held = Convolution.of(at, node)
+    (window, sizes), weight, groups = transposed_window(at, node, held), held.weight, held.groups
+    inner, each = weight.shape[:2]
+    at.program.require_equal(held.x.shape[1], inner)
+
+    def make() -> np.ndarray:
+        whole = np.asarray(weight.numpy(), np.float32).reshape(groups, inner // groups, each, -1)
+        turned = np.ascontiguousarray(whole.transpose(0, 2, 1, 3)[..., ::-1])
+        weight.release()
+        return turned
+
+    shape = each * groups, inner // groups * (weight.matrix[1] // each)
+    key = (weight.value, node.op_type, groups)
+    turned = at.program.constant(key, make, 4 * math.prod(shape), shape, ir.DataType.FLOAT)
+    _convolve(at, node, held, window.turned(), window.strides, None, [turned], shape, sizes)
+
+
+def _convolve(
+    at: GpuLowering, node: ir.Node, held: Convolution, window: Window, apart: Numbers, words: Words | None,
+    weights: list[Tensor], matrix: tuple[int, int], places: list[Dim],
+) -> None:  # fmt: skip
+    image = as_image(at.contiguous(held.x))
+    shape = (image.shape[0], dim(matrix[0]), *places[-len(held.sizes) :])
     tail = tail_of(at, node, shape)
     y = at.result(tail.value, shape)
-    extra = [at.contiguous(t) for t in (bias, tail.residual) if t is not None]
-    tensors = [image, *_weight(at, weight), y, *extra]
-    arguments = (window, groups, _words(weight), rows, columns, bias is not None, tail.residual is not None,
-                 tail.activation)  # fmt: skip
-    at.program.launch("conv", images.convolve, arguments, tensors, [batch, height, width, down, right], [y])
+    extra = [at.contiguous(t) for t in (held.bias, tail.residual) if t is not None]
+    options = (held.bias is not None, tail.residual is not None, tail.activation)
+    arguments = (window, apart, held.groups, words, *matrix, *options)
+    integers = [image.shape[0], *image.shape[2:], *places]
+    at.program.launch("conv", images.convolve, arguments, [image, *weights, y, *extra], integers, [y])
 
 
 def _gather(at: GpuLowering, node: ir.Node) -> None:
@@ -176,6 +200,7 @@ def _dequantize(at: GpuLowering, node: ir.Node) -> None:
 
 _HANDLERS = {
     ("", "Conv"): _convolution,
+    ("", "ConvTranspose"): _transposed_convolution,
     ("", "DequantizeLinear"): _dequantize,
     ("", "Gather"): _gather,
     ("", "MatMul"): _matmul,

@@ -1,22 +1,26 @@
-/* A convolution in which every group has one channel, and `each` results. */
-static void depthwise(const float *x, const float *w, const float *bias, float *y, int64_t batch, int64_t groups,
-                      int64_t each, int64_t h, int64_t width, int64_t oh, int64_t ow, int kh, int kw, int sh, int sw,
-                      int dh, int dw, int ph, int pw) {
-  for (int64_t b = 0; b < batch; b++)
-    for (int64_t o = 0; o < groups * each; o++) {
-      const float *plane = x + (b * groups + o / each) * h * width, *kernel = w + o * kh * kw;
-      for (int64_t i = 0; i < oh; i++)
-        for (int64_t j = 0; j < ow; j++) {
-          float total = bias == NULL ? 0.0f : bias[o];
-          for (int k = 0; k < kh; k++) {
-            const int64_t row = i * sh + k * dh - ph;
-            if (row < 0 || row >= h) continue;
-            for (int l = 0; l < kw; l++) {
-              const int64_t column = j * sw + l * dw - pw;
-              if (column >= 0 && column < width) total += plane[row * width + column] * kernel[k * kw + l];
-            }
+/* A convolution in which every group has one channel, and `each` results: a row of places takes one element of the window
+   after the other. */
+static void depthwise(const float *x, const float *weight, const float *bias, float *y, int64_t batch, int64_t groups,
+                      int64_t each, const int64_t *n, const int64_t *m, const int *w) {
+  const int64_t size = w[0] * w[1] * w[2], stride = w[5];
+  for (int64_t o = 0; o < batch * groups * each; o++) {
+    const float *image = x + o / each * n[0] * n[1] * n[2], *kernel = weight + o % (groups * each) * size;
+    for (int64_t i = 0; i < m[0] * m[1]; i++, y += m[2]) {
+      const reach r = window_at(i / m[1], n[0], w), s = window_at(i % m[1], n[1], w + 1);
+      for (int64_t j = 0; j < m[2]; j++) y[j] = bias == NULL ? 0.0f : bias[o % (groups * each)];
+      for (int64_t k = r.low; k < r.high; k++)
+        for (int64_t l = s.low; l < s.high; l++) {
+          const int64_t row = (start_of(i / m[1], w) + k * w[6]) * n[1] + start_of(i % m[1], w + 1) + l * w[7];
+          for (int64_t e = 0; e < w[2]; e++) {
+            const int64_t first = e * w[8] - w[11];
+            const reach t = reach_of(first, stride, m[2], n[2]);
+            const float *from = image + row * n[2], v = kernel[(k * w[1] + l) * w[2] + e];
+            if (stride == 1)
+              for (int64_t j = t.low; j < t.high; j++) y[j] += from[first + j] * v;
+            else
+              for (int64_t j = t.low; j < t.high; j++) y[j] += from[first + j * stride] * v;
           }
-          *y++ = total;
         }
     }
+  }
 }

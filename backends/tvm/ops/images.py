@@ -1,7 +1,8 @@
-"""Convolution and pooling of images. A signal over one axis is an image of one row."""
+"""Convolution and pooling of images. A signal over one axis is an image of one row, an image of two is one deep."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,17 +14,57 @@ from qc.backends.tvm.ops.loops import fill, loop
 from qc.backends.tvm.ops.products import Tail, product_of
 from qc.backends.tvm.pack import pack_columns
 from qc.backends.tvm.program import Tensor, dense
-from qc.backends.tvm.shapes import Dim, dim
-from qc.backends.tvm.windows import AXES, Window
+from qc.backends.tvm.shapes import Dim, dim, listed, product
+from qc.backends.tvm.windows import AXES, Numbers, Window
 from qc.ir.quant import Weight, read_weight
 
-__all__ = ["as_image", "average_pool", "convolution", "max_pool", "transposed_convolution", "window_of"]
+__all__ = [
+    "Convolution",
+    "as_image",
+    "average_pool",
+    "convolution",
+    "max_pool",
+    "transposed_convolution",
+    "transposed_window",
+    "window_of",
+]
 
 
 def as_image(x: Tensor) -> Tensor:
     """A tensor without gaps, whose first two axes are batch and channels, as images."""
     shape = (*x.shape[:2], *[dim(1)] * (2 + AXES - len(x.shape)), *x.shape[2:])
     return x.view(shape, dense(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """What a convolution reads, transposed or not.
+
+    Attributes:
+        x: Images, or signals, as they are.
+        weight: For each output channel, or input channel of a transposed one, the others of its group.
+        bias: Of output channels, None if there is none.
+        groups: In how many groups of channels.
+    """
+
+    x: Tensor
+    weight: Weight
+    bias: Tensor | None
+    groups: int
+
+    @classmethod
+    def of(cls, at: Lowering, node: ir.Node) -> Convolution:
+        """Reads a node."""
+        x, weight, bias = at.input(node, 0), read_weight(node.inputs[1]), at.input(node, 2)
+        assert x is not None
+        if weight is None:
+            raise at.refuse(node, "its weight is computed")
+        return cls(x, weight, bias, int(at.attribute(node, "group", 1)))  # type: ignore[call-overload]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the window, along the axes that the images have."""
+        return self.weight.shape[2:]
 
 
 def window_of(at: Lowering, node: ir.Node, x: Tensor, sizes: Sequence[int]) -> Window:
@@ -34,24 +75,25 @@ def window_of(at: Lowering, node: ir.Node, x: Tensor, sizes: Sequence[int]) -> W
         return _distributed(steps, [_missing(at, node, *axis) for axis in axes], rule)
     none = [0] * (2 * rank)
     pads: list[int] = at.attribute(node, "pads", none) if rule == "NOTSET" else none  # type: ignore[assignment]
-    return Window(*steps, _pair(pads[:rank], 0), _pair(pads[rank:], 0))
+    return Window(*steps, _numbers(pads[:rank], 0), _numbers(pads[rank:], 0))
 
 
-_Steps = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+_Steps = tuple[Numbers, Numbers, Numbers]
 
 
 def _steps(at: Lowering, node: ir.Node, x: Tensor, sizes: Sequence[int]) -> _Steps:
     """Sizes, strides and dilations of a window."""
     rank = len(sizes)
     if not 1 <= rank <= AXES or len(x.shape) != 2 + rank or x.dtype != ir.DataType.FLOAT:
-        raise at.refuse(node, "it is not over one or two axes of float32")
-    strides, dilations = (_pair(at.attribute(node, n, [1] * rank), 1) for n in ("strides", "dilations"))  # type: ignore[arg-type]
-    return _pair(sizes, 1), strides, dilations
+        raise at.refuse(node, "it is not over one to three axes of float32")
+    strides, dilations = (_numbers(at.attribute(node, n, [1] * rank), 1) for n in ("strides", "dilations"))  # type: ignore[arg-type]
+    return _numbers(sizes, 1), strides, dilations
 
 
-def _pair(numbers: Sequence[int], absent: int) -> tuple[int, int]:
-    first, second = (*[absent] * (AXES - len(numbers)), *map(int, numbers))
-    return first, second
+def _numbers(numbers: Sequence[int], absent: int) -> Numbers:
+    """Numbers of the last axes, with those of the axes that are absent."""
+    depth, height, width = (*[absent] * (AXES - len(numbers)), *map(int, numbers))
+    return depth, height, width
 
 
 def _rule(node: ir.Node) -> str:
@@ -61,7 +103,7 @@ def _rule(node: ir.Node) -> str:
 
 def _distributed(steps: _Steps, total: Sequence[int], rule: str) -> Window:
     """A window with so much padding along each axis, an odd element in front unless the rule is ``SAME_UPPER``."""
-    less, more = _pair([t // 2 for t in total], 0), _pair([t - t // 2 for t in total], 0)
+    less, more = _numbers([t // 2 for t in total], 0), _numbers([t - t // 2 for t in total], 0)
     return Window(*steps, *((less, more) if rule == "SAME_UPPER" else (more, less)))
 
 
@@ -81,45 +123,43 @@ def convolution(at: Lowering, node: ir.Node) -> None:
 
     ``y[b, o, p] = sum_{c, i, j} x[b, c, p * stride + (i, j) * dilation - pad] w[o, c, i, j] + bias[o]``
     """
-    x, weight, bias = at.input(node, 0), read_weight(node.inputs[1]), at.input(node, 2)
-    assert x is not None
-    if weight is None:
-        raise at.refuse(node, "its weight is computed")
-    out, each, *sizes = weight.shape
-    groups = int(at.attribute(node, "group", 1))  # type: ignore[call-overload]
-    window, rank = window_of(at, node, x, sizes), len(sizes)
-    x = as_image(at.contiguous(x))
-    batch, channels, height, width = x.shape
-    at.program.require_equal(channels, each * groups)
-    places = window.places((height, width))
-    y = as_image(at.result(node.outputs[0], (batch, out, *places[-rank:])))
+    held = Convolution.of(at, node)
+    (out, each, *sizes), groups = held.weight.shape, held.groups
+    window = window_of(at, node, held.x, sizes)
+    x = as_image(at.contiguous(held.x))
+    at.program.require_equal(x.shape[1], each * groups)
+    places = window.places(x.shape[2:])
+    y = as_image(at.result(node.outputs[0], (x.shape[0], out, *places[-len(sizes) :])))
     if each == 1 and groups > 1:
-        _depthwise(at, x, weight, bias, y, groups, window)
+        _depthwise(at, x, held, y, window)
         return
-    at.program.use("patches")
-    columns, rows = weight.matrix[1], batch * places[0] * places[1]
+    at.program.use("turn")
+    columns, count, share = held.weight.matrix[1], product(places), out // groups
     for g in range(groups):
-        patches = at.program.tensor((rows, columns))
-        at.program.add(
-            f"patches({x.c}, {patches.c}, {batch.c}, {channels.c}, {g * each}, {each}, {height.c}, {width.c}, "
-            f"{places[0].c}, {places[1].c}, {window.c});",
-            [x],
-            [patches],
-        )
+        patches = at.program.tensor((x.shape[0] * count, columns))
+        _windows(at, x, patches, window, places, g * each, each, back=False)
 
         def matrix(held: np.ndarray, g: int = g) -> np.ndarray:
             return held.reshape(groups, -1, columns)[g]
 
-        product = at.program.tensor((batch, places[0] * places[1], out // groups))
-        part = None if bias is None else at.contiguous(bias).view((out // groups,), (1,), g * (out // groups))
-        _multiply(at, node, patches, weight, g, matrix, columns, part, product)
-        at.program.use("turn")
-        at.program.add(
-            f"turn({product.c}, {y.c}, {batch.c}, {(places[0] * places[1]).c}, {out // groups}, {out}, "
-            f"{g * (out // groups)});",
-            [product],
-            [y],
-        )
+        made = at.program.tensor((x.shape[0], count, share))
+        part = None if held.bias is None else at.contiguous(held.bias).view((share,), (1,), g * share)
+        _multiply(at, node, patches, held.weight, g, matrix, columns, part, made)
+        numbers = f"{x.shape[0].c}, {count.c}, {share}, {out}, {g * share}"
+        at.program.add(f"turn({made.c}, {y.c}, {numbers});", [made], [y])
+
+
+def _windows(
+    at: Lowering, image: Tensor, rows: Tensor, window: Window, places: Sequence[Dim], first: int, count: int, *,
+    back: bool,
+) -> None:  # fmt: skip
+    """What lies under the window at each place as a row, of `count` channels; or rows are added to the image."""
+    at.program.use("reach")
+    at.program.use("windows")
+    batch, channels, *sizes = image.shape
+    numbers = f"{batch.c}, {channels.c}, {first}, {count}, {listed(sizes)}, {listed(places)}, {window.c}"
+    source, made = (rows, image) if back else (image, rows)
+    at.program.add(f"windows({image.c}, {rows.c}, {int(back)}, {numbers});", [source], [made])
 
 
 def _multiply(
@@ -142,20 +182,21 @@ def _multiply(
     product_of(at, x, packed, "f32", wide, columns, bias, Tail(node.outputs[0], None, "none"), y)
 
 
-def _depthwise(
-    at: Lowering, x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, groups: int, window: Window
-) -> None:
-    size = weight.matrix[0] * weight.matrix[1]
+def _depthwise(at: Lowering, x: Tensor, held: Convolution, y: Tensor, window: Window) -> None:
+    weight = held.weight
 
     def make() -> np.ndarray:
         return np.ascontiguousarray(weight.numpy(), np.float32)
 
-    held = at.program.constant((weight.value, "depthwise"), make, 4 * size, weight.shape, ir.DataType.FLOAT)
-    extra = [] if bias is None else [at.contiguous(bias)]
+    size = weight.matrix[0] * weight.matrix[1]
+    packed = at.program.constant((weight.value, "depthwise"), make, 4 * size, weight.shape, ir.DataType.FLOAT)
+    extra = [] if held.bias is None else [at.contiguous(held.bias)]
+    pointers = f"{x.c}, {packed.c}, {extra[0].c if extra else 'NULL'}, {y.c}"
+    counts = f"{x.shape[0].c}, {held.groups}, {weight.shape[0] // held.groups}"
+    at.program.use("reach")
     at.program.use("depthwise")
     at.program.add(
-        f"depthwise({x.c}, {held.c}, {extra[0].c if extra else 'NULL'}, {y.c}, {x.shape[0].c}, {groups}, "
-        f"{weight.shape[0] // groups}, {x.shape[2].c}, {x.shape[3].c}, {y.shape[2].c}, {y.shape[3].c}, {window.c});",
+        f"depthwise({pointers}, {counts}, {listed(x.shape[2:])}, {listed(y.shape[2:])}, {window.c});",
         [x, *extra],
         [y],
     )
@@ -167,53 +208,50 @@ def transposed_convolution(at: Lowering, node: ir.Node) -> None:
 
     ``y[b, o, p * stride + (i, j) * dilation - pad] = sum_{c, p, i, j} x[b, c, p] w[c, o, i, j] + bias[o]``
     """
-    x, weight, bias = at.input(node, 0), read_weight(node.inputs[1]), at.input(node, 2)
-    assert x is not None
-    if weight is None:
-        raise at.refuse(node, "its weight is computed")
-    inner, each, *sizes = weight.shape
-    groups = int(at.attribute(node, "group", 1))  # type: ignore[call-overload]
-    more = _pair(at.attribute(node, "output_padding", [0] * len(sizes)), 0)  # type: ignore[arg-type]
-    window = _window_of_result(at, node, x, sizes, more)
-    image = as_image(at.contiguous(x))
+    held = Convolution.of(at, node)
+    (inner, each, *_), groups = held.weight.shape, held.groups
+    window, covered = transposed_window(at, node, held)
+    image = as_image(at.contiguous(held.x))
     batch, channels, *places = image.shape
     at.program.require_equal(channels, inner)
-    covered = window.covered(places, more)
-    y = as_image(at.result(node.outputs[0], (batch, each * groups, *covered[-len(sizes) :])))
-    at.program.use("spread")
-    if bias is None:
+    y = as_image(at.result(node.outputs[0], (batch, each * groups, *covered[-len(held.sizes) :])))
+    if held.bias is None:
         fill(at, y, "0")
     else:
-        loop(at, "{a}", [per_channel(y, bias)], y)
-    columns, pixels = inner // groups, places[0] * places[1]
+        loop(at, "{a}", [per_channel(y, held.bias)], y)
+    columns, pixels = inner // groups, product(places)
     for g in range(groups):
 
         def matrix(held: np.ndarray, g: int = g) -> np.ndarray:
             return held.reshape(groups, columns, -1)[g].T
 
         rows = image.view((batch, pixels, columns), (channels * pixels, 1, pixels), pixels * (g * columns))
-        product = at.program.tensor((batch, pixels, each * window.sizes[0] * window.sizes[1]))
-        _multiply(at, node, rows, weight, g, matrix, columns, None, product)
-        numbers = ", ".join(s.c for s in (*y.shape[2:], *places))
-        at.program.add(
-            f"spread({product.c}, {y.c}, {batch.c}, {each * groups}, {g * each}, {each}, {numbers}, {window.c});",
-            [product],
-            [y],
-        )
+        made = at.program.tensor((batch, pixels, held.weight.matrix[1]))
+        _multiply(at, node, rows, held.weight, g, matrix, columns, None, made)
+        _windows(at, y, made, window, places, g * each, each, back=True)
 
 
-def _window_of_result(at: Lowering, node: ir.Node, x: Tensor, sizes: Sequence[int], more: tuple[int, int]) -> Window:
-    """The window that moves over the result of a transposed convolution, padded as its size wants if that is given."""
-    steps, rule = _steps(at, node, x, sizes), _rule(node)
-    places = as_image(x).shape[2:]
+def transposed_window(at: Lowering, node: ir.Node, held: Convolution) -> tuple[Window, list[Dim]]:
+    """The window that moves over the result of a transposed convolution, and the sizes of that as an image."""
+    steps, places = _steps(at, node, held.x, held.sizes), as_image(held.x).shape[2:]
+    more = _numbers(at.attribute(node, "output_padding", [0] * len(held.sizes)), 0)  # type: ignore[arg-type]
+    window = _window_of_result(at, node, held, steps, places, more)
+    return window, window.covered(places, more)
+
+
+def _window_of_result(
+    at: Lowering, node: ir.Node, held: Convolution, steps: _Steps, places: Sequence[Dim], more: Numbers
+) -> Window:
+    """The window, padded as the size of the result wants if that is given."""
+    rule = _rule(node)
     given: list[int] | None = at.attribute(node, "output_shape")  # type: ignore[assignment]
     if given is not None:
-        wanted = list(map(dim, _pair(given, 1)))
+        wanted = list(map(dim, _numbers(given, 1)))
     elif rule.startswith("SAME"):
         wanted = [n * stride for n, stride in zip(places, steps[1], strict=True)]
     else:
-        return window_of(at, node, x, sizes)
-    whole = Window(*steps, (0, 0), (0, 0)).covered(places, more)
+        return window_of(at, node, held.x, held.sizes)
+    whole = Window(*steps, (0, 0, 0), (0, 0, 0)).covered(places, more)
     total = [(size - least).constant for size, least in zip(whole, wanted, strict=True)]
     if any(t is None or t < 0 for t in total):
         raise at.refuse(node, "its padding follows from sizes that are unknown, or that no window reaches")

@@ -243,7 +243,7 @@ REFUSED = {
     ),
     "a pool of bytes": (
         "f (uint8[1,1,4,4] x) => (uint8[1,1,2,2] y) { y = MaxPool <kernel_shape = [2,2], strides = [2,2]> (x) }",
-        "no kernel for MaxPool at .*: it is not over one or two axes of float32",
+        "no kernel for MaxPool at .*: it is not over one to three axes of float32",
     ),
     "indices of a pool": (
         "f (float[1,1,4,4] x) => (float[1,1,3,3] y, int64[1,1,3,3] i) { y, i = MaxPool <kernel_shape = [2,2]> (x) }",
@@ -335,6 +335,12 @@ def test_products_of_sizes_that_overflow_are_refused(sizes: tuple[int, int], tmp
     held = LocalLibrary(tmp_path / "libmodel.so", 2)
     assert held.open(tmp_path / "model.weights") == 0
     assert held.error(held.create(sizes, 1)) == "larger than the limits of the instance"
+
+
+def test_dimensions_whose_usual_limits_are_too_large_together_are_no_obstacle(tmp_path: Path) -> None:
+    model, x = parse("f (float[a,b,c,d,e,f,g] x) => (float[a,b,c,d,e,f,g] y) { y = Abs (x) }"), values(7)
+    runner = library(model, tmp_path)
+    assert np.array_equal(runner.run({"x": x.reshape(1, 1, 7, 1, 1, 1, 1)})["y"].ravel(), abs(x))
 
 
 def test_sizes_do_not_grow_from_layer_to_layer() -> None:

@@ -1,8 +1,10 @@
 """How fast a C library computes recurrent layers, beside ONNX Runtime.
 
     python benchmarks/recurrent.py [--op LSTM] [--hidden 256] [--layers 2] [--steps 100] [--batch 1] [--both]
+        [--format float] [--rounds 21]
 
-Layers of random float weights, each as wide as its input, one behind the other; `--both` makes them bidirectional. Both
+Layers of random weights, each as wide as its input, one behind the other; `--both` makes them bidirectional. A format
+is that of weights of the C library: those of ONNX Runtime stay in float, for it would decode them in each run. Both
 sides have one thread and take turns; processor time. Prints the medians, and the median of the ratios.
 """
 
@@ -22,6 +24,7 @@ from qc.ir.model import Model
 from qc.ir.recurrent import GATES
 from qc.ir.text import parse
 from qc.passes.canonicalize.recurrent import RecogniseRecurrent
+from qc.passes.quantize.weights import QuantizeWeights
 
 RNG = np.random.default_rng(0)
 
@@ -53,17 +56,21 @@ def main() -> None:
     parser.add_argument("--op", choices=sorted(GATES), default="LSTM")
     for name, default in {"hidden": 256, "layers": 2, "steps": 100, "batch": 1, "rounds": 21}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--format", default="float", help="of the C library's weights, such as int4:g32")
     parser.add_argument("--both", action="store_true", help="bidirectional layers")
     given = parser.parse_args()
     model = network(given.op, given.hidden, given.layers, both=given.both)
+    narrow = model
+    if given.format != "float":
+        narrow = Model.of(QuantizeWeights(format=given.format, metric="none")(model.clone()).model)
     x = RNG.standard_normal((given.steps, given.batch, given.hidden * (1 + given.both))).astype(np.float32)
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as work:
         runners = {}
-        for backend in (TvmCpu(), OrtCpu()):
+        for backend, source in ((TvmCpu(), narrow), (OrtCpu(), model)):
             place = Path(work) / backend.target.name
             place.mkdir()
-            backend.emit(model, place)
+            backend.emit(source, place)
             runners[backend.target.name] = backend.open(place, threads=1)
         for _ in range(given.rounds + 1):
             for name, runner in runners.items():

@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from qc.ir.quant import Weight, read_weight
 
-__all__ = ["GATES", "direction_weights", "is_recurrent", "is_stack"]
+__all__ = ["GATES", "STACKS", "direction_weights", "is_recurrent", "is_stack", "stack_readers"]
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 """Recurrent operators, and how many matrices lie below each other in one weight."""
 
-_STACKS = (1, 2)
+STACKS = (1, 2)
 """Their inputs W and R."""
 
 
@@ -42,11 +42,19 @@ def is_stack(node: ir.Node) -> bool:
     """Whether a node is part of a stack in canonical form that recurrent layers alone read."""
     if node.domain != "" or node.op_type not in ("Unsqueeze", "Concat"):
         return False
-    readers = [(use.node, use.idx) for use in node.outputs[0].uses()]
-    if node.op_type == "Unsqueeze" and all(n.op_type == "Concat" and n.domain == "" for n, _ in readers):
-        return bool(readers) and all(is_stack(n) for n, _ in readers)
-    held = direction_weights(node.outputs[0]) is not None
-    return held and bool(readers) and all(is_recurrent(n) and slot in _STACKS for n, slot in readers)
+    readers = stack_readers(node)
+    return bool(readers) and all(
+        is_recurrent(n) and slot in STACKS and direction_weights(n.inputs[slot]) is not None for n, slot in readers
+    )
+
+
+def stack_readers(node: ir.Node) -> list[tuple[ir.Node, int]]:
+    """What reads the output of a node, itself or behind ``Concat``, and in which slot."""
+    found = []
+    for use in node.outputs[0].uses():
+        joined = use.node.domain == "" and use.node.op_type == "Concat" and node.op_type == "Unsqueeze"
+        found += stack_readers(use.node) if joined else [(use.node, use.idx)]
+    return found
 
 
 def is_recurrent(node: ir.Node) -> bool:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qc.ir import dialect
 from qc.ir.model import port_of
 from qc.ir.quant import Format, Weight, read_weight
+from qc.ir.recurrent import STACKS, is_recurrent, is_stack, stack_readers
 from qc.passes.base import site_name
 from qc.passes.statistics import Request, Statistic
 
@@ -22,9 +23,6 @@ together less than a thousandth of a network, and a table that small would save 
 
 _REASONS = {
     "ConvTranspose": "weights of transposed convolutions are not quantized yet",
-    "LSTM": "recurrent weights are not quantized yet",
-    "GRU": "recurrent weights are not quantized yet",
-    "RNN": "recurrent weights are not quantized yet",
 }
 
 
@@ -40,6 +38,7 @@ class Kind(enum.Enum):
     CACHED_VALUE = "value projection in front of a cache"
     EMBEDDING = "embedding"
     CONVOLUTION = "convolution"
+    RECURRENT = "recurrent layer"
     OTHER = "other"
 
 
@@ -68,13 +67,20 @@ class Use:
         return recorded or (self.weight.name if self.weight is not None else "") or site_name(self.node)
 
     def statistic(self, statistic: Statistic) -> Request | None:
-        """The request for a statistic of what the weight of a Linear is multiplied with."""
-        if self.reason or self.node.op_type != "Linear":
-            return None
-        value = self.node.inputs[0]
+        """The request for a statistic of what the weight of a Linear, or that of a recurrent layer's input, meets."""
+        value = None if self.reason else self._operand()
         if value is None or value.shape is None or value.dtype != ir.DataType.FLOAT:
             return None
         return Request(statistic, value)
+
+    def _operand(self) -> ir.Value | None:
+        """The value that the weight is multiplied with, if it is one."""
+        if self.node.op_type == "Linear":
+            return self.node.inputs[0]
+        if self.kind is not Kind.RECURRENT:
+            return None
+        readers = stack_readers(self.node)
+        return readers[0][0].inputs[0] if len(readers) == 1 and readers[0][1] == STACKS[0] else None
 
     @property
     def planned(self) -> Format | None:
@@ -117,11 +123,16 @@ def _uses(node: ir.Node, kinds: Mapping[ir.Node, Kind]) -> Iterator[Use]:
         return
     if node.op_type in ("Cast", "DequantizeLinear", "Decode") and read_weight(node.outputs[0]) is not None:
         return  # a decode node: its consumer is the site
+    if is_stack(node):
+        weight = read_weight(node.inputs[0])
+        if weight is not None:
+            yield Use(node, 0, Kind.RECURRENT, weight)
+        return
     if node.op_type == "RotaryEmbedding":
         return  # its tables of cosines and sines are no weights
     for slot, value in enumerate(node.inputs):
         weight = read_weight(value)
-        if weight is None or _size(weight) < LARGE:
+        if weight is None or _size(weight) < LARGE or (is_recurrent(node) and slot not in STACKS):
             continue
         if node.op_type == "Gather" and node.domain == "" and slot == 0:
             yield Use(node, slot, Kind.EMBEDDING, weight, _gather_reason(node, weight))
@@ -141,8 +152,8 @@ def _gather_reason(node: ir.Node, weight: Weight) -> str:
 
 
 def _other_reason(node: ir.Node, weight: Weight) -> str:
-    if node.op_type in ("MatMul", "Gemm"):
-        if len(weight.shape) > 2:
+    if node.op_type in ("MatMul", "Gemm") or is_recurrent(node):
+        if len(weight.shape) > 2 and not is_recurrent(node):
             return "batched (expert) weights are not quantized yet"
         return f"a product that is not in canonical form ({node.op_type}); canonicalize the model first"
     if node.op_type == "DequantizeLinear":

@@ -34,7 +34,7 @@ SHORTEST_GROUP = 16
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeWeights(BlockPass):
-    """Quantizes the weights of linear layers, convolutions and embeddings.
+    """Quantizes the weights of linear and recurrent layers, convolutions and embeddings.
 
     Each weight ``w`` of shape ``[N, K]`` becomes codes, scales and perhaps zero points behind a decode node such that
     ``sum_k m_k (w_k - decoded_k)^2`` of every group is small (see `qc.passes.quantize.assign`), where ``m_k`` is the
@@ -60,6 +60,7 @@ class QuantizeWeights(BlockPass):
             in one format.
         convolution: Format of convolutions: float, or a full spelling with one scale per output channel or in all, such
             as int8 or int8:tensor, which is what the kernels of runtimes multiply.
+        recurrent: Format of recurrent layers: same, float, or a full spelling.
         metric: What errors count: moment (that of a column by ``E[x_k^2]``, collected on calibration inputs), fisher
             (that of each element by the squared gradient of the loss on them; see `qc.passes.quantize._fisher`) or
             none.
@@ -79,6 +80,7 @@ class QuantizeWeights(BlockPass):
     value: str = "same"
     cached_value: str = "value"
     convolution: str = "int8"
+    recurrent: str = "same"
     metric: str = "moment"
     assign: str = "search"
     sweeps: int = 0
@@ -97,7 +99,7 @@ class QuantizeWeights(BlockPass):
             raise InputError(f"Expected sweeps of at least 0, and of 0 without gptq; found {self.sweeps}.")
         check_patterns(self.exclude)
         formats = self._formats()
-        for kind in (Kind.LINEAR, Kind.HEAD, Kind.VALUE, Kind.CACHED_VALUE):
+        for kind in (Kind.LINEAR, Kind.HEAD, Kind.VALUE, Kind.CACHED_VALUE, Kind.RECURRENT):
             wanted = formats[kind]
             if self.assign == "gptq" and wanted is not None and not takes(wanted):
                 raise InputError(
@@ -129,6 +131,7 @@ class QuantizeWeights(BlockPass):
             Kind.VALUE: self.value,
             Kind.CACHED_VALUE: self.value if self.cached_value == "value" else self.cached_value,
             Kind.CONVOLUTION: self.convolution,
+            Kind.RECURRENT: self.recurrent,
         }
         return {Kind.LINEAR: body} | {kind: choice(text) for kind, text in choices.items()}
 

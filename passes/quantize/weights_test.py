@@ -13,8 +13,11 @@ from qc.ir import dialect
 from qc.ir.errors import InputError
 from qc.ir.model import Model, set_role
 from qc.ir.quant import Format, read_weight
+from qc.ir.recurrent import STACKS, direction_weights
 from qc.ir.runtime import Session
+from qc.ir.text import parse
 from qc.passes.base import Context, Outcome, Site
+from qc.passes.canonicalize.recurrent import RecogniseRecurrent
 from qc.passes.manager import PassManager, PassReport
 from qc.passes.pipeline import Step, format_pipeline, parse_pipeline
 from qc.passes.quantize.weights import QuantizeWeights, fitted
@@ -315,6 +318,27 @@ def test_a_convolution_has_no_kernel_for_groups_of_weights_and_stays_float_if_as
     assert "one scale per output channel" in site.reason
     (site,) = QuantizeWeights(convolution="float")(convolution()).sites
     assert site.reason == "the recipe keeps the convolution in float"
+
+
+def test_recurrent_layers_are_quantized_one_direction_at_a_time() -> None:
+    """The weight of the input counts errors by what it is multiplied with, as a linear layer does."""
+    model = parse(
+        """f (float[t,1,64] x) => (float[t,2,1,64] y) {
+            y = GRU <hidden_size = 64, direction = "bidirectional"> (x, w, r, b) }""",
+        weights={"w": normal(2, 192, 64), "r": normal(2, 192, 64), "b": normal(2, 6 * 64)},
+    )
+    RecogniseRecurrent()(model)
+    x = normal(9, 1, 64) * np.linspace(0.1, 4, 64, dtype=np.float32)
+    quantized, report = run(model.clone(), QuantizeWeights(format="int4"), context=Context(calibration=[{"x": x}]))
+    layer = next(node for node in quantized.graph if node.op_type == "GRU")
+    assert [str(w.format) for slot in STACKS for w in direction_weights(layer.inputs[slot]) or []] == ["int4:g32"] * 4
+    assert [site.name for site in report.sites] == ["w.0", "w.1", "r.0", "r.1"]
+    assert all(site.outcome is Outcome.CHANGED for site in report.sites)
+    _, alone = run(model.clone(), QuantizeWeights(format="int4", metric="none"))
+    same = [a.details["sqnr_db"] == b.details["sqnr_db"] for a, b in zip(report.sites, alone.sites, strict=True)]
+    assert same == [False, False, True, True]
+    kept = QuantizeWeights(recurrent="float")(model).sites
+    assert {site.reason for site in kept} == {"the recipe keeps the recurrent layer in float"}
 
 
 def test_small_tables_are_not_weights_but_small_layers_are() -> None:

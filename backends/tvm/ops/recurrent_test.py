@@ -14,6 +14,8 @@ from qc.ir.recurrent import GATES
 from qc.ir.runtime import Session
 from qc.ir.text import parse
 from qc.passes.canonicalize.recurrent import RecogniseRecurrent
+from qc.passes.manager import PassManager
+from qc.passes.pipeline import parse_pipeline
 
 pytest.importorskip("tvm", reason="kernels are compiled by TVM")
 
@@ -99,6 +101,20 @@ def test_a_batch_that_comes_first_is_the_same_turned(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["y"], expected["y"].transpose(2, 0, 1, 3), rtol=1e-5, atol=1e-6)
     for name in ("last", "cell"):
         np.testing.assert_allclose(found[name], expected[name].swapaxes(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_quantized_weights_are_multiplied_as_they_are_stored(tmp_path: Path) -> None:
+    weights = {n: values(2, *shape) for n, shape in {"w": (96, 48), "r": (96, 32), "b": (192,)}.items()}
+    line = f"y = GRU <hidden_size = 32, {BOTH} linear_before_reset = 1> (x, w, r, b)"
+    model = canonical(f"f (float[t,b,48] x) => (float[t,2,b,32] y) {{ {line} }}", weights)
+    quantized, _ = PassManager(parse_pipeline("quantize-weights{format=uint4,group=16}")).run(model)
+    backend = TvmCpu(exact=True)
+    backend.emit(Model.of(quantized), tmp_path)
+    feed = {"x": values(5, 2, 48)}
+    found, expected = backend.open(tmp_path, threads=1).run(feed)["y"], Session(quantized).run(feed)["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+    assert all(node["on_target"] for node in backend.coverage(quantized).nodes)
+    assert (tmp_path / "model.weights").stat().st_size < sum(w.nbytes for w in weights.values()) / 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from qc.frontend.hf_rewrites import explicit_attention_heads, use_static_experts
 from qc.frontend.torch_export import export_graph
@@ -180,7 +181,7 @@ def plan(model: transformers.PreTrainedModel, image_size: tuple[int, int]) -> Tr
             "Give its language model alone, or an .onnx file."
         )
     decoder = text and model.can_generate() and not config.is_encoder_decoder and "past_key_values" in takes
-    with _fake_mode(model):
+    with _real_constants(model), _fake_mode(model):
         if text:
             _add_text(trace, takes, past=_PAST if decoder else 0)
         if image:
@@ -250,6 +251,31 @@ def _fake_mode(model: torch.nn.Module) -> Iterator[None]:
     mode = next((p.fake_mode for p in model.parameters() if hasattr(p, "fake_mode")), FakeTensorMode())
     with mode, torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def _real_constants(model: torch.nn.Module) -> Iterator[None]:
+    """What modules without parameters compute and keep of a run on fake tensors is computed again, on real ones.
+
+    So are frequencies of rotary embeddings that hold for long texts: they become constants of the graph.
+    """
+    calls: dict[torch.nn.Module, tuple[Any, Any]] = {}
+
+    def note(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        calls[module] = (args, kwargs)
+
+    modules = [m for m in model.modules() if next(m.parameters(), None) is None]
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
+    yield
+    for hook in hooks:
+        hook.remove()
+    for module, given in calls.items():
+        fakes = [name for name, value in vars(module).items() if isinstance(value, FakeTensor)]
+        for name in fakes:
+            delattr(module, name)
+        if fakes:
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), given)
+            module(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,17 @@ def test_sharded_tied_bfloat16_weights_are_bound_where_they_lie(tmp_path: Path) 
     assert not (tmp_path / "work/leftovers.safetensors").exists()
 
 
+def test_rotary_frequencies_that_depend_on_the_length_of_the_text_are_imported(tmp_path: Path) -> None:
+    """Those of long texts are computed in a run, and kept beside the parameters: Phi 3 and 4. Nine tokens are long."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    config = transformers.Phi3Config(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, original_max_position_embeddings=8, rope_parameters=rope, pad_token_id=None,
+    )  # fmt: skip
+    write(tmp_path / "hf", "Phi3ForCausalLM", config)
+    assert_agrees(tmp_path / "hf", tmp_path)
+
+
 def test_a_checkpoint_of_a_larger_head_is_renamed_for_its_base(tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     config = transformers.BertConfig(

@@ -7,6 +7,19 @@ static void *aligned(size_t size, size_t *total) {
   return made;
 }
 
+/* What buffers need at most. Most grow with every dimension, but what lies between two of them does not: so it is the
+   largest of all corners, where some dimensions are at their limits and the others nothing. */
+enum { CORNERS = 8 }; /* dimensions that are tried in turn; the others are at their limits */
+static void plan_sizes(qc_instance *q) {
+  int64_t dims[QC_DIMENSIONS + 1], sizes[BUFFERS + 1];
+  for (int corner = 0; corner < 1 << qc_min(QC_DIMENSIONS, CORNERS); corner++) {
+    for (int i = 0; i < QC_DIMENSIONS; i++) dims[i] = i < CORNERS && (corner >> i & 1) ? 0 : q->limits[i];
+    if (!sizes_fit(dims, 0)) continue;
+    buffer_sizes(dims, sizes);
+    for (int i = 0; i < BUFFERS; i++) q->planned[i] = qc_max(q->planned[i], sizes[i]);
+  }
+}
+
 /* Limits and sizes of buffers of a new instance, and how much room its caches need. */
 static int size_instance(qc_instance *q, const qc_model *model, const int64_t *limits, int64_t *room) {
   q->model = model;
@@ -17,10 +30,10 @@ static int size_instance(qc_instance *q, const qc_model *model, const int64_t *l
   }
   if (!sizes_fit(limits, 0)) return QC_E_LIMIT;
   TRY(cache_sizes(q, limits, room));
-  buffer_sizes(limits, q->planned);
+  plan_sizes(q);
   for (int i = 0; i < BUFFERS; i++) {
     if (q->planned[i] > INT32_MAX) return QC_E_LIMIT;
-    q->planned[i] = qc_up(qc_max(q->planned[i], 0), LINE);
+    q->planned[i] = qc_up(q->planned[i], LINE);
   }
   for (int i = 0; i < CACHES; i++)
     if (room[i] > INT32_MAX) return QC_E_LIMIT;

@@ -51,6 +51,12 @@ CASES = {
             z = ReduceSum <noop_with_empty_axes = 1> (x, none) }""",
         [{"x": values(4, 3)}],
     ),
+    "what lies between two sizes, of which the smaller is nothing": (
+        """f (float[n] x, float[m] less) => (float[k] y) {
+            from = Shape (less)  to = Shape (x)  zero = Constant <value = int64[1] {0}> ()
+            part = Slice (x, from, to, zero)  half = Elu (part)  y = Softsign (half) }""",
+        [{"x": values(9), "less": values(0)}, {"x": values(9), "less": values(7)}],
+    ),
     "extremes of nothing": (
         """f (float[n,3] x) => (float[3] high, float[3] low) {
             first = Constant <value = int64[1] {0}> ()

@@ -226,4 +226,5 @@ def _rows(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         return value[mask.astype(bool)]
     if value.ndim <= 1:
         return value.reshape(1, -1)
-    return value.reshape(-1, value.shape[-1]) if value.ndim <= 3 else value.reshape(len(value), -1)
+    flat = (-1, value.shape[-1]) if value.ndim <= 3 else (len(value), -1)
+    return value.reshape(flat) if value.size else value.reshape(0, 1)

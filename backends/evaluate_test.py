@@ -13,6 +13,7 @@ from qc.backends.reference import ModelRunner
 from qc.ir.errors import InputError
 from qc.ir.model import Port, Signature
 from qc.ir.pooling import embedding
+from qc.ir.text import parse
 
 
 class Scripted:
@@ -110,6 +111,12 @@ def test_equal_outputs_have_cosine_one_and_no_noise(build):
     runner = ModelRunner(build("encoder"), threads=1)
     found = evaluate(runner, runner, inputs=text_batches(runner.signature, [[1, 2], [3, 4, 5]]))
     assert (found["cosine"], found["cosine_min"], found["sqnr_db"], found["max_abs"]) == (1, 1, math.inf, 0)
+
+
+def test_an_output_without_elements_is_left_out():
+    model = parse("f (float[n,0] x, float[n,2] z) => (float[n,0] y, float[n,2] t) { y = Relu (x)  t = Relu (z) }")
+    runner, batch = ModelRunner(model, threads=1), {"x": np.zeros((2, 0), np.float32), "z": np.ones((2, 2), np.float32)}
+    assert evaluate(runner, runner, inputs=[batch])["cosine"] == 1
 
 
 def test_the_error_of_an_output_is_measured_per_row(build):

@@ -7,13 +7,14 @@ layers, and a later pass that folds a scale into one of them must not change the
 from __future__ import annotations
 
 import ast
+import re
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qc.ir.simplify import all_graphs, drop_identities, merge_equal
 
-__all__ = ["SCOPE", "clean", "compact_metadata"]
+__all__ = ["SCOPE", "clean", "compact_metadata", "name_axes"]
 
 SCOPE = "qc.scope"
 """Node metadata: path of the module that a node came from, e.g. ``model.layers.3.mlp.down_proj``."""
@@ -30,6 +31,21 @@ def clean(model: ir.Model) -> None:
     merge_equal(model)
     for step in (common.RemoveUnusedNodesPass(), common.TopologicalSortPass(), common.NameFixPass()):
         step(model)
+
+
+def name_axes(graph: ir.Graph) -> None:
+    """Gives axes of inputs that have neither a size nor a name one of their own, so that it can be said what has it."""
+    taken = {str(d.value) for v in graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim)}
+    for value in graph.inputs:
+        if value.shape is None or not value.shape.has_unknown_dim():
+            continue
+        value.shape = value.shape.copy()
+        for axis in (a for a, size in enumerate(value.shape) if not isinstance(size, int) and size.value is None):
+            name = re.sub(r"\W", "_", f"{value.name}_{axis}")
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            value.shape[axis] = name
 
 
 def compact_metadata(model: ir.Model, prefix: str) -> None:

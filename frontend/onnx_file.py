@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qc.frontend.cleanup import clean
+from qc.frontend.cleanup import clean, name_axes
 from qc.frontend.external import check_external
 from qc.frontend.roles import assign_roles
 from qc.ir.errors import InputError, InternalError, UnsupportedError
@@ -47,6 +47,7 @@ def load_onnx(path: Path) -> Model:
     model.graph.name = model.graph.name or "main"  # without one it is not valid ONNX
     common.RemoveInitializersFromInputsPass()(model)
     model.ir_version = max(model.ir_version, IR_VERSION)
+    name_axes(model.graph)
     model = raise_opset(model)
     clean(model)
     infer_shapes(model)

@@ -79,6 +79,17 @@ def test_an_unconvertible_model_keeps_its_opset_and_says_why(tmp_path: Path) -> 
     np.testing.assert_array_equal(Session(model).run({"x": X})["y"], X + X)
 
 
+def test_axes_without_a_name_get_one_of_their_own(tmp_path: Path) -> None:
+    path = matmul(tmp_path / "m.onnx")
+    proto = onnx.load(path)
+    proto.graph.input.append(helper.make_tensor_value_info("z/", TensorProto.FLOAT, [None, "z__0", 3]))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].Clear()
+    onnx.save(proto, path)
+    signature = load(path).signature
+    assert [p.shape for p in signature.inputs] == [("x_0", 4), ("z__0_", "z__0", 3)]
+    assert [p.shape for p in signature.outputs] == [("x_0", 16)]
+
+
 def test_foreign_nodes_are_kept(tmp_path: Path) -> None:
     model = load(write(tmp_path / "m.onnx", [helper.make_node("Gelu", ["x"], ["y"], domain="com.microsoft")],
                        opset=20, extra_domains=("com.microsoft",)))  # fmt: skip

@@ -358,5 +358,5 @@ def _nothing_matched(name: str, sites: Sequence[Site]) -> str:
     reasons = "".join(f"\n  {s.name}: {s.reason}" for s in sites[:8])
     return (
         f"Pass {name} was asked for and found nothing that it could change, among {len(sites)} sites.{reasons}\n"
-        "Choose another recipe, or mark the pass `optional: true` in it."
+        "Choose another recipe (`float` changes nothing), or mark the pass `optional: true` in it."
     )

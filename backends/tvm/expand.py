@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qc.backends.tvm.bodies import own_body
 from qc.backends.tvm.lower import is_constant, supported
 from qc.backends.tvm.program import C_TYPES
+from qc.ir import dialect
 from qc.ir.simplify import infer_shapes
 from qc.passes.base import Contract, Exact, Outcome, Pass, Result, Site, site_name
 
@@ -29,6 +30,8 @@ class ExpandFunctions(Pass):
     (https://onnx.ai/onnx/repo-docs/IR.html#functions); some bodies depend on the types of inputs. ``Einsum`` and others
     have a body of ours. What a body calls is replaced in turn.
 
+    Functions that the model brings along are taken apart first.
+
     Exact up to rounding, in the main graph. Left alone, for the lowering to refuse by name: operators of which
     something without a kernel remains, those whose body needs a type that is unknown, and those with subgraphs.
     """
@@ -39,6 +42,11 @@ class ExpandFunctions(Pass):
         from onnx_ir.passes import common
 
         kernels, sites = frozenset(supported()), []
+        own = {k for k in model.functions if k[0] != dialect.DOMAIN and k[:2] not in kernels}
+        sites += [Site(site_name(n), Outcome.CHANGED) for n in model.graph if n.op_identifier() in own]
+        if sites:
+            common.InlinePass(lambda function: function.identifier() in own)(model)
+            infer_shapes(model)
         for number, node in enumerate(_missing(model, kernels)):
             name, body = site_name(node), _body(node, model, kernels)
             if body is None:

@@ -87,6 +87,16 @@ CASES = {
             a = LayerNormalization <axis = 1> (x, s, t) }""",
         [{"x": values(2, 3, 4), "s": values(3, 4), "t": values(3, 4)}],
     ),
+    "functions that a model brings along": (
+        """<ir_version: 10, opset_import: ["" : 23, "my.own" : 1]>
+            f (float[n,4] x) => (float[n,4] y) { y = my.own.Outer <by = 0.5> (x) }
+            <domain: "my.own", opset_import: ["" : 23, "my.own" : 1]>
+            Outer <by: float> (a) => (d) {
+                b = my.own.Inner (a)  c = Constant <value_float: float = @by> ()  d = Mul (b, c) }
+            <domain: "my.own", opset_import: ["" : 23]>
+            Inner (a) => (b) { b = LogSoftmax (a) }""",
+        [{"x": values(3, 4)}],
+    ),
 }
 
 

@@ -115,7 +115,7 @@ class Writer:
         lines = ["/* Sizes that are known when the library runs. */", f"enum {{ {', '.join(dims)} }};"]
         ports = []
         for word, held in (("input", self.model.signature.inputs), ("output", self.model.signature.outputs)):
-            ports += [f"/* {word} {i}: {_spell(p)} */" for i, p in enumerate(held)]
+            ports += [_comment(f"{word} {i}: {_spell(p)}") for i, p in enumerate(held)]
         text = template("model.h").replace("@DIMENSIONS@", "\n".join(lines)).replace("@PORTS@", "\n".join(ports))
         text, decoder = text.replace("@CACHES@", template("caches.h") if self.lowering.cached else ""), ""
         if self.decoder:
@@ -352,7 +352,7 @@ class Writer:
         for number, statement in enumerate(self.program.statements):
             if statement.label != label:
                 label = statement.label
-                lines.append(f"  /* {number}: {label.replace('*/', '* /')} */")
+                lines.append(f"  {_comment(f'{number}: {label}')}")
             lines.append(f"  {statement.text}")
         body = "\n".join(lines)
         extra = []
@@ -420,6 +420,12 @@ def _default(role: str, axis: int, rank: int, context: int, cached: bool) -> int
     if role in ("tokens", "positions", "mask", "token_types", "decoder_tokens", "decoder_mask"):
         return min(context, DEFAULT_PROMPT)
     return 40 if rank > 4 else 256
+
+
+def _comment(text: str) -> str:
+    """A comment in C, which no name in it begins, ends or continues on another line."""
+    text = " ".join(text.replace("*/", "* /").replace("/*", "/ *").split())
+    return f"/* {text} */"
 
 
 def _spell(port: Port) -> str:

@@ -106,7 +106,9 @@ class Lowering:
         self.shared: dict[object, Tensor] = {}
         self.quantized: dict[object, tuple[Tensor, Tensor, Tensor]] = {}
         self.repeating = False
-        self._outputs = {v: i for i, v in enumerate(model.graph.outputs)}
+        self._outputs: dict[ir.Value, int] = {}
+        for number, value in enumerate(model.graph.outputs):
+            self._outputs.setdefault(value, number)
         self.logits = behind_head(model.graph)
         self._arrays = self._outputs | {v: self._outputs[self.logits[-1]] for v in self.logits if program.overwrites}
         self._inputs()
@@ -160,7 +162,7 @@ class Lowering:
                 kind = "an unknown shape" if value.shape is None else value.dtype.name
                 raise UnsupportedError(
                     f"Expected inputs of {', '.join(t.name for t in C_TYPES)} and known rank, found {kind} at "
-                    f"{value.name!r}."
+                    f"{value.name!r}. Compile for ort-cpu, or export the model with such inputs."
                 )
             shape = tuple(self.dimension(d, value) for d in value.shape)
             buffer = Buffer("input", number, product(shape) * self.program.bytes_of(value.dtype))
@@ -221,7 +223,8 @@ class Lowering:
             dtype, array = ir.DataType.FLOAT, array.astype(np.float32)
         if dtype not in C_TYPES:
             raise UnsupportedError(
-                f"Expected constants of {', '.join(t.name for t in C_TYPES)}, found {dtype.name} {value.name!r}."
+                f"Expected constants of {', '.join(t.name for t in C_TYPES)}, found {dtype.name} {value.name!r}. "
+                "Compile for ort-cpu."
             )
         if array.ndim <= 1 and array.size <= _FEW and dtype in (ir.DataType.INT64, ir.DataType.INT32):
             return self.numbers([int(x) for x in array.ravel()], dtype, scalar=array.ndim == 0)
@@ -323,10 +326,10 @@ class Lowering:
         return None if value is None else self._tensors.get(value)
 
     def _finish(self) -> None:
-        """Copies outputs that are views, inputs or constants into the caller's arrays."""
+        """Copies outputs that are views, inputs, constants or others once more into the caller's arrays."""
         from qc.backends.tvm.ops.loops import copy
 
-        for value, number in self._outputs.items():
+        for number, value in enumerate(self.model.graph.outputs):
             self.program.label = f"output {value.name}"
             tensor = self.get(value)
             if value.dtype is not None and value.dtype not in C_TYPES:

@@ -242,6 +242,14 @@ def test_a_transposed_convolution_is_that_of_onnx_runtime(tmp_path: Path) -> Non
     agree(model, batches, tmp_path)
 
 
+def test_an_output_that_is_listed_twice_is_written_twice(tmp_path: Path) -> None:
+    """Its name, which a comment in the header tells, looks like the end of one."""
+    model = parse("f (float[n,4] x) => (float[n,4] y) { y = Relu (x) }")
+    model.graph.outputs[0].name = "a*/b"
+    model.graph.outputs.append(model.graph.outputs[0])
+    agree(Model.of(model), [{"x": values(3, 4)}], tmp_path)
+
+
 REFUSED = {
     "a window of attention": (
         "f (float[1,2,n,8] q) => (float[1,2,n,8] y) { y = Attention <left_window_size = 2> (q, q, q) }",

@@ -191,7 +191,9 @@ f (float[batch,3,high,wide] x) => (float[batch,5] y, int64[batch,3] best) {
   each = Conv <group = 20, dilations = [1, 2], pads = [1, 2, 1, 2]> (active, w2)
   sum = Add (each, active)
   pooled = MaxPool <kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1> (sum)
-  codes, scale, zero = DynamicQuantizeLinear (pooled)
+  wider = ConvTranspose <strides = [2, 3], pads = [1, 0, 0, 1]> (pooled, w4)
+  resized = Resize <mode = "linear"> (wider, , scales)
+  codes, scale, zero = DynamicQuantizeLinear (resized)
   rounded = DequantizeLinear (codes, scale, zero)
   all = Conv (rounded, w3)
   mean = GlobalAveragePool (all)
@@ -203,8 +205,9 @@ f (float[batch,3,high,wide] x) => (float[batch,5] y, int64[batch,3] best) {
 
 def test_a_network_of_convolutions_computes_the_same_in_a_browser(tmp_path: Path, root: Path) -> None:
     rng = np.random.default_rng(0)
-    shapes = {"w1": (20, 3, 3, 3), "b1": (20,), "w2": (20, 1, 3, 3), "w3": (5, 20, 1, 1)}
-    weights = {n: rng.standard_normal(s, np.float32) / 4 for n, s in shapes.items()} | {"count": np.array([3])}
+    shapes = {"w1": (20, 3, 3, 3), "b1": (20,), "w2": (20, 1, 3, 3), "w3": (5, 20, 1, 1), "w4": (20, 20, 3, 2)}
+    weights = {n: rng.standard_normal(s, np.float32) / 4 for n, s in shapes.items()}
+    weights |= {"count": np.array([3]), "scales": np.array([1, 1, 1.5, 0.6], np.float32)}
     model = parse(IMAGES, weights=weights)
     model, _ = PassManager(parse_pipeline("quantize-weights{convolution=int8}"), verify=False).run(model)
     emitted(TvmGpu(WEBGPU), model, tmp_path / "artifacts/images")

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 
 from qc.backends.tvm.host import template
 
-__all__ = ["REDUCTIONS", "UPDATES", "copy_function", "indexed_function", "loop_function", "reduce_function"]
+__all__ = [
+    "REDUCTIONS",
+    "RESIZE_PLACES",
+    "RESIZE_VALUES",
+    "UPDATES",
+    "copy_function",
+    "indexed_function",
+    "loop_function",
+    "reduce_function",
+]
 
 REDUCTIONS = {
     "ReduceSum": ("0", "t += {x}", "t"),
@@ -19,6 +28,13 @@ REDUCTIONS = {
     "ReduceSumSquare": ("0", "t += {x} * {x}", "t"),
 }
 """How a total starts, takes an element in, and becomes the result."""
+
+_WHOLE = {"ReduceMean": "count == 0 ? 0 : t / count", "ReduceL2": "({kind})sqrt((double)t)"}
+"""How a total of integers becomes the result, where not as one of floats does."""
+
+RESIZE_PLACES = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")
+RESIZE_VALUES = ("linear", "round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
+"""Where elements of a larger or smaller axis lie, and what they are: numbered as in ``host/resize.c``."""
 
 UPDATES = {
     "none": "{b}",
@@ -79,6 +95,7 @@ def copy_function(kind: str, rank: int) -> tuple[str, str]:
 def reduce_function(kind: str, ctype: str, kept: int, rank: int) -> tuple[str, str]:
     """Name and text of a reduction of the axes behind the first `kept`."""
     start, step, end = REDUCTIONS[kind]
+    end = end if ctype == "float" else _WHOLE.get(kind, end).format(kind=ctype)
     name = f"{kind}_{ctype}_{kept}_{rank}"
     lines = [f"static void {name}(const {ctype} *x, {ctype} *y, const int64_t *n, const int64_t *s) {{"]
     terms = " + ".join(f"i{a} * s[{a}]" for a in range(kept)) or "0"

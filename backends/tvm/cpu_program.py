@@ -8,7 +8,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qc.backends.tvm.c_loops import copy_function, indexed_function, loop_function, reduce_function
+from qc.backends.tvm.c_loops import (
+    RESIZE_PLACES,
+    RESIZE_VALUES,
+    copy_function,
+    indexed_function,
+    loop_function,
+    reduce_function,
+)
 from qc.backends.tvm.host import template
 from qc.backends.tvm.isa import Isa
 from qc.backends.tvm.kernels.attention import Heads, attend_few, attend_many, rotate
@@ -161,6 +168,15 @@ class CpuProgram(Program):
         number = ("inside", "largest", "padded").index(kind)
         sizes = f"{product(x.shape[:2]).c}, {listed(x.shape[2:])}, {listed(y.shape[2:])}"
         self.add(f"pool({number}, {x.c}, {y.c}, {sizes}, {window.c});", [x], [y])
+
+    def resize(self, x: Tensor, y: Tensor, axis: int, scale: float | None, place: str, value: str) -> None:
+        """One axis in another size, by a scale or that of the sizes: `value` of the elements at `place`."""
+        self.use("resize")
+        n, m = x.shape[axis].c, y.shape[axis].c
+        sizes = f"{product(x.shape[:axis]).c}, {n}, {m}, {product(x.shape[axis + 1 :]).c}"
+        factor = f"(float){m} / (float){n}" if scale is None else f"{scale!r}f"
+        rules = f"{factor}, {RESIZE_PLACES.index(place)}, {RESIZE_VALUES.index(value)}"
+        self.add(f"resize({x.c}, {y.c}, {sizes}, {rules});", [x], [y])
 
     def count(self, y: Tensor, first: Dim, every: Dim) -> None:
         """``y[i] = first + i * every``."""

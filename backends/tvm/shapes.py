@@ -165,7 +165,7 @@ def scaled(size: Size, scale: np.float32) -> Dim:
     if size.constant is not None:
         return dim(int(np.float32(size.constant) * scale))
     whole = int(scale)
-    return size * whole if whole == scale else dim(f"qc_scaled({size.c}, {float(scale)!r}f)")
+    return size * whole if whole == scale else dim(f"qc_scaled({size.c}, {float(scale)!r})")
 
 
 def wider(a: Size, b: Size) -> Dim:

@@ -204,10 +204,10 @@ def test_cuda_compiles_for_each_architecture(
 
 def test_an_operator_without_a_kernel_is_named(tmp_path: Path) -> None:
     model = parse(
-        "f (int64[2,4] x) => (int64[2,1] y) { y = ReduceMean <keepdims = 1> (x, last) }",
-        weights={"last": np.array([1])},
+        "f (float[n,1,2] x) => (float[n,1,1,3] y) { y = RNN <hidden_size = 3> (x, w, r) }",
+        weights={"w": np.ones((1, 3, 2), np.float32), "r": np.ones((1, 3, 3), np.float32)},
     )
-    with pytest.raises(UnsupportedError, match=r"no kernel for .*ReduceMean"):
+    with pytest.raises(UnsupportedError, match=r"no kernel for .*RNN"):
         backend_for("tvm-opencl").emit(model, tmp_path)
 
 

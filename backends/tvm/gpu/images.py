@@ -1,4 +1,4 @@
-"""GPU kernels of images: convolutions and pooling."""
+"""GPU kernels of images: convolutions, pooling and other sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qc.backends.tvm.gpu.weights import Words
 from qc.backends.tvm.kernels.vectors import LOWEST
 from qc.backends.tvm.windows import Numbers, Window
 
-__all__ = ["convolve", "pool"]
+__all__ = ["convolve", "pool", "resize"]
 
 _IMAGE, _PLACES = ("n0", "n1", "n2"), ("m0", "m1", "m2")
 _SIZES = ("batch", *_IMAGE, *_PLACES)
@@ -98,6 +98,36 @@ def pool(name: str, kind: str, window: Window) -> Any:
             if kind == "padded":
                 k.set(count, 0, _counted(k, window, starts))
             k.put("y", e, total[0] if kind == "largest" else total[0] / T.cast(count[0], "float32"))
+    return k.function()
+
+
+def resize(name: str, scale: float | None, place: str, value: str) -> Any:
+    """An axis of n elements as one of m, by the rules of ``host/resize.c``; a thread for each element."""
+    with Threads(name, {"x": "float32", "y": "float32"}, ("outer", "n", "m", "inner")) as k:
+        T, s, floor = k.T, k.sizes, k.x.floor
+        with k.elements(s["outer"] * s["m"] * s["inner"]) as e:
+            o, j, i = k.split(e, [s["outer"], s["m"], s["inner"]])
+            n, m, number = (T.cast(v, "float32") for v in (s["n"], s["m"], j))
+            factor = m / n if scale is None else T.float32(scale)
+            at = {
+                "asymmetric": number / factor,
+                "align_corners": number * (n - 1) / T.max(m - 1, T.float32(1)),
+            }.get(place, (number + 0.5) / factor - 0.5)
+            at = T.if_then_else(s["m"] == 1, T.float32(0), at) if place == "pytorch_half_pixel" else at
+            at = T.bind(T.max(T.min(at, n - 1), T.float32(0)))
+            below = T.bind(floor(at))
+            at = {
+                "linear": at,
+                "floor": below,
+                "ceil": k.x.ceil(at),
+                "round_prefer_floor": T.if_then_else(at - below > 0.5, below + 1, below),
+                "round_prefer_ceil": T.if_then_else(at - below >= 0.5, below + 1, below),
+            }[value]
+            first = T.bind(T.min(T.cast(at, "int32"), s["n"] - 1))
+            second = T.min(first + 1, s["n"] - 1)
+            a, b = (k.get("x", (o * s["n"] + index) * s["inner"] + i) for index in (first, second))
+            rest = T.bind(at - T.cast(first, "float32"))
+            k.put("y", e, a * (T.float32(1) - rest) + b * rest if value == "linear" else a)
     return k.function()
 
 

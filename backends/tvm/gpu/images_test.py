@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,34 @@ f (float[batch,4,9,8] x, float[batch,6,len] z)
   e = Conv <pads = [2, 0], dilations = [2]> (z, w)
 }
 """
+RESIZED = [
+    ("linear", "half_pixel", "floor", "more"),
+    ("linear", "align_corners", "floor", "less"),
+    ("nearest", "asymmetric", "floor", "less"),
+    ("nearest", "pytorch_half_pixel", "ceil", "less"),
+    ("nearest", "half_pixel", "round_prefer_ceil", "more"),
+    ("nearest", "asymmetric", "round_prefer_floor", "more"),
+]
+SIZES = f"""
+f (float[n,2,h,w] x, float[n,2,3,b] other, int64[n,k] i)
+  => ({", ".join(f"float[n,2,a{i},b{i}] y{i}" for i in range(len(RESIZED)))}, float[n,2,3,b] y, int64[n] mean,
+      int64[n] length) {{
+  more = Constant <value = float[4] {{1.0, 1.0, 2.0, 1.4}}> ()
+  less = Constant <value = float[4] {{1.0, 1.0, 0.6, 0.5}}> ()
+  {
+    " ".join(
+        f'y{i} = Resize <mode = "{mode}", coordinate_transformation_mode = "{place}", nearest_mode = "{nearest}">'
+        f" (x, , {scales})"
+        for i, (mode, place, nearest, scales) in enumerate(RESIZED)
+    )
+}
+  sizes = Shape (other)  y = Resize <mode = "linear", coordinate_transformation_mode = "pytorch_half_pixel">
+    (x, , , sizes)
+  last = Constant <value = int64[1] {{1}}> ()  mean = ReduceMean <keepdims = 0> (i, last)
+  length = ReduceL2 <keepdims = 0> (i, last)
+}}
+"""
+"""Fractions of integers, too."""
 VOLUMES = """
 f (float[batch,4,deep,high,wide] x)
   => (float[batch,6,d1,h1,w1] a, float[batch,4,d2,h2,w2] b, float[batch,6,d3,h3,w3] c, float[batch,4,d4,h4,w4] d,
@@ -70,6 +98,20 @@ def constants(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {n: rng.standard_normal(s, np.float32) / 4 for n, s in shapes.items()}
 
 
+def agree(model: Model, on_device: Run, directory: Path, batches: Sequence[dict[str, np.ndarray]]) -> None:
+    """On a processor and on a device, with one library each."""
+    (directory / "here").mkdir()
+    TvmCpu(level="x86-64").emit(model, directory / "here")
+    on_device(model, directory, batches[0])
+    runners = TvmCpu(level="x86-64").open(directory / "here"), backend_for("tvm-opencl").open(directory)
+    for batch in batches:
+        for name, value in Session(model).run(batch).items():
+            for runner in runners:
+                found = runner.run(batch)[name]
+                assert (found.shape, found.dtype) == (value.shape, value.dtype)
+                np.testing.assert_allclose(found, value, rtol=2e-5, atol=1e-5, err_msg=name)
+
+
 def test_a_network_of_convolutions_computes_what_the_standard_says(on_device: Run, tmp_path: Path) -> None:
     """Two images of one size, and then one of another, with the same library; two weights are quantized."""
     model = parse(IMAGES, weights={**constants(SHAPES), "low": np.float32(0), "high6": np.float32(6)})
@@ -87,27 +129,25 @@ def test_a_network_of_convolutions_computes_what_the_standard_says(on_device: Ru
 
 
 def test_pooling_and_signals_of_one_axis(on_device: Run, tmp_path: Path) -> None:
-    model = parse(POOLS, weights=constants({"w": (16, 6, 3)}))
-    rng = np.random.default_rng(0)
-    inputs = {"x": rng.standard_normal((2, 4, 9, 8), np.float32), "z": rng.standard_normal((2, 6, 15), np.float32)}
-    (tmp_path / "here").mkdir()
-    TvmCpu(level="x86-64").emit(model, tmp_path / "here")
-    runs = [on_device(model, tmp_path, inputs), TvmCpu(level="x86-64").open(tmp_path / "here").run(inputs)]
-    for name, value in Session(model).run(inputs).items():
-        for found in runs:
-            np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5)
+    rng, model = np.random.default_rng(0), parse(POOLS, weights=constants({"w": (16, 6, 3)}))
+    x, z = (rng.standard_normal(shape, np.float32) for shape in ((2, 4, 9, 8), (2, 6, 15)))
+    agree(model, on_device, tmp_path, [{"x": x, "z": z}])
 
 
 def test_windows_move_over_three_axes(on_device: Run, tmp_path: Path) -> None:
-    model, here = parse(VOLUMES, weights=constants(VOLUME_SHAPES)), tmp_path / "here"
+    rng, model = np.random.default_rng(0), parse(VOLUMES, weights=constants(VOLUME_SHAPES))
+    shapes = ((2, 4, 5, 4, 6), (1, 4, 3, 3, 2))
+    agree(model, on_device, tmp_path, [{"x": rng.standard_normal(s, np.float32)} for s in shapes])
+
+
+def test_images_in_other_sizes_and_fractions_of_integers(on_device: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    batches = [{"x": rng.standard_normal(shape, np.float32)} for shape in ((2, 4, 5, 4, 6), (1, 4, 3, 3, 2))]
-    here.mkdir()
-    TvmCpu(level="x86-64").emit(model, here)
-    on_device(model, tmp_path, batches[0])
-    for batch in batches:
-        for runner in (TvmCpu(level="x86-64").open(here), backend_for("tvm-opencl").open(tmp_path)):
-            found = runner.run(batch)
-            for name, value in Session(model).run(batch).items():
-                assert found[name].shape == value.shape
-                np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-5, err_msg=name)
+    batches = [
+        {
+            "x": rng.standard_normal((n, 2, h, w), np.float32), "other": np.zeros((n, 2, 3, b), np.float32),
+            "i": rng.integers(-99, 99, (n, 6)),
+        }
+        for n, h, w, b in ((1, 5, 7, 1), (2, 2, 3, 4))
+    ]  # fmt: skip
+    batches[0]["i"][0] = [46340, -9, 2, 0, 0, 0]
+    agree(parse(SIZES), on_device, tmp_path, batches)

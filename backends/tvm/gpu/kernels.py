@@ -191,9 +191,15 @@ def reduce_axes(name: str, kind: str, dtype: str, kept: int, rank: int) -> Any:
                 x = T.bind(x * x) if kind in ("ReduceL2", "ReduceSumSquare") else x
                 k.set(total, 0, combine(k.x, total[0], x))
             found = k.fold(thread, total[0], lambda a, b: combine(k.x, a, b), dtype)
-            if kind == "ReduceMean":
+            if kind == "ReduceMean" and dtype == "int32":
+                found = T.truncdiv(found, T.max(count, 1))
+            elif kind == "ReduceMean":
                 found = found / T.cast(count, "float32")
-            found = T.sqrt(found) if kind == "ReduceL2" else found
+            elif kind == "ReduceL2" and dtype == "int32":
+                root = T.bind(T.cast(T.sqrt(T.cast(found, "float32")), "int32"))
+                found = root - T.cast(root * root > found, "int32")  # a float has not all digits of the square
+            elif kind == "ReduceL2":
+                found = T.sqrt(found)
             with T.If(thread == 0), T.Then():
                 k.put("y", block, found)
     return k.function()

@@ -34,9 +34,6 @@ _KERNELS = {
 """What computes here what a kernel for processors computes there, from the same parameters."""
 
 
-_FRACTIONS = ("ReduceMean", "ReduceL2")
-
-
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """A call of a kernel.
@@ -139,8 +136,6 @@ class GpuProgram(Program):
 
     def reduce(self, kind: str, x: Tensor, kept: int, y: Tensor) -> None:
         """One number of the axes behind the first `kept`."""
-        if x.dtype != ir.DataType.FLOAT and kind in _FRACTIONS:
-            raise self._missing()
         arguments = (kind, _kind(x), kept, len(x.shape))
         self.launch("reduce", gpu.reduce_axes, arguments, [x, y], [*x.shape, *x.strides, y.elements], [y])
 
@@ -218,6 +213,11 @@ class GpuProgram(Program):
         """One number of each window: the ``largest``, or the mean of what is ``inside`` or ``padded`` with zeros."""
         integers = [x.shape[0] * x.shape[1], *x.shape[2:], *y.shape[2:]]
         self.launch("pool", images.pool, (kind, window), [x, y], integers, [y])
+
+    def resize(self, x: Tensor, y: Tensor, axis: int, scale: float | None, place: str, value: str) -> None:
+        """One axis in another size, by a scale or that of the sizes: `value` of the elements at `place`."""
+        integers = [product(x.shape[:axis]), x.shape[axis], y.shape[axis], product(x.shape[axis + 1 :])]
+        self.launch("resize", images.resize, (scale, place, value), [x, y], integers, [y])
 
     def use(self, name: str, kind: str = "") -> None:
         """There are no C functions here."""

@@ -9,6 +9,7 @@ const FUNCTIONS = {
   qc_wide: (a, b) => (a === 1 ? b : a),
   qc_bound: (at, size) => Math.min(Math.max(at < 0 ? at + size : at, 0), size),
   qc_step: (size, stride) => (size === 1 ? 0 : stride),
+  qc_scaled: (size, scale) => Math.floor(Math.fround(size * scale)),
   qc_up: (a, unit) => Math.ceil(a / unit) * unit,
 };
 const { STORAGE, COPY_SRC, COPY_DST, UNIFORM, MAP_READ } = globalThis.GPUBufferUsage ?? {};

@@ -63,6 +63,12 @@ CASES = {
             high = ReduceMax <keepdims = 0> (x, first)  low = ReduceMin <keepdims = 0> (x, first) }""",
         [{"x": values(2, 3)}, {"x": values(0, 3)}],
     ),
+    "means and lengths of integers": (
+        """f (int64[n,2] x) => (int64[n] mean, int64[n] length) {
+            last = Constant <value = int64[1] {1}> ()
+            mean = ReduceMean <keepdims = 0> (x, last)  length = ReduceL2 <keepdims = 0> (x, last) }""",
+        [{"x": np.array([[3 << 27, -4 << 27], [1 << 27, (1 << 27) + 3], [-3, 0]])}],
+    ),
     "windows rounded up, of which none begins in the padding": (
         """f (float[1,2,h,w] x) => (float[1,2,i,j] y) {
             y = MaxPool <kernel_shape = [1,1], strides = [2,2], ceil_mode = 1> (x) }""",

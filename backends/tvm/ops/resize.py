@@ -7,17 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from qc.backends.tvm.c_loops import RESIZE_PLACES, RESIZE_VALUES
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.program import Tensor
-from qc.backends.tvm.shapes import Dim, product, scaled
+from qc.backends.tvm.shapes import Dim, scaled
 from qc.passes.canonicalize._graph import constant
 
 __all__ = ["resize"]
-
-_PLACES = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")
-_VALUES = ("linear", "round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
-"""Numbered as in ``host/resize.c``."""
-_SAME = "1.0f"
 
 
 @operator("Resize", "Upsample")
@@ -40,7 +36,7 @@ def resize(at: Lowering, node: ir.Node) -> None:
         )
     )
     value = nearest if mode == "nearest" else mode
-    if value not in _VALUES or place not in _PLACES or x.dtype != ir.DataType.FLOAT:
+    if value not in RESIZE_VALUES or place not in RESIZE_PLACES or x.dtype != ir.DataType.FLOAT:
         raise at.refuse(node, f"it resizes {x.dtype.name} by the rules {value!r} and {place!r}")
     if policy != "stretch" or at.attribute(node, "antialias", 0):
         raise at.refuse(node, "it keeps the aspect ratio, or filters what it makes smaller")
@@ -51,36 +47,36 @@ def resize(at: Lowering, node: ir.Node) -> None:
         if sizes is None
         else _from_sizes(at, node, x, axes, sizes)
     )
-    moved = [(axis, size, scale) for axis, (size, scale) in zip(axes, pairs, strict=True) if scale != _SAME]
+    moved = [(axis, size, scale) for axis, (size, scale) in zip(axes, pairs, strict=True) if scale != 1]
     if not moved:
         at.set(node.outputs[0], x)
         return
-    at.program.use("resize")
     x = at.contiguous(x)
     for step, (axis, size, scale) in enumerate(reversed(moved), 1):
         shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
         y = at.result(node.outputs[0], shape) if step == len(moved) else at.program.tensor(shape)
-        numbers = (product(shape[:axis]), x.shape[axis], size, product(shape[axis + 1 :]))
-        rules = f"{scale}, {_PLACES.index(place)}, {_VALUES.index(value)}"
-        at.program.add(f"resize({x.c}, {y.c}, {', '.join(n.c for n in numbers)}, {rules});", [x], [y])
+        at.program.resize(x, y, axis, scale, place, value)
         x = y
 
 
 def _from_scales(
     at: Lowering, node: ir.Node, x: Tensor, axes: Sequence[int], *, smaller: bool
-) -> list[tuple[Dim, str]]:
-    """Size and scale of each axis, the scale in C; none below 1 unless `smaller` says so."""
+) -> list[tuple[Dim, float | None]]:
+    """Size and scale of each axis, no scale below 1 unless `smaller` says so."""
     scales = constant(node.inputs[min(2, len(node.inputs) - 1)])
     if scales is None or len(scales) != len(axes) or (scales.min() < 1 and not smaller):
         raise at.refuse(node, "its scales are computed, or make an image smaller by the rules of opset 10")
-    return [(scaled(x.shape[a], s), f"{float(s)!r}f") for a, s in zip(axes, scales.astype(np.float32), strict=True)]
+    return [(scaled(x.shape[a], s), float(s)) for a, s in zip(axes, scales.astype(np.float32), strict=True)]
 
 
-def _from_sizes(at: Lowering, node: ir.Node, x: Tensor, axes: Sequence[int], sizes: Tensor) -> list[tuple[Dim, str]]:
+def _from_sizes(
+    at: Lowering, node: ir.Node, x: Tensor, axes: Sequence[int], sizes: Tensor
+) -> list[tuple[Dim, float | None]]:
+    """Size and scale of each axis; None is that of its sizes."""
     if sizes.values is None or len(sizes.values) != len(axes):
         raise at.refuse(node, "its sizes depend on values that are computed")
     pairs = [(x.shape[a], size) for a, size in zip(axes, sizes.values, strict=True)]
     for n, size in pairs:
         if n != size:
             at.program.require_within(1, n)
-    return [(size, _SAME if size == n else f"(float){size.c} / (float){n.c}") for n, size in pairs]
+    return [(size, 1.0 if size == n else None) for n, size in pairs]

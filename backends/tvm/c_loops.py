@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from qc.backends.tvm.host import template
 
 __all__ = [
+    "GRID_PADDING",
     "REDUCTIONS",
     "RESIZE_PLACES",
     "RESIZE_VALUES",
@@ -35,6 +36,9 @@ _WHOLE = {"ReduceMean": "count == 0 ? 0 : t / count", "ReduceL2": "({kind})sqrt(
 RESIZE_PLACES = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")
 RESIZE_VALUES = ("linear", "round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 """Where elements of a larger or smaller axis lie, and what they are: numbered as in ``host/resize.c``."""
+
+GRID_PADDING = ("zeros", "border", "reflection")
+"""What lies beyond images: numbered as in ``host/grid_sample.c``."""
 
 UPDATES = {
     "none": "{b}",

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qc.backends.tvm.c_loops import (
+    GRID_PADDING,
     RESIZE_PLACES,
     RESIZE_VALUES,
     copy_function,
@@ -177,6 +178,13 @@ class CpuProgram(Program):
         factor = f"(float){m} / (float){n}" if scale is None else f"{scale!r}f"
         rules = f"{factor}, {RESIZE_PLACES.index(place)}, {RESIZE_VALUES.index(value)}"
         self.add(f"resize({x.c}, {y.c}, {sizes}, {rules});", [x], [y])
+
+    def grid_sample(self, x: Tensor, grid: Tensor, y: Tensor, *, nearest: bool, padding: str, aligned: bool) -> None:
+        """Images at the places of a grid."""
+        self.use("grid_sample")
+        sizes = ", ".join(s.c for s in (*x.shape, product(y.shape[2:])))
+        rules = f"{int(nearest)}, {GRID_PADDING.index(padding)}, {int(aligned)}"
+        self.add(f"grid_sample({x.c}, {grid.c}, {y.c}, {sizes}, {rules});", [x, grid], [y])
 
     def count(self, y: Tensor, first: Dim, every: Dim) -> None:
         """``y[i] = first + i * every``."""

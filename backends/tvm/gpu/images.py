@@ -1,8 +1,9 @@
-"""GPU kernels of images: convolutions, pooling and other sizes."""
+"""GPU kernels of images: convolutions, pooling, other sizes and places."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from qc.backends.tvm.gpu.weights import Words
 from qc.backends.tvm.kernels.vectors import LOWEST
 from qc.backends.tvm.windows import Numbers, Window
 
-__all__ = ["convolve", "pool", "resize"]
+__all__ = ["convolve", "grid_sample", "pool", "resize"]
 
 _IMAGE, _PLACES = ("n0", "n1", "n2"), ("m0", "m1", "m2")
 _SIZES = ("batch", *_IMAGE, *_PLACES)
@@ -128,6 +129,43 @@ def resize(name: str, scale: float | None, place: str, value: str) -> Any:
             a, b = (k.get("x", (o * s["n"] + index) * s["inner"] + i) for index in (first, second))
             rest = T.bind(at - T.cast(first, "float32"))
             k.put("y", e, a * (T.float32(1) - rest) + b * rest if value == "linear" else a)
+    return k.function()
+
+
+def grid_sample(name: str, nearest: bool, padding: str, aligned: bool) -> Any:
+    """Images at the places of a grid, by the rules of ``host/grid_sample.c``; a thread for each element."""
+    with Threads(name, dict.fromkeys(("x", "grid", "y"), "float32"), ("batch", "channels", "h", "w", "places")) as k:
+        T, s, floor = k.T, k.sizes, k.x.floor
+
+        def place(g: Any, n: Any) -> Any:
+            size = T.bind(T.cast(n, "float32"))
+            low, span = T.float32(0 if aligned else -0.5), size - 1 if aligned else size
+            at = T.bind((g + 1) / 2 * (size - 1) if aligned else ((g + 1) * size - 1) / 2)
+            at = T.bind(k.x.nearbyint(at)) if nearest else at
+            if padding == "zeros":
+                return T.bind(T.min(T.max(at, T.float32(-2)), size + 1))
+            if padding == "reflection":
+                beyond = T.bind(T.max(T.max(low - at, at - low - span), T.float32(0)))
+                times = T.bind(floor(beyond / T.max(span, T.float32(1))))
+                rest = T.bind(beyond - times * span)
+                even = k.x.EQ(times - 2 * floor(times / 2), T.float32(0))
+                front = k.x.EQ(T.cast(at < low, "int32"), T.cast(even, "int32"))
+                at = T.if_then_else(beyond > 0, T.if_then_else(front, low + rest, low + span - rest), at)
+            return T.bind(T.min(T.max(at, T.float32(0)), size - 1))
+
+        with k.elements(s["batch"] * s["channels"] * s["places"]) as e:
+            image, p = k.split(e, [e, s["places"]])
+            at = T.bind(2 * (T.truncdiv(image, s["channels"]) * s["places"] + p))
+            column, row = place(k.get("grid", at), s["w"]), place(k.get("grid", at + 1), s["h"])
+            total = k.own(1)
+            k.set(total, 0, T.float32(0))
+            for down, right in itertools.product(range(2), repeat=2):
+                i, j = (T.bind(T.cast(floor(v), "int32") + more) for v, more in ((row, down), (column, right)))
+                with T.If(k.x.all(i >= 0, i < s["h"], j >= 0, j < s["w"])), T.Then():
+                    parts = (1 - T.abs(v - T.cast(n, "float32")) for v, n in ((row, i), (column, j)))
+                    value = k.get("x", (image * s["h"] + i) * s["w"] + j)
+                    k.set(total, 0, total[0] + value * math.prod(parts))
+            k.put("y", e, total[0])
     return k.function()
 
 

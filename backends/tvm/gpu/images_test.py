@@ -76,6 +76,21 @@ f (float[n,2,h,w] x, float[n,2,3,b] other, int64[n,k] i)
 }}
 """
 """Fractions of integers, too."""
+SAMPLED = [
+    ("linear", "zeros", 0),
+    ("linear", "border", 1),
+    ("linear", "reflection", 0),
+    ("nearest", "zeros", 1),
+    ("nearest", "reflection", 1),
+]
+PLACES = f"""
+f (float[n,3,h,w] x, float[n,a,b,2] grid) => ({", ".join(f"float[n,3,a,b] y{i}" for i in range(len(SAMPLED)))}) {{{
+    " ".join(
+        f'y{i} = GridSample <mode = "{mode}", padding_mode = "{padding}", align_corners = {aligned}> (x, grid)'
+        for i, (mode, padding, aligned) in enumerate(SAMPLED)
+    )
+}}}
+"""
 VOLUMES = """
 f (float[batch,4,deep,high,wide] x)
   => (float[batch,6,d1,h1,w1] a, float[batch,4,d2,h2,w2] b, float[batch,6,d3,h3,w3] c, float[batch,4,d4,h4,w4] d,
@@ -151,3 +166,13 @@ def test_images_in_other_sizes_and_fractions_of_integers(on_device: Run, tmp_pat
     ]  # fmt: skip
     batches[0]["i"][0] = [46340, -9, 2, 0, 0, 0]
     agree(parse(SIZES), on_device, tmp_path, batches)
+
+
+def test_images_at_the_places_of_a_grid(on_device: Run, tmp_path: Path) -> None:
+    """Also far beyond, and where images are mirrored several times."""
+    rng, batches = np.random.default_rng(0), []
+    for n, h, w, a, b in ((2, 4, 5, 3, 14), (1, 2, 7, 0, 2)):
+        grid = rng.uniform(-4, 4, (n, a, b, 2)).astype(np.float32)
+        batches.append({"x": rng.standard_normal((n, 3, h, w), np.float32), "grid": grid})
+    batches[0]["grid"][0, 0, :4] = [[-1, 1], [0, 0], [9, 0], [-1, -9]]
+    agree(parse(PLACES), on_device, tmp_path, batches)

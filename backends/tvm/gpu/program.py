@@ -219,6 +219,11 @@ class GpuProgram(Program):
         integers = [product(x.shape[:axis]), x.shape[axis], y.shape[axis], product(x.shape[axis + 1 :])]
         self.launch("resize", images.resize, (scale, place, value), [x, y], integers, [y])
 
+    def grid_sample(self, x: Tensor, grid: Tensor, y: Tensor, *, nearest: bool, padding: str, aligned: bool) -> None:
+        """Images at the places of a grid."""
+        arguments, integers = (nearest, padding, aligned), [*x.shape, product(y.shape[2:])]
+        self.launch("grid_sample", images.grid_sample, arguments, [x, grid, y], integers, [y])
+
     def use(self, name: str, kind: str = "") -> None:
         """There are no C functions here."""
         raise self._missing()

@@ -1,4 +1,4 @@
-"""Images in other sizes."""
+"""Images in other sizes, and at other places."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from qc.backends.tvm.program import Tensor
 from qc.backends.tvm.shapes import Dim, scaled
 from qc.passes.canonicalize._graph import constant
 
-__all__ = ["resize"]
+__all__ = ["grid_sample", "resize"]
+
+
+_IMAGES = 4
+"""Axes of images with channels, in a batch."""
 
 
 @operator("Resize", "Upsample")
@@ -80,3 +84,26 @@ def _from_sizes(
         if n != size:
             at.program.require_within(1, n)
     return [(size, 1.0 if size == n else None) for n, size in pairs]
+
+
+@operator("GridSample")
+def grid_sample(at: Lowering, node: ir.Node) -> None:
+    """Images at the places of a grid, which are numbers in [-1, 1]: between four elements, or at the nearest."""
+    x, grid = at.input(node, 0), at.input(node, 1)
+    assert x is not None
+    assert grid is not None
+    mode, padding = (
+        held.as_string() if (held := node.attributes.get(name)) is not None else absent
+        for name, absent in (("mode", "linear"), ("padding_mode", "zeros"))
+    )
+    mode = mode.removeprefix("bi")
+    if mode not in ("linear", "nearest") or len(x.shape) != _IMAGES or x.dtype != ir.DataType.FLOAT:
+        raise at.refuse(node, f"its places are {mode}, or it is not over two axes of float32")
+    for size, wanted in ((x.shape[0], grid.shape[0]), (grid.shape[-1], 2)):
+        at.program.require_equal(size, wanted)
+    for size in x.shape[2:]:
+        at.program.require_within(1, size)
+    x, grid = at.contiguous(x), at.contiguous(grid)
+    y = at.result(node.outputs[0], (*x.shape[:2], *grid.shape[1:3]))
+    aligned = bool(at.attribute(node, "align_corners", 0))
+    at.program.grid_sample(x, grid, y, nearest=mode == "nearest", padding=padding, aligned=aligned)

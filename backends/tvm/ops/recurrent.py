@@ -13,9 +13,9 @@ from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.loops import copy
 from qc.backends.tvm.ops.products import Tail, multiply
 from qc.backends.tvm.program import Tensor
-from qc.backends.tvm.shapes import Dim, dim
+from qc.backends.tvm.shapes import Dim, Size, dim
 from qc.ir.quant import Weight
-from qc.ir.recurrent import GATES, direction_weights
+from qc.ir.recurrent import GATES, STACKS, direction_weights
 
 __all__ = ["recurrent"]
 
@@ -61,28 +61,40 @@ def recurrent(at: Lowering, node: ir.Node) -> None:
 
     The state lies in the output of last states, where that is wanted; ``layout`` is a matter of strides.
     """
-    weights = [direction_weights(node.inputs[slot]) for slot in (1, 2)]
+    inputs, states = (direction_weights(node.inputs[slot]) for slot in STACKS)
     x, lengths = at.input(node, 0), at.input(node, 4)
     assert x is not None
-    if weights[0] is None or weights[1] is None:
+    if inputs is None or states is None:
         raise at.refuse(node, "its weights are computed")
     if x.dtype != ir.DataType.FLOAT:
         raise at.refuse(node, f"it is computed in {x.dtype.name}")
     reversed_ = _REVERSED[str(at.attribute(node, "direction", "forward"))]
-    time, hidden, count = int(at.attribute(node, "layout", 0)), weights[1][0].shape[1], len(reversed_)  # type: ignore[call-overload]
-    seq, batch = x.shape[time], x.shape[1 - time]
-    at.program.require_equal(x.shape[-1], weights[0][0].shape[1])
-    states = (count, batch, hidden) if time == 0 else (batch, count, hidden)
-    shapes = [(seq, count, batch, hidden) if time == 0 else (batch, seq, count, hidden), states, states]
+    time, hidden, count = int(at.attribute(node, "layout", 0)), states[0].shape[1], len(reversed_)  # type: ignore[call-overload]
+    seq, batch, rows = x.shape[time], x.shape[1 - time], GATES[node.op_type] * hidden
+    one = (count, batch, hidden) if time == 0 else (batch, count, hidden)
+    every = (seq, count, batch, hidden) if time == 0 else (batch, seq, count, hidden)
     outputs = [
         at.result(value, shape) if value.uses() or value.is_graph_output() else None
-        for value, shape in zip(node.outputs, shapes, strict=False)
+        for value, shape in zip(node.outputs, (every, one, one), strict=False)
     ]
+    for weights, columns in ((inputs, x.shape[-1]), (states, dim(hidden))):
+        _require(
+            at, [dim(len(weights)), *(dim(s) for w in weights for s in w.shape)], (count, *(rows, columns) * count)
+        )
+    for slot, shape in enumerate([(count, 2 * rows), (batch,), one, one, (count, 3 * hidden)], 3):
+        held = at.input(node, slot)
+        if held is not None:
+            _require(at, held.shape, shape)
     lengths = None if lengths is None else at.contiguous(lengths)
     layer = _Layer(node, x, time, hidden, lengths, [*outputs, *[None] * (3 - len(outputs))])
     functions = _activations(at, node, count)
-    for direction, (w, r) in enumerate(zip(*weights, strict=True)):
-        _direction(at, layer, direction, reversed_[direction], (w, r), functions[direction])
+    for direction, pair in enumerate(zip(inputs, states, strict=True)):
+        _direction(at, layer, direction, reversed_[direction], pair, functions[direction])
+
+
+def _require(at: Lowering, sizes: Sequence[Dim], wanted: Sequence[Size]) -> None:
+    for size, other in zip(sizes, wanted, strict=True):
+        at.program.require_equal(size, other)
 
 
 def _direction(
@@ -174,6 +186,8 @@ def _activations(at: Lowering, node: ir.Node, directions: int) -> list[tuple[tup
     """Of each direction, the functions with their parameters, which attributes list for those that have some."""
     defaults = _DEFAULTS[node.op_type]
     names: Sequence[str] = at.attribute(node, "activations") or defaults * directions  # type: ignore[assignment]
+    if len(names) != len(defaults) * directions:
+        raise at.refuse(node, f"it has {len(names)} activations")
     given = [iter(at.attribute(node, f"activation_{name}") or ()) for name in ("alpha", "beta")]  # type: ignore[call-overload]
     found = []
     for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.loops import broadcast, copy, fill, loop
 from qc.backends.tvm.program import Tensor, dense
-from qc.backends.tvm.shapes import Dim, Size, bounded, dim, divide, largest, product, stride_of
+from qc.backends.tvm.shapes import Dim, Size, bounded, dim, divide, largest, product, smallest, stride_of
 
 __all__ = [
     "concat",
@@ -291,15 +291,23 @@ def slice_(at: Lowering, node: ir.Node) -> None:
     shape, strides, offset = list(x.shape), list(x.strides), dim(0)
     for given, start, end, step in zip(axes, starts, ends, steps, strict=True):
         axis = given % len(shape)
-        if step < 1:
-            raise at.refuse(node, "it steps backwards")
         n = shape[axis]
-        first, last = bounded(start, n), bounded(end, n)
+        first, last = (bounded(start, n), bounded(end, n)) if step > 0 else _backwards(at, node, start, end, n)
         length = last - first if dim(0) == first or last == n else largest(last - first, 0)
-        shape[axis] = divide(length + (step - 1), step)
-        offset = offset + strides[axis] * first
+        shape[axis] = divide(length + (abs(step) - 1), abs(step))
+        offset = offset + strides[axis] * (first if step > 0 else last - 1)
         strides[axis] = strides[axis] * step
-    at.set(node.outputs[0], x.view(shape, strides, offset))
+    view = x.view(shape, strides, offset)
+    turned = min(steps, default=1) < 0
+    at.set(node.outputs[0], copy(at, view, at.result(node.outputs[0], shape, x.dtype)) if turned else view)
+
+
+def _backwards(at: Lowering, node: ir.Node, start: Dim, end: Dim, n: Dim) -> tuple[Dim, Dim]:
+    """The same range from its other end: from behind `end` to `start`, which is the first element at least."""
+    if start.constant is None or end.constant is None:
+        raise at.refuse(node, "it steps backwards between computed places")
+    first, last = (n if limit.constant == -1 else bounded(limit + 1, n) for limit in (end, start))
+    return first, smallest(largest(last, 1), n)
 
 
 def _slice_numbers(
@@ -347,29 +355,67 @@ def tile(at: Lowering, node: ir.Node) -> None:
 
 @operator("Pad")
 def pad(at: Lowering, node: ir.Node) -> None:
-    """A frame of one number around a tensor."""
-    x, pads = at.input(node, 0), _constants_of(at, node, 1, "widths")
-    axes = _constants_of(at, node, 3, "axes")
+    """A frame around a tensor: of one number, or of its own elements. Negative widths cut."""
+    x, pads, axes = at.input(node, 0), _numbers_of(at, node, 1, "widths"), _constants_of(at, node, 3, "axes")
     assert x is not None
     assert pads is not None
-    mode = node.attributes.get("mode")
-    if mode is not None and mode.as_string() != "constant":
-        raise at.refuse(node, f"it pads with {mode.as_string()}")
-    if not any(pads):
+    held = node.attributes.get("mode")
+    mode, rank = held.as_string() if held is not None else "constant", len(x.shape)
+    axes = list(range(rank)) if axes is None else [a % rank for a in axes]
+    x, widths = at.stored(x), {}
+    for axis, *given in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
+        cut = [dim(max(-(w.constant or 0), 0)) for w in given]
+        x = _cut(at, x, axis, cut)
+        widths[axis] = [w + c for w, c in zip(given, cut, strict=True)]
+    widths = {axis: pair for axis, pair in widths.items() if pair != [dim(0), dim(0)]}
+    at.program.require_sizes([w for pair in widths.values() for w in pair])
+    if not widths:
         at.set(node.outputs[0], x)
-        return
-    axes = list(range(len(x.shape))) if axes is None else [a % len(x.shape) for a in axes]
-    before = dict(zip(axes, pads[: len(axes)], strict=True))
-    after = dict(zip(axes, pads[len(axes) :], strict=True))
-    if min(pads) < 0:
-        raise at.refuse(node, "it cuts")
-    number = at.input(node, 2)
-    y = at.result(node.outputs[0], [n + (before.get(i, 0) + after.get(i, 0)) for i, n in enumerate(x.shape)], x.dtype)
+    elif mode == "constant":
+        _frame(at, node, x, widths)
+    else:
+        _repeat(at, node, x, widths, mode)
+
+
+def _cut(at: Lowering, x: Tensor, axis: int, cut: Sequence[Dim]) -> Tensor:
+    """Without so many elements at both ends of an axis."""
+    size = x.shape[axis] - cut[0] - cut[1]
+    at.program.require_sizes([size])
+    return x.view([*x.shape[:axis], size, *x.shape[axis + 1 :]], x.strides, x.strides[axis] * cut[0])
+
+
+def _wider(x: Tensor, widths: Mapping[int, Sequence[Dim]]) -> list[Dim]:
+    return [sum(widths.get(i, ()), n) for i, n in enumerate(x.shape)]
+
+
+def _frame(at: Lowering, node: ir.Node, x: Tensor, widths: Mapping[int, Sequence[Dim]]) -> None:
+    number, y = at.input(node, 2), at.result(node.outputs[0], _wider(x, widths), x.dtype)
     if number is None:
         fill(at, y, "0")
     else:
         loop(at, "{a}", [number], y)
-    start = dim(0)
-    for i, stride in enumerate(y.strides):
-        start = start + stride * before.get(i, 0)
+    start = sum((y.strides[axis] * front for axis, (front, _) in widths.items()), dim(0))
     copy(at, x, y.view(x.shape, y.strides, start))
+
+
+def _repeat(at: Lowering, node: ir.Node, x: Tensor, widths: Mapping[int, Sequence[Dim]], mode: str) -> None:
+    """One axis after the other: what is in front of it and behind is the ``edge``, a mirror image, or the other end."""
+    for axis, (front, behind) in widths.items():
+        n, step = x.shape[axis], x.strides[axis]
+        last = axis == list(widths)[-1]
+        shape = _wider(x, {axis: (front, behind)})
+        y = at.result(node.outputs[0], shape, x.dtype) if last else at.program.tensor(shape, x.dtype)
+        copy(at, x, y.view(x.shape, y.strides, y.strides[axis] * front))
+        sources, turned, most = {
+            "edge": ((dim(0), n - 1), 0, None),
+            "reflect": ((front, n - 2), -1, n - 1),
+            "wrap": ((n - front, dim(0)), 1, n),
+        }[mode]
+        for source, width, target in zip(sources, (front, behind), (dim(0), front + n), strict=True):
+            if width == dim(0):
+                continue
+            at.program.require_within(*((1, n) if most is None else (width, most)))
+            part = [*x.shape[:axis], width, *x.shape[axis + 1 :]]
+            strides = [*x.strides[:axis], step * turned, *x.strides[axis + 1 :]]
+            copy(at, x.view(part, strides, step * source), y.view(part, y.strides, y.strides[axis] * target))
+        x = y

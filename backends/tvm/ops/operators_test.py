@@ -83,6 +83,35 @@ CASES = {
             middle = Slice (x, two, minus1, first)  second = Slice (x, minus4, minus1, first, two) }""",
         [{"x": values(n, 3)} for n in (0, 1, 2, 3, 4, 7)],
     ),
+    "slices that go backwards": (
+        """f (float[n,3,k] x) => (float[n,3,k] all, float[a,2,k] some, float[n,c,k] none, float[n,3,b] last) {
+            axes = Constant <value = int64[2] {0, 1}> ()  back = Constant <value = int64[2] {-1, -1}> ()
+            far = Constant <value = int64[2] {-9223372036854775807, -9223372036854775807}> ()
+            all = Slice (x, back, far, axes, back)
+            from = Constant <value = int64[2] {3, 9}> ()  to = Constant <value = int64[2] {0, -4}> ()
+            two = Constant <value = int64[2] {-2, -2}> ()  some = Slice (x, from, to, axes, two)
+            one = Constant <value = int64[1] {1}> ()  minus = Constant <value = int64[1] {-1}> ()
+            none = Slice (x, one, minus, one, minus)
+            axis = Constant <value = int64[1] {2}> ()  third = Constant <value = int64[1] {-3}> ()
+            limit = Constant <value = int64[1] {-2147483648}> ()  last = Slice (x, third, limit, axis, minus) }""",
+        [{"x": values(n, 3, k)} for n, k in ((1, 2), (3, 5), (5, 3), (0, 4))],
+    ),
+    "frames of what is in them": (
+        """f (float[n,2,h,w] x, int64[n,k] i) => (float[n,2,a,b] edge, float[n,2,c,d] mirror, float[n,2,e,f] wrapped,
+                int64[n,l] all, float[n,2,g,m] cut, float[n,2,h,o] wider) {
+            pads = Constant <value = int64[8] {0, 0, 1, 3, 0, 0, 0, 2}> ()  edge = Pad <mode = "edge"> (x, pads)
+            axes = Constant <value = int64[2] {-1, 2}> ()  two = Constant <value = int64[4] {2, 1, 1, 0}> ()
+            mirror = Pad <mode = "reflect"> (x, two, , axes)
+            mixed = Constant <value = int64[4] {-1, 1, 1, -1}> ()  wrapped = Pad <mode = "wrap"> (x, mixed, , axes)
+            one = Constant <value = int64[1] {1}> ()  both = Constant <value = int64[2] {2, 1}> ()
+            all = Pad <mode = "reflect"> (i, both, , one)
+            less = Constant <value = int64[8] {0, 0, -1, 1, 0, 0, 2, -1}> ()  cut = Pad (x, less)
+            last = Constant <value = int64[1] {3}> ()  size = Shape <start = 3> (x)
+            eight = Constant <value = int64[1] {8}> ()  rest = Mod (size, eight)
+            zero = Constant <value = int64[1] {0}> ()  more = Concat <axis = 0> (zero, rest)
+            wider = Pad (x, more, , last) }""",
+        [{"x": values(n, 2, h, w), "i": np.arange(3 * n).reshape(n, 3)} for n, h, w in ((1, 2, 3), (2, 4, 9))],
+    ),
     "sizes that broadcast in a run only": (
         """f (float[n,3] a, float[m,3] b, float[n,k,2] p, float[m,2,k] q) => (float[w,3] y, float[w,k,k] z) {
             y = Add (a, b)  z = MatMul (p, q) }""",
@@ -326,6 +355,11 @@ UNFIT = {
     "an image smaller than a window": (
         "f (float[1,1,h,w] a) => (float[1,1,i,j] y) { y = MaxPool <kernel_shape = [5,5]> (a) }",
         {"a": values(1, 1, 2, 2)},
+    ),
+    "a mirror image and what it is of": (
+        """f (float[n] x) => (float[m] y) {
+            s = Constant <value = int64[2] {0, 3}> ()  y = Pad <mode = "reflect"> (x, s) }""",
+        {"x": values(3)},
     ),
     "a channel and its gain": (
         "f (float[1,n,4] x, float[m] s) => (float[1,n,4] y) { y = InstanceNormalization (x, s, s) }",

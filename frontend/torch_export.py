@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qc.frontend.cleanup import clean, compact_metadata
 from qc.frontend.sequences import unpack_sequences
+from qc.frontend.torch_recurrent import kept_layers, translations
 from qc.ir.errors import UnsupportedError
 from qc.ir.model import OPSET
 
@@ -49,10 +50,11 @@ def export_graph(
     import torch
 
     try:
-        with _quiet():
+        with _quiet(), kept_layers():
             exported = torch.onnx.export(
                 program, args, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
                 dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
+                custom_translation_table=translations(),
             )  # fmt: skip
     except Exception as error:
         raise UnsupportedError(

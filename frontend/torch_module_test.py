@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,37 @@ def network() -> Any:
 
 
 X = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
+
+
+class Layers(torch.nn.Module):
+    """Recurrent layers of each kind, in both layouts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = torch.nn.GRU(8, 6, bidirectional=True, batch_first=True)
+        self.lstm = torch.nn.LSTM(12, 5, num_layers=2)
+        self.rnn = torch.nn.RNN(5, 4, nonlinearity="relu", bias=False)
+
+    def forward(self, x: Any) -> tuple[Any, ...]:
+        y, (h, c) = self.lstm(self.gru(x)[0].transpose(0, 1))
+        return self.rnn(y)[0], h, c
+
+
+def test_recurrent_layers_stay_operators_on_sequences_of_any_length() -> None:
+    torch.manual_seed(0)
+    net, x = Layers(), torch.randn(2, 9, 8)
+    model = from_module(net, (torch.ones(3, 7, 8),), dynamic_shapes=({0: "batch", 1: "time"},))
+    counts = collections.Counter(node.op_type for node in model.graph)
+    assert (counts["GRU"], counts["LSTM"], counts["RNN"]) == (1, 2, 1)
+    with torch.no_grad():
+        wanted = [value.numpy() for value in net.eval()(x)]
+    for found, value in zip(Session(model).run({"x": x.numpy()}).values(), wanted, strict=True):
+        np.testing.assert_allclose(found, value, atol=1e-5)
+
+
+def test_projected_states_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="proj_size"):
+        from_module(torch.nn.LSTM(8, 6, proj_size=3), (torch.ones(3, 7, 8),))
 
 
 def expected(net: Any) -> np.ndarray:

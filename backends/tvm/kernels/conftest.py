@@ -94,5 +94,14 @@ def _run_emulated(directory: Path, isa: Isa, arrays: Sequence[np.ndarray], parts
 
 
 @pytest.fixture
+def tiles() -> int:
+    """What kernels of a level with tiles take, on a processor that has them and a system that lets this process."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if not _HOST.tiles or "amx_int8" not in flags or ctypes.CDLL(None).syscall(158, 0x1023, 18) != 0:
+        pytest.skip("needs a processor with AMX")
+    return 1
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

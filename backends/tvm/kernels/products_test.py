@@ -74,9 +74,23 @@ def test_an_integer_product_of_every_kind_of_format(call, rng, text):
     check_integer_product(best_for_host(), call, rng, text)
 
 
+@pytest.mark.parametrize("text", ["int4:g32:f16", "uint4:g128", "uint2:g16", "int8:g32"])
+def test_an_integer_product_in_tiles_has_the_same_bits(tiles, call, rng, text):
+    check_integer_product(best_for_host(), call, rng, text, rows=37, tiles=tiles)
+
+
 @pytest.mark.parametrize("text", ["mxfp4", "bitmod3:g32"])
 def test_an_integer_product_of_a_table_of_integers(isa, call, rng, text):
-    x = rng.standard_normal((5, 128)).astype(np.float32)
+    check_table_of_integers(isa, call, rng, text)
+
+
+@pytest.mark.parametrize("text", ["mxfp4", "bitmod3:g32"])
+def test_an_integer_product_of_a_table_in_tiles(tiles, call, rng, text):
+    check_table_of_integers(best_for_host(), call, rng, text, rows=21, tiles=tiles)
+
+
+def check_table_of_integers(isa, call, rng, text, rows=5, tiles=0):
+    x = rng.standard_normal((rows, 128)).astype(np.float32)
     w = assign(rng.standard_normal((37, 128)).astype(np.float32), Format.parse(text))
     codes = codes_of(w.format, 128, isa, exact=False)
     records = pack_records(w, codes, isa)
@@ -84,7 +98,7 @@ def test_an_integer_product_of_a_table_of_integers(isa, call, rng, text):
     integers = integers_of(w.format.values)
     scale = w.format.scale.decode(w.params) / np.float32(integers.multiple)
     same = QuantizedTensor(Format.parse("int8:g32"), integers.of(w), {"scale": scale})
-    check_bits(isa, product_of_rows(isa, call, x, codes, records, 37), reference(x, same, codes))
+    check_bits(isa, product_of_rows(isa, call, x, codes, records, 37, tiles), reference(x, same, codes))
 
 
 def test_an_integer_product_of_tables_of_floats(isa, call, rng):
@@ -122,27 +136,28 @@ def check_tables(isa, call, rng, text):
     check_bits(isa, product_of_rows(isa, call, x, codes, records, n), reference(x, same, codes))
 
 
-def product_of_rows(isa, call, x, codes, records, n):
+def product_of_rows(isa, call, x, codes, records, n, tiles=0):
     """Rows of x, quantized by the kernel that does it, times a weight."""
     (m, k), groups = x.shape, groups_of(codes, x.shape[1])
     padded = groups * codes.block * codes.blocks
     q, s = np.zeros((m, padded), np.int8), np.zeros((m, padded // codes.block), np.float32)
     z, y = np.zeros(s.shape, np.int32), np.full((m + 1, n), np.nan, np.float32)
-    call(isa, quantize_rows, (codes.block,), [x, q, s, z], (k, k, padded), m)
+    call(isa, quantize_rows, (codes.block,), [x, q, s, z], (m, k, k, padded), m)
     units = -(-n // isa.lanes)
-    call(isa, integer_product, (codes, False, False, "none"), [q, s, z, records, y], (m, n, groups, n, 0), units)
+    integers = (m, n, groups, n, 0, *([tiles] if isa.tiles else []))
+    call(isa, integer_product, (codes, False, False, "none"), [q, s, z, records, y], integers, units)
     assert np.isnan(y[m]).all(), "it wrote beyond its rows"
     return y[:m]
 
 
-def check_integer_product(isa, call, rng, text):
-    m, n, k = 7, 37, 150 if text == "int8" else 160
-    w, x = weight(text, n, k, rng), rng.standard_normal((m, k)).astype(np.float32)
+def check_integer_product(isa, call, rng, text, rows=7, tiles=0):
+    n, k = 37, 150 if text == "int8" else 160
+    w, x = weight(text, n, k, rng), rng.standard_normal((rows, k)).astype(np.float32)
     x[2] = 0
     codes = codes_of(w.format, k, isa, exact=False)
     records = pack_records(w, codes, isa)
     assert records.nbytes == record_bytes(codes, n, k, isa)
-    check_bits(isa, product_of_rows(isa, call, x, codes, records, n), reference(x, w, codes))
+    check_bits(isa, product_of_rows(isa, call, x, codes, records, n, tiles), reference(x, w, codes))
 
 
 def check_bits(isa, found, expected):

@@ -21,14 +21,15 @@ class TableProduct(Product):
         return min(rows * columns, 8), 1
 
     def _block(
-        self, starts: list[Any], tables: list[Any], at: Any, row: Any, rows: int, columns: int, zeros: list[Any]
-    ) -> dict[tuple[int, int], Any]:
+        self, block: int, starts: list[Any], tables: list[Any], at: Any, row: Any, rows: int, columns: int,
+        zeros: list[Any],
+    ) -> dict[tuple[int, int], Any]:  # fmt: skip
         v, T, c, b = self.v, self.v.T, self.codes, self.kernel.buffers
         tile = [(i, r) for i in range(rows) for r in range(columns)]
-        blocks = self.kernel.sizes["groups"] * c.blocks
+        place = T.bind(at * self.kernel.sizes["m"] + row)
         x = {}
         for i, part in itertools.product(range(rows), range(c.block // 8)):
-            eight = v.load(b["q"], ((row + i) * blocks + at) * c.block + 8 * part, 8)
+            eight = v.load(b["q"], (place + i) * c.block + 8 * part, 8)
             x[i, part] = v.keep(v.repeat(T.cast(eight, "int16x8"), 8), f"int16x{2 * v.L}")
         readers = [Slots(v, c, b["w"], start) for start in starts]
         turned = {place: self.kernel.registers(4 * v.L, "int32") for place in tile}
@@ -87,9 +88,8 @@ class ExactTableProduct(TableProduct):
                         v.store(sums, places[i, r], v.fma(x, found[r][k], v.load(sums, places[i, r])))
             for place in tile:
                 v.store(turned[place], turn * L, v.load(sums, places[place]))
-        scale_at = c.per_record * c.blocks * c.code_bytes(L) + within * c.scale_bytes(L)
         for i, r in tile:
-            to, scale = (i * columns + r) * L, self._scale(starts[r] + scale_at)
+            to, scale = (i * columns + r) * L, self._scale(starts[r], within)
             v.store(total, to, v.fma(v.add_turned(turned[i, r]), scale, v.load(total, to)))
 
     def _floats(self, table: Any, codes: Any, turn: Any) -> list[Any]:

@@ -1,7 +1,9 @@
-"""Tiles of AMX: registers of 16 rows of 64 bytes, and one instruction that multiplies two of them."""
+"""Tiles of AMX: registers of up to 16 rows of 64 bytes, and instructions that multiply two of them."""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Mapping
 from typing import Any
 
 from qc.backends.tvm.kernels.vectors import Vectors
@@ -9,23 +11,23 @@ from qc.backends.tvm.kernels.vectors import Vectors
 __all__ = ["SIDE", "Tiles"]
 
 SIDE = 16
-"""Rows of a tile."""
+"""Rows of a whole tile."""
 
-_SHAPES = (1, 0, 0, 0, *[0x00400040] * 4, 0, 0, 0, 0, 0x10101010, 0x10101010, 0, 0)
-"""The configuration, as words: palette 1, and eight tiles of 16 rows of 64 bytes."""
+_COUNT = 8
 
 
 class Tiles:
-    """The eight tiles of a thread, set up where a kernel begins if `allowed` is 1, not 0."""
+    """The tiles of a thread, set up where a kernel begins if `allowed` is 1, not 0: rows and their bytes, by number."""
 
-    def __init__(self, v: Vectors, allowed: Any) -> None:
+    def __init__(self, v: Vectors, allowed: Any, shapes: Mapping[int, tuple[int, int]] | None = None) -> None:
         self.v, self.allowed = v, allowed
         T = v.T
-        shapes = T.alloc_buffer((len(_SHAPES),), "int32", scope="global")
+        shapes = shapes or dict.fromkeys(range(_COUNT), (SIDE, 64))
+        words = T.alloc_buffer((16,), "int32", scope="global")
         with T.If(allowed == 1), T.Then():
-            for i, word in enumerate(_SHAPES):
-                T.buffer_store(shapes, T.int32(word), [i])
-            self._call("ldtilecfg", T.address_of(shapes[0]))
+            for i, word in enumerate(_configuration(shapes)):
+                T.buffer_store(words, T.int32(word), [i])
+            self._call("ldtilecfg", T.address_of(words[0]))
 
     def zero(self, tile: int) -> int:
         """Sets a tile to zeros and returns its number."""
@@ -33,7 +35,7 @@ class Tiles:
         return tile
 
     def load(self, tile: int, buffer: Any, start: Any, stride: Any) -> int:
-        """Loads 16 rows, `stride` bytes apart, and returns the number of the tile."""
+        """Loads its rows, `stride` bytes apart, and returns the number of the tile."""
         T = self.v.T
         self._call("tileloadd64", T.int8(tile), T.address_of(buffer[start]), T.cast(stride, "int64"))
         return tile
@@ -42,8 +44,12 @@ class Tiles:
         """``total[m, n] += sum a[m, 4 k + i] b[k, 4 n + i]``: signed bytes times unsigned ones."""
         self._call("tdpbsud", *map(self.v.T.int8, (total, a, b)))
 
+    def dot_signed(self, total: int, a: int, b: int) -> None:
+        """The same, with signed bytes on both sides."""
+        self._call("tdpbssd", *map(self.v.T.int8, (total, a, b)))
+
     def store(self, tile: int, buffer: Any, start: Any, stride: Any) -> None:
-        """Stores 16 rows, `stride` bytes apart."""
+        """Stores its rows, `stride` bytes apart."""
         T = self.v.T
         self._call("tilestored64", T.int8(tile), T.address_of(buffer[start]), T.cast(stride, "int64"))
 
@@ -56,3 +62,10 @@ class Tiles:
     def _call(self, name: str, *arguments: Any) -> None:
         T = self.v.T
         T.evaluate(T.call_llvm_intrin(T.llvm_lookup_intrinsic_id(f"llvm.x86.{name}"), *arguments, dtype="void"))
+
+
+def _configuration(shapes: Mapping[int, tuple[int, int]]) -> tuple[int, ...]:
+    """What ``ldtilecfg`` reads, as words: palette 1, the bytes of a row of each tile, and its rows."""
+    rows, widths = ([shapes.get(tile, (0, 0))[part] for tile in range(_COUNT)] for part in range(2))
+    content = struct.pack("<B15x8H16x8B8x", 1, *widths, *rows)
+    return struct.unpack("<16i", content)

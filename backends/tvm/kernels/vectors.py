@@ -46,7 +46,7 @@ _LOOK_UP = {
 _LINE, _PAGE = 64, 4096
 """Bytes of a cache line, and of a page."""
 
-_BYTES = {"float32": 4, "float16": 2, "uint16": 2, "uint8": 1}
+_BYTES = {"float32": 4, "int32": 4, "float16": 2, "uint16": 2, "uint8": 1}
 
 
 class Vectors:
@@ -425,6 +425,12 @@ class Kernel:
         if count * 4 < 1024:
             return v.T.alloc_buffer((count,), dtype, scope="global")
         return [v.T.alloc_buffer((v.L,), dtype, scope="global") for _ in range(count // v.L)]
+
+    def stack(self, count: int, dtype: str) -> Any:
+        """An array on the stack that stays there, of any size."""
+        T, size = self.v.T, _BYTES[dtype]
+        place = T.bind(T.tvm_stack_alloca("shape", count * size // 8))
+        return T.decl_buffer((count,), dtype, data=place, align=1)
 
     def function(self) -> Any:
         """The finished function."""

@@ -200,8 +200,14 @@ def _quantized(
         at.program.call(name, [x, packed, y, *extra], [m, n, groups, ldx, n, ldr], units, writes=[y], grain=grain)
         return
     q, s, z = _quantize(at, x, m, ldx, columns, padded, codes.block)
-    name = at.program.kernel("int", integer_product, *options, pointers=5 + len(extra), integers=5)
-    at.program.call(name, [q, s, z, packed, y, *extra], [m, n, groups, n, ldr], units, writes=[y], grain=grain)
+    integers = [m, n, groups, n, ldr, *_tiles(at)]
+    name = at.program.kernel("int", integer_product, *options, pointers=5 + len(extra), integers=len(integers))
+    at.program.call(name, [q, s, z, packed, y, *extra], integers, units, writes=[y], grain=grain)
+
+
+def _tiles(at: Lowering) -> list[Dim]:
+    """What kernels of a level with tiles take last."""
+    return [dim("q->model->tiles")] if at.isa.tiles else []
 
 
 def _bytes(at: Lowering, source: ir.Node, weight: Weight, bias: Tensor | None, tail: Tail, y: Tensor) -> None:
@@ -219,7 +225,7 @@ def _bytes(at: Lowering, source: ir.Node, weight: Weight, bias: Tensor | None, t
     options = (bool(zero), bias is not None, tail.residual is not None, tail.activation)
     pointers = [codes.q, codes.scale, codes.total, *zero, packed, y, *extra]
     n = y.shape[-1]
-    integers = [codes.rows, n, padded, n, ldr, *([dim("q->model->tiles")] if at.isa.tiles else [])]
+    integers = [codes.rows, n, padded, n, ldr, *_tiles(at)]
     name = at.program.kernel("bytes", byte_product, *options, pointers=len(pointers), integers=len(integers))
     at.program.call(name, pointers, integers, -(-rows // unit), writes=[y])
 
@@ -231,11 +237,11 @@ def _quantize(
     key = (x.buffer, x.offset, m, ldx, columns, padded, block)
     if key not in at.quantized:
         blocks = padded // block
-        q = at.program.tensor((m, padded), ir.DataType.INT8)
-        s = at.program.tensor((m, blocks))
-        z = at.program.tensor((m, blocks), ir.DataType.INT32)
-        name = at.program.kernel("quantize", quantize_rows, block, pointers=4, integers=3)
-        at.program.call(name, [x, q, s, z], [ldx, columns, padded], m, writes=[q, s, z])
+        q = at.program.tensor((blocks, m, block), ir.DataType.INT8)
+        s = at.program.tensor((blocks, m))
+        z = at.program.tensor((blocks, m), ir.DataType.INT32)
+        name = at.program.kernel("quantize", quantize_rows, block, pointers=4, integers=4)
+        at.program.call(name, [x, q, s, z], [m, ldx, columns, padded], m, writes=[q, s, z])
         at.quantized[key] = (q, s, z)
     return at.quantized[key]
 

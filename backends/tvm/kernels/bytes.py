@@ -198,6 +198,7 @@ class _ByteProduct:
         """Products of as many whole tiles of rows as there are, where a unit lies inside of y; returns their rows."""
         T, size, columns = self.v.T, self.kernel.sizes, self.columns * self.v.L
         inside = T.bind(T.if_then_else((unit + 1) * columns <= size["n"], tiles.allowed, 0))
+        self._integers = [self.kernel.stack(max(_AHEAD) * SIDE * self.v.L, "int32") for _ in range(self.columns)]
         done: Any = T.int32(0)
         for sides in _AHEAD:
             count = T.bind(inside * ((size["m"] - done) // (sides * SIDE)))
@@ -207,10 +208,7 @@ class _ByteProduct:
         return done
 
     def _block(self, unit: Any, tiles: Tiles, block: Any, row: Any, sides: int) -> None:
-        """Products of the rows of one or two tiles.
-
-        Sums are put into y as integers, and finished there while they are near.
-        """
+        """Products of the rows of one or two tiles, by way of integers on the stack: rows of y lie far apart."""
         v, T, L, columns, b, size = self.v, self.v.T, self.v.L, self.columns, self.kernel.buffers, self.kernel.sizes
         k, ldy, step = size["k"], size["ldy"], columns * 4 * L
         start = T.bind(unit * ((k + FACTS) * columns * L))
@@ -226,15 +224,14 @@ class _ByteProduct:
             for i in range(sides):
                 for r in range(columns):
                     tiles.dot(sums[i][r], x[i], w[r])
-        at = T.bind(row * ldy + unit * (columns * L))
         for i in range(sides):
             for r in range(columns):
-                tiles.store(sums[i][r], b["y"], at + i * SIDE * ldy + r * L, ldy * 4)
+                tiles.store(sums[i][r], self._integers[r], i * SIDE * L, 4 * L)
+        at = T.bind(row * ldy + unit * (columns * L))
         with T.serial(0, sides * SIDE) as i:
             for r in range(columns):
-                place = T.bind(at + i * ldy + r * L)
-                total = T.bind(T.reinterpret(v.i32(), v.load(b["y"], place)))
-                v.store(b["y"], place, self._finished(facts, row + i, r, total))
+                total = v.load(self._integers[r], i * L)
+                v.store(b["y"], T.bind(at + i * ldy + r * L), self._finished(facts, row + i, r, total))
 
     def _facts(self, start: Any) -> list[Any]:
         k, wide = self.kernel.sizes["k"], self.columns * self.v.L

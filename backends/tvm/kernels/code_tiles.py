@@ -20,8 +20,11 @@ __all__ = ["TiledProduct"]
 _COLUMNS = 64
 """Columns of a tile at most."""
 
-_SUMS, _X, _WEIGHTS = 2, (2, 3), (4, 5)
+_SUMS, _X, _WEIGHTS = 4, (4, 5), (6, 7)
 """How many tiles hold sums, of a block and `SIDE` rows each; and which the others are, that take turns."""
+
+_SIDES = 2
+"""Tiles of rows that are multiplied together, where a group is one block; fewer of several, which are more code."""
 
 
 class TiledProduct(Product):
@@ -30,7 +33,7 @@ class TiledProduct(Product):
     @staticmethod
     def takes(codes: Codes, isa: Isa) -> bool:
         """Whether a level has tiles, blocks of a group fit them, and codes less their zero points are signed bytes."""
-        if not isa.tiles or codes.entry > 1 or _SUMS % codes.blocks:
+        if not isa.tiles or codes.entry > 1 or codes.blocks > _SUMS:
             return False
         values = range(1 << codes.bits) if codes.table is None else codes.table
         zeros = (0, max(values)) if codes.zeros else (codes.zero, codes.zero)
@@ -38,7 +41,7 @@ class TiledProduct(Product):
 
     def _first_rows(self) -> Any:
         T, L, c, size = self.v.T, self.v.L, self.codes, self.kernel.sizes
-        self._step, self._sides = min(c.block, _COLUMNS), range(_SUMS // c.blocks)
+        self._step, self._sides = min(c.block, _COLUMNS), range(max(_SIDES // c.blocks, 1))
         self._height = SIDE * len(self._sides)
         blocks = range(c.blocks)
         self._weights = [

@@ -74,7 +74,7 @@ def test_an_integer_product_of_every_kind_of_format(call, rng, text):
     check_integer_product(best_for_host(), call, rng, text)
 
 
-@pytest.mark.parametrize("text", ["int4:g32:f16", "uint4:g128", "uint2:g16", "int8:g32"])
+@pytest.mark.parametrize("text", ["int4:g32:f16", "uint4:g128", "uint2:g16", "int8:g32", "int4"])
 def test_an_integer_product_in_tiles_has_the_same_bits(tiles, call, rng, text):
     check_integer_product(best_for_host(), call, rng, text, rows=37, tiles=tiles)
 
@@ -151,7 +151,7 @@ def product_of_rows(isa, call, x, codes, records, n, tiles=0):
 
 
 def check_integer_product(isa, call, rng, text, rows=7, tiles=0):
-    n, k = 37, 150 if text == "int8" else 160
+    n, k = 37, {"int8": 150, "int4": 250}.get(text, 160)
     w, x = weight(text, n, k, rng), rng.standard_normal((rows, k)).astype(np.float32)
     x[2] = 0
     codes = codes_of(w.format, k, isa, exact=False)

@@ -15,8 +15,8 @@ from qc.backends.tvm.gpu.weights import Words, why_decoded, words_of
 from qc.backends.tvm.kernels.caches import Cells
 from qc.backends.tvm.lower import Handler, Lowering, supported
 from qc.backends.tvm.ops.images import Convolution, as_image, transposed_window, window_of
-from qc.backends.tvm.ops.loops import broadcast, copy
-from qc.backends.tvm.ops.products import Tail, gather_values, last_rows, tail_of
+from qc.backends.tvm.ops.loops import copy
+from qc.backends.tvm.ops.products import Tail, gather_values, last_rows, matrices, tail_of
 from qc.backends.tvm.ops.rounding import round_in_float
 from qc.backends.tvm.program import Tensor
 from qc.backends.tvm.shapes import Dim, dim, product
@@ -175,13 +175,9 @@ def _gather(at: GpuLowering, node: ir.Node) -> None:
 
 def _matmul(at: GpuLowering, node: ir.Node) -> None:
     """A product of two computed values."""
-    a, b = (at.get(v) for v in node.inputs if v is not None)
-    if len(a.shape) < 2 or len(b.shape) < 2 or a.dtype != ir.DataType.FLOAT:
-        raise at.refuse(node, "one of its operands is a vector or not in float32")
-    lead = broadcast(at, [a.shape[:-2], b.shape[:-2]])
-    m, columns, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    batch = product(lead)
-    y = at.result(node.outputs[0], (*lead, m, n))
+    a, b, y = matrices(at, node)
+    *lead, m, n = y.shape
+    columns, batch = a.shape[-1], product(lead)
     operands = []
     for x, last in ((a, (m, columns)), (b, (columns, n))):
         whole = (*lead, *last)

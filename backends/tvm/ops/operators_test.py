@@ -83,6 +83,24 @@ CASES = {
             middle = Slice (x, two, minus1, first)  second = Slice (x, minus4, minus1, first, two) }""",
         [{"x": values(n, 3)} for n in (0, 1, 2, 3, 4, 7)],
     ),
+    "running sums from both ends, with and without an element": (
+        """f (float[n,3] x, int64[2,m] i) => (float[n,3] a, float[n,3] b, int64[2,m] c, float[n,3] d) {
+            zero = Constant <value = int64 {0}> ()  last = Constant <value = int64 {-1}> ()
+            a = CumSum <reverse = 1> (x, zero)  b = CumSum <exclusive = 1> (x, zero)
+            c = CumSum <exclusive = 1, reverse = 1> (i, last)  d = CumSum (x, last) }""",
+        [{"x": values(n, 3), "i": np.arange(2 * m).reshape(2, m)} for n, m in ((4, 5), (1, 1), (0, 0))],
+    ),
+    "the largest of any axis": (
+        """f (float[n,m,2] x, int64[4,n] i) => (float[a,m,2] y, int64[a,m,2] at, int64[3,n] low, int64[3,n] where) {
+            two = Constant <value = int64[1] {2}> ()  three = Constant <value = int64[1] {3}> ()
+            y, at = TopK <axis = 0> (x, two)  low, where = TopK <axis = -2, largest = 0> (i, three) }""",
+        [{"x": values(n, m, 2), "i": RNG.integers(0, 3, (4, n))} for n, m in ((3, 4), (2, 0))],
+    ),
+    "products with vectors": (
+        """f (float[k] v, float[n,k,3] b, float[n,m,k] a) => (float[n,3] y, float[n,m] z, float w) {
+            y = MatMul (v, b)  z = MatMul (a, v)  w = MatMul (v, v) }""",
+        [{"v": values(k), "b": values(n, k, 3), "a": values(n, 2, k)} for n, k in ((2, 5), (1, 1))],
+    ),
     "slices that go backwards": (
         """f (float[n,3,k] x) => (float[n,3,k] all, float[a,2,k] some, float[n,c,k] none, float[n,3,b] last) {
             axes = Constant <value = int64[2] {0, 1}> ()  back = Constant <value = int64[2] {-1, -1}> ()

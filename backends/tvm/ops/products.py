@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +27,7 @@ from qc.backends.tvm.pack import (
     record_bytes,
     why_decoded,
 )
-from qc.backends.tvm.program import Tensor
+from qc.backends.tvm.program import Tensor, dense
 from qc.backends.tvm.shapes import Dim, Size, dim, divide, product, stride_of
 from qc.ir import dialect
 from qc.ir.quant import Weight, read_weight
@@ -39,6 +40,7 @@ __all__ = [
     "last_rows",
     "linear",
     "matmul",
+    "matrices",
     "multiply",
     "product_of",
     "quantized_weight",
@@ -260,18 +262,9 @@ def quantized_weight(at: Lowering, weight: Weight, codes: Codes) -> Tensor:
 @operator("MatMul")
 def matmul(at: Lowering, node: ir.Node) -> None:
     """A product of two computed values: the second is packed, one matrix at a time, and multiplied as a weight is."""
-    a, b = at.input(node, 0), at.input(node, 1)
-    assert a is not None
-    assert b is not None
-    if len(a.shape) < 2 or len(b.shape) < 2:
-        raise at.refuse(node, "one of its operands is a vector")
-    if a.dtype != ir.DataType.FLOAT:
-        raise at.refuse(node, f"it multiplies {a.dtype.name}")
-    a, b = at.stored(a), at.stored(b)
-    lead = broadcast(at, [a.shape[:-2], b.shape[:-2]])
-    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    at.program.require_equal(k, b.shape[-2])
-    y = at.result(node.outputs[0], (*lead, m, n))
+    a, b, y = matrices(at, node)
+    *lead, m, n = y.shape
+    k = a.shape[-1]
     if a.strides[-1] != dim(1):
         a = at.contiguous(a)
     wide, unit = at.isa.tile[1], at.isa.tile[1] * at.isa.lanes
@@ -294,7 +287,23 @@ def matmul(at: Lowering, node: ir.Node) -> None:
     )
 
 
-def _batch_step(tensor: Tensor, lead: tuple[Dim, ...]) -> list[Dim]:
+def matrices(at: Lowering, node: ir.Node) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of a product and its result as matrices: a first vector is a row of one, a second a column."""
+    a, b = (at.stored(at.get(v)) for v in node.inputs if v is not None)
+    if a.dtype != ir.DataType.FLOAT:
+        raise at.refuse(node, f"it multiplies {a.dtype.name}")
+    row, column = len(a.shape) == 1, len(b.shape) == 1
+    a = a.view((1, *a.shape), (a.shape[0] * a.strides[0], *a.strides)) if row else a
+    b = b.view((*b.shape, 1), (*b.strides, 1)) if column else b
+    lead = broadcast(at, [a.shape[:-2], b.shape[:-2]])
+    at.program.require_equal(a.shape[-1], b.shape[-2])
+    m, n = a.shape[-2], b.shape[-1]
+    y = at.result(node.outputs[0], (*lead, *([] if row else [m]), *([] if column else [n])))
+    shape = (*lead, m, n)
+    return a, b, y.view(shape, dense(shape))
+
+
+def _batch_step(tensor: Tensor, lead: Sequence[Dim]) -> list[Dim]:
     """Strides of the leading axes of an operand, as many as the result has, 0 where it repeats."""
     missing = len(lead) - (len(tensor.shape) - 2)
     steps = [dim(0)] * missing

@@ -11,9 +11,9 @@ from qc.backends.tvm.c_loops import REDUCTIONS
 from qc.backends.tvm.kernels.rows import normalize, softmax
 from qc.backends.tvm.lower import Lowering, operator
 from qc.backends.tvm.ops.elementwise import per_channel
-from qc.backends.tvm.ops.loops import loop
+from qc.backends.tvm.ops.loops import copy, fill, loop
 from qc.backends.tvm.program import Tensor, dense
-from qc.backends.tvm.shapes import dim, product
+from qc.backends.tvm.shapes import dim, product, smallest
 
 __all__ = [
     "arg_max",
@@ -144,30 +144,60 @@ def arg_max(at: Lowering, node: ir.Node) -> None:
 
 @operator("CumSum")
 def cum_sum(at: Lowering, node: ir.Node) -> None:
-    """Running sums of an axis."""
+    """Running sums of an axis, from its first element or its last, with the element itself or without."""
     x, axis = at.input(node, 0), at.input(node, 1)
     assert x is not None
     number = axis.values[0].constant if axis is not None and axis.values is not None else None
-    if number is None or at.attribute(node, "exclusive", 0) or at.attribute(node, "reverse", 0):
-        raise at.refuse(node, "its axis is computed, or it is exclusive or reversed")
-    x = at.contiguous(x)
+    if number is None:
+        raise at.refuse(node, "its axis is computed")
     number %= len(x.shape)
-    y = at.result(node.outputs[0], x.shape, x.dtype)
+    back = bool(at.attribute(node, "reverse", 0))
+    x = at.contiguous(_reversed(at.stored(x), number) if back else x)
+    if at.attribute(node, "exclusive", 0):
+        x = _behind_zero(at, x, number)
+    y = at.program.tensor(x.shape, x.dtype) if back else at.result(node.outputs[0], x.shape, x.dtype)
     at.program.cum_sum(x, y, number)
+    if back:
+        copy(at, _reversed(y, number), at.result(node.outputs[0], x.shape, x.dtype))
+
+
+def _reversed(x: Tensor, axis: int) -> Tensor:
+    """An axis from its end, as a view."""
+    step = x.strides[axis]
+    strides = [*x.strides[:axis], step * -1, *x.strides[axis + 1 :]]
+    return x.view(x.shape, strides, step * (x.shape[axis] - 1))
+
+
+def _behind_zero(at: Lowering, x: Tensor, axis: int) -> Tensor:
+    """All elements of an axis but the last, behind a zero."""
+    first = smallest(x.shape[axis], 1)
+    part = [*x.shape[:axis], x.shape[axis] - first, *x.shape[axis + 1 :]]
+    y = at.program.tensor(x.shape, x.dtype)
+    fill(at, y, "0")
+    copy(at, x.view(part, x.strides), y.view(part, y.strides, y.strides[axis] * first))
+    return y
 
 
 @operator("TopK")
 def top_k(at: Lowering, node: ir.Node) -> None:
-    """The largest elements of the last axis, with their places."""
+    """The largest or smallest elements of an axis in order, with their places."""
     x, k = at.input(node, 0), at.input(node, 1)
     assert x is not None
     count = k.values[0] if k is not None and k.values is not None else None
-    axis = int(at.attribute(node, "axis", -1))  # type: ignore[call-overload]
-    if count is None or axis % len(x.shape) != len(x.shape) - 1 or x.dtype != ir.DataType.FLOAT:
-        raise at.refuse(node, "its count is computed, or it is not over the last axis of float32")
-    x = at.contiguous(x)
+    axis = int(at.attribute(node, "axis", -1)) % len(x.shape)  # type: ignore[call-overload]
+    if count is None:
+        raise at.refuse(node, "its count is computed")
+    x, last = at.stored(x), axis == len(x.shape) - 1
+    order = [*(i for i in range(len(x.shape)) if i != axis), axis]
+    x = at.contiguous(x.view([x.shape[i] for i in order], [x.strides[i] for i in order]))
     at.program.require_within(count, x.shape[-1])
     shape = (*x.shape[:-1], count)
-    y = at.result(node.outputs[0], shape)
-    places = at.result(node.outputs[1], shape, ir.DataType.INT64)
-    at.program.top_k(x, y, places, count, largest=bool(at.attribute(node, "largest", 1)))
+    found = [
+        at.result(value, shape, dtype) if last else at.program.tensor(shape, dtype)
+        for value, dtype in zip(node.outputs, (x.dtype, ir.DataType.INT64), strict=True)
+    ]
+    at.program.top_k(x, *found, count, largest=bool(at.attribute(node, "largest", 1)))
+    if not last:
+        back = [order.index(i) for i in range(len(order))]
+        for value, y in zip(node.outputs, found, strict=True):
+            at.set(value, y.view([y.shape[i] for i in back], [y.strides[i] for i in back]))

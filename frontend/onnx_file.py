@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 
 from qc.frontend.cleanup import clean, name_axes
 from qc.frontend.external import check_external
+from qc.frontend.layouts import put_time_first
 from qc.frontend.roles import assign_roles
 from qc.ir.errors import InputError, InternalError, UnsupportedError
 from qc.ir.model import IR_VERSION, OPSET, Model
@@ -48,6 +49,7 @@ def load_onnx(path: Path) -> Model:
     common.RemoveInitializersFromInputsPass()(model)
     model.ir_version = max(model.ir_version, IR_VERSION)
     name_axes(model.graph)
+    put_time_first(model)
     model = raise_opset(model)
     clean(model)
     infer_shapes(model)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from qc.frontend import load
 from qc.ir.errors import InputError
@@ -62,6 +63,26 @@ def test_old_softmax_keeps_its_flattening(tmp_path: Path) -> None:
     model = load(write(tmp_path / "m.onnx", nodes, opset=11))
     expected = np.exp(X) / np.exp(X).sum(1, keepdims=True)
     np.testing.assert_allclose(Session(model).run({"x": X})["y"][..., 0], expected, rtol=1e-5)
+
+
+def test_recurrent_layers_whose_batch_comes_first_are_turned(tmp_path: Path) -> None:
+    """ONNX Runtime has no kernel for them; the evaluator of ONNX has, of one direction."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]>
+        f (float[b,t,8] x, float[b,1,4] h, float[b,1,4] c) => (float[b,t,1,4] y, float[b,1,4] z) {
+            y, last, cell = LSTM <hidden_size = 4, layout = 1> (x, W, R, , , h, c)  z = Sub (last, cell) }"""
+    )
+    for name, shape in {"W": (1, 16, 8), "R": (1, 16, 4)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape, np.float32), name))
+    onnx.save(model, tmp_path / "model.onnx")
+    shapes = {"x": (3, 5, 8), "h": (3, 1, 4), "c": (3, 1, 4)}
+    feed = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    expected = ReferenceEvaluator(model).run(None, feed)
+    found = Session(load(tmp_path / "model.onnx")).run(feed)
+    assert list(found) == ["y", "z"]
+    for a, b in zip(found.values(), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_an_unconvertible_model_keeps_its_opset_and_says_why(tmp_path: Path) -> None:

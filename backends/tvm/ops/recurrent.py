@@ -30,8 +30,7 @@ class _Layer:
 
     Attributes:
         node: The layer.
-        x: Its input.
-        time: The axis of time of its input; the other is that of the batch.
+        x: Its input: time, batch, channels.
         hidden: Elements of a state.
         lengths: How many steps each row has, if they differ.
         outputs: Every state, the last one, and the last one of cells; those that are wanted.
@@ -39,7 +38,6 @@ class _Layer:
 
     node: ir.Node
     x: Tensor
-    time: int
     hidden: int
     lengths: Tensor | None
     outputs: Sequence[Tensor | None]
@@ -47,19 +45,14 @@ class _Layer:
     @property
     def batch(self) -> Dim:
         """Rows that each state has."""
-        return self.x.shape[1 - self.time]
-
-    def state(self, tensor: Tensor, direction: int) -> Tensor:
-        """The rows of a direction of a tensor of states: ``[directions, batch, hidden]``, or the batch first."""
-        of, rows = (tensor.strides[0], tensor.strides[1]) if self.time == 0 else (tensor.strides[1], tensor.strides[0])
-        return tensor.view((self.batch, self.hidden), (rows, tensor.strides[2]), of * direction)
+        return self.x.shape[1]
 
 
 @operator("LSTM", "GRU", "RNN")
 def recurrent(at: Lowering, node: ir.Node) -> None:
     """All directions, one after the other: they share nothing but the input.
 
-    The state lies in the output of last states, where that is wanted; ``layout`` is a matter of strides.
+    The state lies in the output of last states, where that is wanted.
     """
     inputs, states = (direction_weights(node.inputs[slot]) for slot in STACKS)
     x, lengths = at.input(node, 0), at.input(node, 4)
@@ -68,14 +61,14 @@ def recurrent(at: Lowering, node: ir.Node) -> None:
         raise at.refuse(node, "its weights are computed")
     if x.dtype != ir.DataType.FLOAT:
         raise at.refuse(node, f"it is computed in {x.dtype.name}")
+    if at.attribute(node, "layout", 0):
+        raise at.refuse(node, "its batch comes before its time")
     reversed_ = _REVERSED[str(at.attribute(node, "direction", "forward"))]
-    time, hidden, count = int(at.attribute(node, "layout", 0)), states[0].shape[1], len(reversed_)  # type: ignore[call-overload]
-    seq, batch, rows = x.shape[time], x.shape[1 - time], GATES[node.op_type] * hidden
-    one = (count, batch, hidden) if time == 0 else (batch, count, hidden)
-    every = (seq, count, batch, hidden) if time == 0 else (batch, seq, count, hidden)
+    hidden, count, (seq, batch, _) = states[0].shape[1], len(reversed_), x.shape
+    rows, one = GATES[node.op_type] * hidden, (count, batch, hidden)
     outputs = [
         at.result(value, shape) if value.uses() or value.is_graph_output() else None
-        for value, shape in zip(node.outputs, (every, one, one), strict=False)
+        for value, shape in zip(node.outputs, ((seq, *one), one, one), strict=False)
     ]
     for weights, columns in ((inputs, x.shape[-1]), (states, dim(hidden))):
         _require(
@@ -86,7 +79,7 @@ def recurrent(at: Lowering, node: ir.Node) -> None:
         if held is not None:
             _require(at, held.shape, shape)
     lengths = None if lengths is None else at.contiguous(lengths)
-    layer = _Layer(node, x, time, hidden, lengths, [*outputs, *[None] * (3 - len(outputs))])
+    layer = _Layer(node, x, hidden, lengths, [*outputs, *[None] * (3 - len(outputs))])
     functions = _activations(at, node, count)
     for direction, pair in enumerate(zip(inputs, states, strict=True)):
         _direction(at, layer, direction, reversed_[direction], pair, functions[direction])
@@ -122,10 +115,10 @@ def _direction(
         whole=every is not None,
     )
     product, now = at.program.tensor((layer.batch, rows)), dim(_TIME)
-    x = sums.view((layer.batch, rows), (sums.strides[1 - layer.time], 1), sums.strides[layer.time] * now)
+    x = sums.view((layer.batch, rows), (rows, 1), sums.strides[0] * now)
     held = {"x": x, "p": product, "h": h, "c": c, "peepholes": peepholes, "lengths": layer.lengths}
     if every is not None:
-        held["y"] = layer.state(_at_time(every, layer.time), direction)
+        held["y"] = _part_of(every.view(every.shape[1:], every.strides[1:], every.strides[0] * now), direction)
     with at.repeated(_loop(layer, backward)):
         _product(at, layer, h, r, bias, product)
         if node.op_type == "GRU" and not cell.resets:
@@ -136,16 +129,15 @@ def _direction(
 
 
 def _loop(layer: _Layer, backward: bool) -> str:
-    steps = layer.x.shape[layer.time].c
+    steps = layer.x.shape[0].c
     if backward:
         return f"for (int64_t {_TIME} = {steps} - 1; {_TIME} >= 0; {_TIME}--)"
     return f"for (int64_t {_TIME} = 0; {_TIME} < {steps}; {_TIME}++)"
 
 
-def _at_time(every: Tensor, time: int) -> Tensor:
-    """All states at the time of the loop."""
-    shape, strides = ([s for axis, s in enumerate(held) if axis != time] for held in (every.shape, every.strides))
-    return every.view(shape, strides, every.strides[time] * dim(_TIME))
+def _part_of(states: Tensor, direction: int) -> Tensor:
+    """The rows of a direction of a tensor ``[directions, batch, hidden]``."""
+    return states.view(states.shape[1:], states.strides[1:], states.strides[0] * direction)
 
 
 def _product(at: Lowering, layer: _Layer, x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
@@ -168,9 +160,9 @@ def _state(at: Lowering, layer: _Layer, slot: int, result: Tensor | None, direct
         zero = at.program.array(np.zeros(1, np.float32))
         initial = zero.view((layer.batch, layer.hidden), (0, 0))
     else:
-        initial = layer.state(at.stored(initial), direction)
+        initial = _part_of(at.stored(initial), direction)
     size = (layer.batch, layer.hidden)
-    return copy(at, initial, at.program.tensor(size) if result is None else layer.state(result, direction))
+    return copy(at, initial, at.program.tensor(size) if result is None else _part_of(result, direction))
 
 
 def _part(at: Lowering, node: ir.Node, slot: int, direction: int, part: slice) -> Tensor | None:

@@ -103,6 +103,19 @@ class Tensor:
             values=None,
         )
 
+    def along(self, axes: Sequence[int], offset: Size = 0) -> Tensor:
+        """A view of these axes, in this order, `offset` elements further."""
+        return self.view([self.shape[i] for i in axes], [self.strides[i] for i in axes], offset)
+
+    def with_last(self, axis: int) -> Tensor:
+        """A view in which an axis comes behind the others."""
+        return self.along([*(i for i in range(len(self.shape)) if i != axis), axis])
+
+    def with_last_at(self, axis: int) -> Tensor:
+        """A view in which the last axis comes in this place: the inverse of `with_last`."""
+        axes = list(range(len(self.shape) - 1))
+        return self.along([*axes[:axis], len(axes), *axes[axis:]])
+
 
 def dense(shape: Sequence[Dim]) -> tuple[Dim, ...]:
     """Strides of a tensor without gaps; those of axes of size 1 are what they would be otherwise."""

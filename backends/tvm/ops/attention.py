@@ -23,7 +23,7 @@ def split_heads(at: Lowering, x: Tensor, heads: int) -> Tensor:
         width = x.shape[-1].constant
         assert width is not None
         x = reshaped(at, x, (x.shape[0], x.shape[1], heads, width // heads))
-        x = x.view([x.shape[i] for i in (0, 2, 1, 3)], [x.strides[i] for i in (0, 2, 1, 3)])
+        x = x.along((0, 2, 1, 3))
     return x if x.strides[-1] == dim(1) else at.contiguous(x)
 
 
@@ -50,7 +50,7 @@ def group_query_attention(at: Lowering, node: ir.Node) -> None:
     interleaved = bool(at.attribute(node, "rotary_interleaved", 0))
     if rotary:
         turned = at.program.tensor((batch, s, heads, channels))
-        turned = turned.view([turned.shape[i] for i in (0, 2, 1, 3)], [turned.strides[i] for i in (0, 2, 1, 3)])
+        turned = turned.along((0, 2, 1, 3))
         at.program.rotate(q, turned, tables, positions, channels, rotated, interleaved, before=None)
         q = turned
     for x, cache, turns in ((k, caches[0], rotated), (v, caches[1], 0)):

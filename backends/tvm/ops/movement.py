@@ -206,7 +206,7 @@ def squeeze(at: Lowering, node: ir.Node) -> None:
         at.set(node.outputs[0], at.numbers(x.values, x.dtype, scalar=True) if gone else x)
         return
     keep = [i for i in range(len(x.shape)) if i not in gone]
-    at.set(node.outputs[0], x.view([x.shape[i] for i in keep], [x.strides[i] for i in keep]))
+    at.set(node.outputs[0], x.along(keep))
 
 
 @operator("Unsqueeze")
@@ -233,7 +233,7 @@ def transpose(at: Lowering, node: ir.Node) -> None:
     assert x is not None
     x = at.stored(x)
     order = [int(i) for i in at.attribute(node, "perm", range(len(x.shape))[::-1])]  # type: ignore[attr-defined]
-    at.set(node.outputs[0], x.view([x.shape[i] for i in order], [x.strides[i] for i in order]))
+    at.set(node.outputs[0], x.along(order))
 
 
 @operator("Expand")

@@ -348,7 +348,7 @@ def _select(at: Lowering, node: ir.Node, table: Tensor, axis: int, index: int) -
     """One index of an axis: a view."""
     start = table.strides[axis] * (index if index >= 0 else table.shape[axis] + index)
     keep = [i for i in range(len(table.shape)) if i != axis]
-    view = table.view([table.shape[i] for i in keep], [table.strides[i] for i in keep], start)
+    view = table.along(keep, start)
     at.set(node.outputs[0], view)
 
 

@@ -79,15 +79,13 @@ def softmax_(at: Lowering, node: ir.Node) -> None:
     x = at.input(node, 0)
     assert x is not None
     axis = int(at.attribute(node, "axis", -1)) % len(x.shape)  # type: ignore[call-overload]
-    order = [i for i in range(len(x.shape)) if i != axis] + [axis]
-    turned, m, n, ldx = at.rows(x.view([x.shape[i] for i in order], [x.strides[i] for i in order]))
+    turned, m, n, ldx = at.rows(x.with_last(axis))
     last = axis == len(x.shape) - 1
     y = at.result(node.outputs[0], x.shape) if last else at.program.tensor(turned.shape)
     name = at.program.kernel("softmax", softmax, pointers=2, integers=3)
     at.program.call(name, [turned, y], [n, ldx, n], m, writes=[y])
     if not last:
-        back = [order.index(i) for i in range(len(order))]
-        at.set(node.outputs[0], y.view([y.shape[i] for i in back], [y.strides[i] for i in back]))
+        at.set(node.outputs[0], y.with_last_at(axis))
 
 
 @operator(*REDUCTIONS)
@@ -109,7 +107,7 @@ def reduce(at: Lowering, node: ir.Node) -> None:
     shape = [dim(1) if i in gone else x.shape[i] for i in range(rank)] if with_ones else [x.shape[i] for i in keep]
     y = at.result(node.outputs[0], shape, x.dtype)
     order = keep + gone
-    turned = x.view([x.shape[i] for i in order], [x.strides[i] for i in order])
+    turned = x.along(order)
     at.program.reduce(node.op_type, turned, len(keep), y)
 
 
@@ -132,8 +130,7 @@ def arg_max(at: Lowering, node: ir.Node) -> None:
         raise at.refuse(node, "it takes the last of equals")
     x = at.stored(x)
     keep = [i for i in range(len(x.shape)) if i != axis]
-    order = [*keep, axis]
-    turned = at.contiguous(x.view([x.shape[i] for i in order], [x.strides[i] for i in order]))
+    turned = at.contiguous(x.with_last(axis))
     shape = list(x.shape)
     shape[axis] = dim(1)
     if not at.attribute(node, "keepdims", 1):
@@ -188,8 +185,7 @@ def top_k(at: Lowering, node: ir.Node) -> None:
     if count is None:
         raise at.refuse(node, "its count is computed")
     x, last = at.stored(x), axis == len(x.shape) - 1
-    order = [*(i for i in range(len(x.shape)) if i != axis), axis]
-    x = at.contiguous(x.view([x.shape[i] for i in order], [x.strides[i] for i in order]))
+    x = at.contiguous(x.with_last(axis))
     at.program.require_within(count, x.shape[-1])
     shape = (*x.shape[:-1], count)
     found = [
@@ -198,6 +194,5 @@ def top_k(at: Lowering, node: ir.Node) -> None:
     ]
     at.program.top_k(x, *found, count, largest=bool(at.attribute(node, "largest", 1)))
     if not last:
-        back = [order.index(i) for i in range(len(order))]
         for value, y in zip(node.outputs, found, strict=True):
-            at.set(value, y.view([y.shape[i] for i in back], [y.strides[i] for i in back]))
+            at.set(value, y.with_last_at(axis))

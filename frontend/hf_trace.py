@@ -218,7 +218,7 @@ def _add_image(trace: Trace, size: tuple[int, int], batch: str) -> None:
 def _example_past(model: transformers.PreTrainedModel) -> list[torch.Tensor]:
     # The shape of the cache is asked from the model, not from its configuration: every family names heads differently.
     cache = transformers.DynamicCache()
-    model(input_ids=torch.ones(_BATCH, _SEQ, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    _run(model, input_ids=torch.ones(_BATCH, _SEQ, dtype=torch.int64), past_key_values=cache, use_cache=True)
     if not all(getattr(layer, "keys", None) is not None for layer in cache.layers):
         raise UnsupportedError(
             f"{type(model).__name__} keeps a state other than keys and values, which is not imported yet. "
@@ -235,7 +235,7 @@ def _tensor_fields(trace: Trace) -> list[str]:
         kwargs["past_key_values"] = _cache(trace.past)
     if "use_cache" in takes:
         kwargs["use_cache"] = bool(trace.past)
-    out = trace.model(**kwargs, return_dict=True)
+    out = _run(trace.model, **kwargs, return_dict=True)
     # What an encoder-decoder reports of its encoder is an intermediate value of this graph, not a result.
     fields = [k for k, v in out.items() if isinstance(v, torch.Tensor) and not k.startswith("encoder_")]
     if trace.past and "logits" in fields:
@@ -243,6 +243,17 @@ def _tensor_fields(trace: Trace) -> list[str]:
     if not fields:
         raise InputError(f"{type(trace.model).__name__} returns no tensor. Give a model with an output.")
     return fields
+
+
+def _run(model: transformers.PreTrainedModel, **inputs: Any) -> Any:
+    try:
+        return model(**inputs)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UnsupportedError(
+            f"{type(model).__name__} does not run on the inputs that its signature asks for "
+            f"({type(error).__name__}: {reason}). Check its configuration, or export it to ONNX and give that file."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -56,6 +56,8 @@ def export(directory: Path, work: Path) -> None:
     """
     checkpoint = open_checkpoint(directory)
 
+    from torch._subclasses.fake_tensor import FakeTensor
+
     from qc.frontend import hf_checkpoint, hf_trace
     from qc.frontend.torch_export import exporter_versions
 
@@ -72,6 +74,11 @@ def export(directory: Path, work: Path) -> None:
     for name, value in graph.initializers.items():
         if name in stored or value.const_value is None:
             continue
+        if isinstance(value.const_value.raw, FakeTensor):
+            raise UnsupportedError(
+                f"{type(model).__name__} computes {name!r} of its weights when it first runs, and keeps it: the export "
+                "would miss its numbers. Export it to ONNX by other means and give that file."
+            )
         if value.const_value.nbytes > _INLINE:
             computed[name] = value.const_value.raw.contiguous()
         else:

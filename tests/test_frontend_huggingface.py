@@ -66,6 +66,17 @@ def test_rotary_frequencies_that_depend_on_the_length_of_the_text_are_imported(t
     assert_agrees(tmp_path / "hf", tmp_path)
 
 
+def test_a_model_that_does_not_run_on_what_its_signature_asks_for_is_unsupported(tmp_path: Path) -> None:
+    """Its layers want a cache of more than keys and values."""
+    config = transformers.Lfm2Config(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    write(tmp_path / "hf", "Lfm2ForCausalLM", config)
+    with pytest.raises(UnsupportedError, match=r"Lfm2ForCausalLM does not run on .* \(IndexError: list index"):
+        imported(tmp_path / "hf", tmp_path / "work")
+
+
 def test_a_checkpoint_of_a_larger_head_is_renamed_for_its_base(tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     config = transformers.BertConfig(

@@ -285,10 +285,11 @@ def test_a_cache_of_kernels_that_cannot_be_written_is_named(tmp_path: Path, monk
         toolchain.cache_directory()
 
 
-def test_a_token_outside_of_the_vocabulary_is_refused(emitted: dict[str, Path]) -> None:
+@pytest.mark.parametrize("token", [4096, -1])
+def test_a_token_outside_of_the_vocabulary_is_refused(emitted: dict[str, Path], token: int) -> None:
     runner = open_runner(emitted["tvm"], threads=1)
     with pytest.raises(InputError, match="outside of its table"):
-        list(runner.generate([4096], 1))
+        list(runner.generate([token], 1))
 
 
 @pytest.mark.parametrize("check", [["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []])

@@ -27,6 +27,7 @@ from qc.passes.canonicalize._heads import unrepeated
 
 __all__ = ["RecogniseAttention"]
 
+_LOW = -1e38  # takes any score in as lower numbers do; those next to the lowest are as -inf to some runtimes
 _BANNED = -1e4  # a score at most this stands for "masked": exp of the difference to any real score is zero
 
 
@@ -38,7 +39,8 @@ class RecogniseAttention(Pass):
       the shapes prove; the scale is a product of scalars on Q, K or the scores.
     * ``c tanh(scores / c)`` before the mask becomes ``softcap``.
     * An added mask stays as it is, several (a position bias and a mask) are summed; ``Where(allowed, scores, -large)``
-      becomes an added mask. A mask with one row for all queries is expanded, which runtimes ask for.
+      becomes an added mask, of a number that runtimes do not take for -inf: where every key is masked by a finite one,
+      all count alike. A mask with one row for all queries is expanded, which runtimes ask for.
     * A guard that turns NaN to 0 behind the softmax goes: the operator yields 0 where every key is masked by -inf.
     * Heads repeated by Unsqueeze, Expand, Reshape in front of Attention are not repeated: query head h reads key head
       ``h // (query heads / key heads)``, as the operator does.
@@ -288,7 +290,10 @@ def _added(mask: _Mask, q: ir.Value, extra: list[ir.Node], graph: ir.Graph) -> i
     if mask.banned is None:
         return mask.value
     zero = add_constant(graph, f"{mask.value.name}_zero", ir.tensor(np.zeros((), q.dtype.numpy())))
-    chosen = [mask.value, mask.banned, zero] if mask.inverted else [mask.value, zero, mask.banned]
+    banned, number = mask.banned, scalar(mask.banned)
+    if number is not None and -np.inf < number < _LOW:
+        banned = add_constant(graph, f"{mask.value.name}_low", ir.tensor(np.array(_LOW, q.dtype.numpy())))
+    chosen = [mask.value, banned, zero] if mask.inverted else [mask.value, zero, banned]
     extra.append(ir.node("Where", chosen))
     made = extra[-1].outputs[0]
     made.type, made.shape = q.type, mask.value.shape

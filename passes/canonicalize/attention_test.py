@@ -78,6 +78,17 @@ def test_selected_scores_become_an_added_mask(build, keeps, select):
     assert _ops(model) == ["Where", "Attention"]
 
 
+def test_a_query_whose_scores_are_all_replaced_by_the_lowest_number_sees_all_keys_alike(build, keeps):
+    """Padding that is masked as a query too, as in DeBERTa."""
+    least = "least = Constant <value = float {-3.4028234663852886e38}> () "
+    body = _SCORES + least + "z = Where (m, qk, least) " + _SUM
+    model = _build(build, body, _HEADER + ', bool["b",1,"s","t"] m')
+    allowed = _ALLOWED.copy()
+    allowed[0, 0, 2] = False
+    keeps(RecogniseAttention(), model, q=_Q, k=_K, v=_V, m=allowed)
+    assert _ops(model) == ["Where", "Attention"]
+
+
 def test_mask_of_keys_only_is_expanded_to_the_queries(build, keeps):
     model = _build(build, _SCORES + "z = Add (qk, m) " + _SUM, _HEADER + ', float["b",1,1,"t"] m')
     keeps(RecogniseAttention(), model, q=_Q, k=_K, v=_V, m=_BIAS[:, :, :1])

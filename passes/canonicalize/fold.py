@@ -37,8 +37,8 @@ class FoldConstants(Pass):
     ``Constant`` nodes hold become initializers. What goes:
 
     * ``f(constants)`` of small results, shapes included where they are known;
-    * ``Cast`` to the same type, ``Expand`` and ``Reshape`` to the same shape, ``Slice`` of everything, ``Transpose`` in
-      order or of its inverse, ``Concat`` of one, ``x * 1``, ``x / 1``, ``x + 0``, ``x - 0``,
+    * ``Cast`` to the same type, ``Expand``, ``Reshape`` and ``Resize`` to the same shape, ``Slice`` of everything,
+      ``Transpose`` in order or of its inverse, ``Concat`` of one, ``x * 1``, ``x / 1``, ``x + 0``, ``x - 0``,
       ``x and true``.
 
     Types and shapes are inferred first where some are missing, because the later recognisers read them.
@@ -159,6 +159,13 @@ def _unchanged_shape(node: ir.Node) -> ir.Value | None:
     return node.inputs[0] if _same_shape(node.inputs[0], node.outputs[0]) else None
 
 
+def _resize(node: ir.Node) -> ir.Value | None:
+    """To the sizes that it has; a scale near 1, or a part that is enlarged, may yield as many elements and others."""
+    cropped = attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    sized = len(node.inputs) > 3 and node.inputs[3] is not None and not cropped
+    return _unchanged_shape(node) if sized else None
+
+
 def _slice(node: ir.Node) -> ir.Value | None:
     starts, ends = integers(node.inputs[1]), integers(node.inputs[2])
     steps = integers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else [1]
@@ -208,6 +215,7 @@ _NO_OPS = {
     "Cast": _cast,
     "Expand": _unchanged_shape,
     "Reshape": _unchanged_shape,
+    "Resize": _resize,
     "Slice": _slice,
     "Transpose": _transpose,
     "Concat": _concat,

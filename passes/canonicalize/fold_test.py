@@ -66,6 +66,20 @@ def test_no_ops_disappear_and_the_output_keeps_its_name(build, keeps):
     assert model.graph.outputs[0].name == "y"
 
 
+def test_a_resize_to_the_sizes_that_an_image_has_disappears(build, keeps):
+    """As of position embeddings, at the size that they were made for; not one that enlarges a part."""
+    crop = 'coordinate_transformation_mode = "tf_crop_and_resize"'
+    model = build(
+        "g (float[1,2,3,4] x) => (float[1,2,3,4] y, float[1,2,3,4] z) "
+        "{ n = Constant <value = int64[4] {1, 2, 3, 4}> () "
+        "part = Constant <value = float[8] {0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.5}> () "
+        'same = Resize <mode = "cubic"> (x, , , n) y = Relu (same) '
+        f'cut = Resize <mode = "linear", {crop}> (x, part, , n) z = Relu (cut) }}'
+    )
+    keeps(FoldConstants(), model, x=_X.reshape(1, 2, 3, 4))
+    assert _ops(model) == ["Relu", "Resize", "Relu"]
+
+
 def test_a_neutral_constant_that_raises_the_rank_stays(build, keeps):
     text = "g (float[4] x, float[1,1] one) => (float y) { r = Relu (x) y = Mul (r, one) }"
     model = build(text, one=np.ones((1, 1), np.float32))

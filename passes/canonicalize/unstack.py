@@ -17,7 +17,6 @@ from qc.passes.canonicalize._graph import (
     lazily,
     made_by,
     main_nodes,
-    replace,
     stored,
 )
 
@@ -27,6 +26,9 @@ __all__ = ["UnstackWeights"]
 @dataclasses.dataclass(frozen=True)
 class UnstackWeights(Pass):
     """Rewrites ``Gather(stack[E, N, K], e)`` on the first axis, with a constant scalar ``e``, to a weight ``[N, K]``.
+
+    So does it each part of ``Split(stack)`` on the first axis, where nothing else reads the stack: weights of queries,
+    keys and values that lie in one, and their biases.
 
     Where a ``Cast`` decodes the stack, each slice gets its own. Every reader of a stack must be such a slice, or it
     stays: it would be stored twice. Nothing is read or copied: a slice is read from the stack each time it is used.
@@ -50,6 +52,10 @@ class UnstackWeights(Pass):
                 continue
             _cut(node, stack, slices)
             sites.append(Site(site_name(node), Outcome.CHANGED))
+        for node in main_nodes(model, "Split"):
+            if _splits_alone(node):
+                _part(node)
+                sites.append(Site(site_name(node), Outcome.CHANGED))
         result = Result.of(model, sites)
         if result.modified:
             drop_unused(model)
@@ -58,10 +64,29 @@ class UnstackWeights(Pass):
 
 def _stack(node: ir.Node) -> ir.Value | None:
     """The stored stack of matrices that the node looks up, itself or decoded; None if it looks up anything else."""
-    cast = made_by(node.inputs[0], "Cast")
-    value = cast.inputs[0] if cast is not None else node.inputs[0]
+    value = _source(node)
     tensor = stored(value)
     return value if tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) == 3 else None
+
+
+def _source(node: ir.Node) -> ir.Value | None:
+    """What a node reads, or what that is decoded from."""
+    cast = made_by(node.inputs[0], "Cast")
+    return cast.inputs[0] if cast is not None else node.inputs[0]
+
+
+def _splits_alone(node: ir.Node) -> bool:
+    """Whether a node splits a stored weight along its first axis, into parts of known sizes, and alone reads it."""
+    stack = _source(node)
+    tensor = stored(stack)
+    return (
+        stack is not None
+        and tensor is not None
+        and tensor.dtype.is_floating_point()
+        and int(attribute(node, "axis", 0)) == 0
+        and all(len(v.uses()) == 1 and not v.is_graph_output() for v in {stack, node.inputs[0]} if v is not None)
+        and all(v.shape is not None and isinstance(v.shape[0], int) and not v.is_graph_output() for v in node.outputs)
+    )
 
 
 def _obstacle(node: ir.Node) -> str:
@@ -75,7 +100,7 @@ def _obstacle(node: ir.Node) -> str:
 
 
 def _cut(node: ir.Node, stack: ir.Value, slices: dict[tuple[ir.Value, int], ir.Value]) -> None:
-    tensor, out, cast = stored(stack), node.outputs[0], made_by(node.inputs[0], "Cast")
+    tensor = stored(stack)
     count, *shape = tensor.shape.numpy()
     chosen = integers(node.inputs[1])[0] % count
 
@@ -84,9 +109,31 @@ def _cut(node: ir.Node, stack: ir.Value, slices: dict[tuple[ir.Value, int], ir.V
 
     if (stack, chosen) not in slices:
         slices[stack, chosen] = add_constant(node.graph, f"{stack.name}.{chosen}", lazily(tensor, read, shape))
-    weight = slices[stack, chosen]
-    if cast is not None:
-        replace(out, [ir.node("Cast", [weight], {"to": int(attribute(cast, "to"))})], like=node)
-        return
-    out.replace_all_uses_with(weight)
+    _put(node, node.outputs[0], slices[stack, chosen])
     node.graph.remove(node, safe=True)
+
+
+def _part(node: ir.Node) -> None:
+    stack, start = _source(node), 0
+    tensor = stored(stack)
+    for number, out in enumerate(node.outputs):
+        end = start + out.shape[0]
+
+        def read(array: np.ndarray, start: int = start, end: int = end) -> np.ndarray:
+            return array[start:end]
+
+        shape = (end - start, *tensor.shape.numpy()[1:])
+        _put(node, out, add_constant(node.graph, f"{stack.name}.{number}", lazily(tensor, read, shape)))
+        start = end
+    node.graph.remove(node, safe=True)
+
+
+def _put(node: ir.Node, out: ir.Value, weight: ir.Value) -> None:
+    """Puts a weight in the place of an output of a node that read it from a stack, perhaps decoded."""
+    cast = made_by(node.inputs[0], "Cast")
+    if cast is not None:
+        decoded = ir.node("Cast", [weight], {"to": int(attribute(cast, "to"))})
+        decoded.outputs[0].type, decoded.outputs[0].shape = out.type, weight.shape
+        node.graph.insert_before(node, decoded)
+        weight = decoded.outputs[0]
+    out.replace_all_uses_with(weight)

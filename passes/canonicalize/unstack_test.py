@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from qc.ir.simplify import drop_identities, infer_shapes
 from qc.passes.canonicalize.linear import RecogniseLinear
 from qc.passes.canonicalize.unstack import UnstackWeights
 
@@ -63,3 +65,36 @@ def test_one_slice_read_twice_is_stored_once(build, keeps) -> None:
     )
     keeps(UnstackWeights(), model, x=np.ones((3, 4), np.float32))
     assert set(model.graph.initializers) == {"w.0"}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_parts_of_a_split_become_weights(build, keeps, half) -> None:
+    """Those of queries and of keys and values, which torch keeps in one."""
+    w, b = np.arange(24, dtype=np.float32).reshape(6, 4), np.arange(6, dtype=np.float32)
+    model = build(
+        "g (float[5,4] x, float[6,4] w, float[6] b) => (float[5,2] y, float[5,4] z)"
+        "{ n = Constant <value = int64[2] {2, 4}> ()"
+        + ("d = Cast <to = 1> (w) " if half else "d = Identity (w) ")
+        + "q, k = Split <axis=0> (d, n) qb, kb = Split <axis=0> (b, n) u = Transpose <perm=[1,0]> (q)"
+        " v = Transpose <perm=[1,0]> (k) s = MatMul (x, u) t = MatMul (x, v) y = Add (s, qb) z = Add (t, kb) }",
+        w=w.astype(np.float16) if half else w,
+        b=b,
+    )
+    infer_shapes(model)
+    drop_identities(model)
+    keeps(UnstackWeights(), model, x=np.ones((5, 4), np.float32))
+    keeps(RecogniseLinear(), model, x=np.ones((5, 4), np.float32))
+    assert set(model.graph.initializers) >= {"w.0", "w.1"}
+    assert not {"w", "b"} & set(model.graph.initializers)
+    assert [n.op_type for n in model.graph if n.op_type in ("Split", "Linear")] == ["Linear", "Linear"]
+
+
+def test_a_split_of_a_stack_that_something_else_reads_stays(build) -> None:
+    model = build(
+        "g (float[6,4] x, float[6,4] w) => (float[2,4] y, float[4,4] z, float[6,4] t)"
+        "{ n = Constant <value = int64[2] {2, 4}> () q, k = Split <axis=0> (w, n)"
+        " y = Neg (q) z = Neg (k) t = Add (x, w) }",
+        w=np.ones((6, 4), np.float32),
+    )
+    infer_shapes(model)
+    assert not UnstackWeights()(model).modified

@@ -5,6 +5,8 @@ int qc_feed(qc_instance *q, const int64_t *tokens, int64_t count) {
   int64_t dims[QC_DIMENSIONS + 1];
   if (q == NULL || tokens == NULL || count < 1) return QC_E_ARGUMENT;
   if (count > q->room - q->past) return QC_E_LIMIT;
+  for (int64_t i = 0; i < count; i++)
+    if (tokens[i] < 0) return QC_E_INDEX; /* a table of any model is read from its end then */
   const int64_t before = q->past;
   while (count > 0) {
     const int64_t part = qc_min(count, most_at_once(q));

@@ -34,8 +34,8 @@ class RecogniseRecurrent(Pass):
     ``W [D, N, K]`` becomes ``Concat(Unsqueeze(W_0), Unsqueeze(W_1))`` of matrices ``[N, K]``, and so does R; biases and
     peepholes become one constant each. Exporters put them together by ``Slice``, ``Concat``, ``Unsqueeze``, ... from
     parameters, whose order of gates is another; what they do is done each time a matrix is read, and nothing is copied.
-    A matrix has the name of the parameter that it is made of, if it is one. Exact up to the order of summation: ONNX
-    Runtime multiplies by other kernels what it does not know beforehand.
+    A matrix has the name of the parameter that it is made of, if it is one. Exact up to the order of
+    summation in the runtime's kernels.
 
     Left alone: layers with a weight that is computed in another way, and weights in canonical form.
     """

@@ -24,6 +24,7 @@ from qc.backends.tvm.windows import Numbers, Window
 from qc.ir import dialect
 from qc.ir.model import Model
 from qc.ir.quant import Weight, read_weight
+from qc.ir.recurrent import GATES
 
 __all__ = ["GpuLowering", "lower_for_gpu"]
 
@@ -194,7 +195,12 @@ def _dequantize(at: GpuLowering, node: ir.Node) -> None:
     round_in_float(at, node, rounded_source(node.outputs[0]))
 
 
+def _recurrent(at: GpuLowering, node: ir.Node) -> None:
+    raise at.refuse(node, "a table of launches has no loop over time")
+
+
 _HANDLERS = {
+    **{("", op): _recurrent for op in GATES},
     ("", "Conv"): _convolution,
     ("", "ConvTranspose"): _transposed_convolution,
     ("", "DequantizeLinear"): _dequantize,

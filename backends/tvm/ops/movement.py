@@ -97,7 +97,7 @@ def constant_of_shape(at: Lowering, node: ir.Node) -> None:
     dtype = held.as_tensor().dtype if held is not None else ir.DataType.FLOAT
     assert sizes is not None
     y = at.result(node.outputs[0], sizes, dtype)
-    fill(at, y, str(float(number)) if dtype == ir.DataType.FLOAT else str(int(number)))
+    copy(at, at.program.array(np.asarray(number), dtype), y)
 
 
 @operator("Reshape")

@@ -57,6 +57,12 @@ CASES = {
             part = Slice (x, from, to, zero)  half = Elu (part)  y = Softsign (half) }""",
         [{"x": values(9), "less": values(0)}, {"x": values(9), "less": values(7)}],
     ),
+    "a mask that is filled with infinity": (
+        """f (float[n,3] x) => (float[n,3] y, bool[n,3] z) {
+            s = Shape (x)  m = ConstantOfShape <value = float[1] {-inf}> (s)  y = Add (x, m)
+            z = ConstantOfShape <value = bool[1] {1}> (s) }""",
+        [{"x": values(4, 3)}],
+    ),
     "extremes of nothing": (
         """f (float[n,3] x) => (float[3] high, float[3] low) {
             first = Constant <value = int64[1] {0}> ()

@@ -162,7 +162,7 @@ class _Tables:
         if any(len(t) != self._rows for t in tables):
             raise Decline("cos and sin have more than one entry per position")
         top = self._rows - 1
-        for sample in ([[0]], [[top]], [[3 % self._rows, 0, top, 1, 1]], [[1, 2], [0, top]]):
+        for sample in ([[0]], [[min(1, top)]], [[top]], [[3 % self._rows, 0, top, 1, 1]], [[1, 2], [0, top]]):
             array = np.array(sample)
             if len(array) > 1 and len(positions.shape) < 2:
                 continue

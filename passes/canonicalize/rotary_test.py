@@ -165,9 +165,18 @@ _BY_LENGTH = _TABLES.replace("Mul (f, w)", "Mul (fl, w)").replace(
 )
 
 
+_BY_LARGEST = _BY_LENGTH.replace(
+    "sh = Shape <start = 1, end = 2> (p) l = Cast <to = 1> (sh) fl = Mul (f, l)",
+    "pf = Cast <to = 1> (p) far = ReduceMax <keepdims = 0> (pf) four = Constant <value = float {4.0}> () "
+    "long = Greater (far, four) "
+    "more = Add (f, f) fl = Where (long, more, f)",
+)
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
+        (_BY_LARGEST, "cos and sin depend on more than each position (a scaling by length, for example)"),
         (_BY_LENGTH, "cos and sin depend on more than each position (a scaling by length, for example)"),
         (
             _TABLES.replace("Concat <axis = -1> (a, a)", "Concat <axis = -1> (a, a7)").replace(

@@ -358,7 +358,8 @@ class Writer:
         extra = []
         if re.search(r"\bqc_room\b", body) or re.search(r"\bqc_batch\b", body):
             extra.append("  const int64_t qc_room = q->room, qc_batch = q->batch;\n  (void)qc_room; (void)qc_batch;")
-        arrays, unused = "".join(self.arrays.values()), " ".join(f"(void){n};" for n in ("q", *self.arrays, "qc_skip"))
+        arrays = "".join(self.arrays.values())
+        unused = " ".join(f"(void){n};" for n in ("q", *self.arrays, "qc_skip", "launch"))
         return (
             f"static int run(qc_instance *q, const int64_t *dims, {arrays}int64_t qc_skip) {{\n{self._locals(body)}\n"
             + "\n".join(extra)

@@ -158,14 +158,16 @@ class Lowering:
                 if name is not None and str(name) not in self.program.dims:
                     self.program.dims[str(name)] = c_name(str(name), self.program.dims.values())
         for number, value in enumerate(self.model.graph.inputs):
-            if value.shape is None or value.dtype not in C_TYPES:
+            unread = not value.uses() and value not in self._outputs
+            if value.shape is None or (value.dtype not in C_TYPES and not unread):
                 kind = "an unknown shape" if value.shape is None else value.dtype.name
                 raise UnsupportedError(
                     f"Expected inputs of {', '.join(t.name for t in C_TYPES)} and known rank, found {kind} at "
                     f"{value.name!r}. Compile for ort-cpu, or export the model with such inputs."
                 )
             shape = tuple(self.dimension(d, value) for d in value.shape)
-            buffer = Buffer("input", number, product(shape) * self.program.bytes_of(value.dtype))
+            size = dim(0) if unread else product(shape) * self.program.bytes_of(value.dtype)
+            buffer = Buffer("input", number, size)
             self._tensors[value] = Tensor(buffer, value.dtype, shape, dense(shape))
 
     def dimension(self, axis: int | ir.SymbolicDim, value: ir.Value) -> Dim:

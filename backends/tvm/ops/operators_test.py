@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -446,3 +447,15 @@ def test_integers_are_divided_by_zero_without_harm(tmp_path: Path) -> None:
     a, b = np.array([7, -7, 7, np.iinfo(np.int64).min]), np.array([2, 2, 0, -1])
     found = library(model, tmp_path).run({"a": a, "b": b})["y"]
     assert found[:2].tolist() == [3, -3]
+
+
+def test_an_input_that_nothing_reads_may_have_any_type(tmp_path: Path) -> None:
+    model = parse("f (string[n,k] s, float[n] x, double[k] d) => (float[n] y) { y = Relu (x) }")
+    batch = {"s": np.array([["a"], ["b"]], object), "x": np.array([-1, 2], np.float32), "d": np.ones(1)}
+    assert library(model, tmp_path).run(batch)["y"].tolist() == [0, 2]
+
+
+def test_a_library_without_kernels_compiles_without_warnings(tmp_path: Path) -> None:
+    TvmCpu().emit(parse("f (float[n] x) => (float[n] y) { y = Identity (x) }"), tmp_path)
+    command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-c", "model.c", "-o", "model.o"]
+    subprocess.run(command, cwd=tmp_path, check=True)

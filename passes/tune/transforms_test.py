@@ -159,7 +159,7 @@ def test_a_weight_starts_where_it_was_and_is_trained_as_it_is_exported(spelling:
         np.testing.assert_array_equal(exported.params[name], array)
     moved(factors)
     np.testing.assert_allclose(learned().detach().numpy(), learned.export().decode(), rtol=1e-5, atol=1e-6)
-    folded = scaled[up].folded(torch.from_numpy(weight)).numpy()
+    folded = scaled[up].folded(torch.from_numpy(np.array(weight))).numpy()
     again = assign(folded, Format.parse(spelling))
     errors = [np.square(t.decode() - folded).mean() for t in (learned.export(), again)]
     assert errors[0] < 1.5 * errors[1], "its ranges fit the numbers that they are for"

@@ -17,14 +17,18 @@ _COUNT = 8
 
 
 class Tiles:
-    """The tiles of a thread, set up where a kernel begins if `allowed` is 1, not 0: rows and their bytes, by number."""
+    """The tiles of a thread, set up where a kernel begins if `allowed` is 1, not 0: rows and their bytes, by number.
+
+    What they were before they are again where it ends: others (llama.cpp) set theirs up once, and rely on it.
+    """
 
     def __init__(self, v: Vectors, allowed: Any, shapes: Mapping[int, tuple[int, int]] | None = None) -> None:
         self.v, self.allowed = v, allowed
         T = v.T
         shapes = shapes or dict.fromkeys(range(_COUNT), (SIDE, 64))
-        words = T.alloc_buffer((16,), "int32", scope="global")
+        words, self._before = (T.alloc_buffer((16,), "int32", scope="global") for _ in range(2))
         with T.If(allowed == 1), T.Then():
+            self._call("sttilecfg", T.address_of(self._before[0]))
             for i, word in enumerate(_configuration(shapes)):
                 T.buffer_store(words, T.int32(word), [i])
             self._call("ldtilecfg", T.address_of(words[0]))
@@ -54,10 +58,10 @@ class Tiles:
         self._call("tilestored64", T.int8(tile), T.address_of(buffer[start]), T.cast(stride, "int64"))
 
     def release(self) -> None:
-        """Gives the tiles back: a thread that holds them is slow to switch."""
+        """Gives the tiles back: a thread that holds some is slow to switch."""
         T = self.v.T
         with T.If(self.allowed == 1), T.Then():
-            self._call("tilerelease")
+            self._call("ldtilecfg", T.address_of(self._before[0]))
 
     def _call(self, name: str, *arguments: Any) -> None:
         T = self.v.T

@@ -10,11 +10,11 @@ static void depthwise(const float *x, const float *weight, const float *bias, fl
       for (int64_t j = 0; j < m[2]; j++) y[j] = bias == NULL ? 0.0f : bias[o % (groups * each)];
       for (int64_t k = r.low; k < r.high; k++)
         for (int64_t l = s.low; l < s.high; l++) {
-          const int64_t row = (start_of(i / m[1], w) + k * w[6]) * n[1] + start_of(i % m[1], w + 1) + l * w[7];
+          const float *from = image + row_of(i, k, l, n, m, w) * n[2];
           for (int64_t e = 0; e < w[2]; e++) {
             const int64_t first = e * w[8] - w[11];
             const reach t = reach_of(first, stride, m[2], n[2]);
-            const float *from = image + row * n[2], v = kernel[(k * w[1] + l) * w[2] + e];
+            const float v = kernel[(k * w[1] + l) * w[2] + e];
             if (stride == 1)
               for (int64_t j = t.low; j < t.high; j++) y[j] += from[first + j] * v;
             else

@@ -8,11 +8,10 @@ static void pool(int kind, const float *x, float *y, int64_t planes, const int64
       for (int64_t j = 0; j < m[2]; j++) y[j] = kind == 1 ? -INFINITY : 0.0f;
       for (int64_t k = r.low; k < r.high; k++)
         for (int64_t l = s.low; l < s.high; l++) {
-          const int64_t row = (start_of(i / m[1], w) + k * w[6]) * n[1] + start_of(i % m[1], w + 1) + l * w[7];
+          const float *from = x + row_of(i, k, l, n, m, w) * n[2];
           for (int64_t e = 0; e < w[2]; e++) {
             const int64_t first = e * w[8] - w[11];
             const reach t = reach_of(first, stride, m[2], n[2]);
-            const float *from = x + row * n[2];
             for (int64_t j = t.low; j < t.high; j++) {
               const float v = from[first + j * stride];
               y[j] = kind != 1 ? y[j] + v : v > y[j] ? v : y[j];

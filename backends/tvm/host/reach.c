@@ -8,3 +8,7 @@ static inline reach reach_of(int64_t start, int64_t step, int64_t count, int64_t
 /* The first element of a window at place i, along the axis that w begins with; and its elements on an axis of n. */
 static inline int64_t start_of(int64_t i, const int *w) { return i * w[3] - w[9]; }
 static inline reach window_at(int64_t i, int64_t n, const int *w) { return reach_of(start_of(i, w), w[6], w[0], n); }
+/* The row, of rows of all planes of an image, in which element (k, l) of a window lies at place i of the first two axes. */
+static inline int64_t row_of(int64_t i, int64_t k, int64_t l, const int64_t *n, const int64_t *m, const int *w) {
+  return (start_of(i / m[1], w) + k * w[6]) * n[1] + start_of(i % m[1], w + 1) + l * w[7];
+}

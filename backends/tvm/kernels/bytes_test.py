@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ctypes
+import subprocess
+
 import numpy as np
 import pytest
 
 from qc.backends.tvm.isa import best_for_host
 from qc.backends.tvm.kernels.bytes import PADDING, byte_product, quantize_grid, row_ranges, vectors_of
+from qc.backends.tvm.kernels.tiles import configuration
 from qc.backends.tvm.pack import bytes_of, pack_bytes
 from qc.ir.quant import Format, QuantizedTensor
 
@@ -26,6 +30,26 @@ def test_a_product_of_bytes_equals_its_definition_bit_for_bit(isa, call, rng, te
 @pytest.mark.parametrize(("text", "zeros"), [("int8", True), ("uint8", False)])
 def test_a_product_in_tiles_has_the_same_bits(tiles, call, rng, text, zeros):
     check_product(best_for_host(), call, rng, text, zeros, 51, [tiles])
+
+
+def test_tiles_are_left_as_they_were(tiles, call, rng, tmp_path):
+    """Libraries that set theirs up once, as llama.cpp does, find them again."""
+    source = tmp_path / "tiles.c"
+    source.write_text(
+        "#include <immintrin.h>\n"
+        "void set(const void *at) { _tile_loadconfig(at); }\nvoid get(void *at) { _tile_storeconfig(at); }\n"
+        "void release(void) { _tile_release(); }\n"
+    )
+    place = tmp_path / "tiles.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-mamx-tile", "-o", place, source], check=True)
+    other = ctypes.CDLL(str(place))
+    for wanted in (bytes(64), configuration({2: (5, 32)})):
+        found = ctypes.create_string_buffer(64)
+        other.set(wanted)
+        check_product(best_for_host(), call, rng, "int8", True, 51, [tiles])
+        other.get(found)
+        other.release()
+        assert found.raw == wanted
 
 
 def check_product(isa, call, rng, text, zeros, m, tiles):

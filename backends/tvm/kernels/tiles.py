@@ -8,7 +8,7 @@ from typing import Any
 
 from qc.backends.tvm.kernels.vectors import Vectors
 
-__all__ = ["SIDE", "Tiles"]
+__all__ = ["SIDE", "Tiles", "configuration"]
 
 SIDE = 16
 """Rows of a whole tile."""
@@ -29,7 +29,7 @@ class Tiles:
         words, self._before = (T.alloc_buffer((16,), "int32", scope="global") for _ in range(2))
         with T.If(allowed == 1), T.Then():
             self._call("sttilecfg", T.address_of(self._before[0]))
-            for i, word in enumerate(_configuration(shapes)):
+            for i, word in enumerate(struct.unpack("<16i", configuration(shapes))):
                 T.buffer_store(words, T.int32(word), [i])
             self._call("ldtilecfg", T.address_of(words[0]))
 
@@ -68,8 +68,7 @@ class Tiles:
         T.evaluate(T.call_llvm_intrin(T.llvm_lookup_intrinsic_id(f"llvm.x86.{name}"), *arguments, dtype="void"))
 
 
-def _configuration(shapes: Mapping[int, tuple[int, int]]) -> tuple[int, ...]:
-    """What ``ldtilecfg`` reads, as words: palette 1, the bytes of a row of each tile, and its rows."""
+def configuration(shapes: Mapping[int, tuple[int, int]]) -> bytes:
+    """What ``ldtilecfg`` reads: palette 1, the bytes of a row of each tile, and its rows."""
     rows, widths = ([shapes.get(tile, (0, 0))[part] for tile in range(_COUNT)] for part in range(2))
-    content = struct.pack("<B15x8H16x8B8x", 1, *widths, *rows)
-    return struct.unpack("<16i", content)
+    return struct.pack("<B15x8H16x8B8x", 1, *widths, *rows)
